@@ -1,1 +1,29 @@
-"""kdc"""
+"""Slim, distil and replay: KDC-Diff re-created as a small library under a research book."""
+
+from kdc.data import LatentDataset, cache_latents, load_dataset
+from kdc.distillation import distill
+from kdc.losses import DistillationLoss, FeatureTaps, LossWeights, tap_names
+from kdc.models import generate, load_student, load_teacher, save_student, with_unet
+from kdc.slimming import PLANS, SlimPlan, copy_map, slim
+from kdc.worlds import WORLDS
+
+__all__ = [
+    "PLANS",
+    "WORLDS",
+    "DistillationLoss",
+    "FeatureTaps",
+    "LatentDataset",
+    "LossWeights",
+    "SlimPlan",
+    "cache_latents",
+    "copy_map",
+    "distill",
+    "generate",
+    "load_dataset",
+    "load_student",
+    "load_teacher",
+    "save_student",
+    "slim",
+    "tap_names",
+    "with_unet",
+]

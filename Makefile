@@ -1,0 +1,45 @@
+# Everything starts from a fresh clone with Python 3.11 or newer, git and make.
+# `make` alone lists what can be made.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help book test lab mini grades lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The stamp makes the environment once, and again when its lists of packages change.
+.venv/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kdc needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11")'
+	@echo "Installing into .venv; the first time takes some minutes."
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+book: .venv/.ready ## run every notebook at the quick budget and build the HTML book
+	$(BIN)/python tools/book.py all
+
+test: .venv/.ready ## lint, unit tests, every notebook at the quick budget, the strict book build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lab: .venv/.ready ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
+
+mini: .venv/.ready ## train the embedded models from nothing and put them into the package (hours)
+	$(BIN)/python -m kdc mini --install
+
+grades: .venv/.ready ## grade the embedded models again; PHOTOS=FOLDER adds the autoencoder on photographs
+	$(BIN)/python -m kdc grades $(if $(PHOTOS),--photos "$(PHOTOS)")
+
+lock: ## write requirements.lock from the versions now in .venv
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	$(BIN)/python tools/lock.py > requirements.tmp
+	mv requirements.tmp requirements.lock
+
+clean: ## remove what was built; .venv stays
+	rm -rf build .pytest_cache .ruff_cache

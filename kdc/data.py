@@ -1,0 +1,275 @@
+"""Captioned pictures by name or folder, and the cache of latents and text embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+
+from kdc import worlds
+
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+FOLDER_SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+
+
+class WorldDataset(Dataset):
+    """Renderings of one world or of both in turn, drawn when asked for.
+
+    Items: {"image" (3, size, size) in [-1, 1], "caption", "attributes"}.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        split: str = "train",
+        size: int = 64,
+        count: int = 2000,
+        seed: int = 0,
+        held_out: bool = False,
+    ):
+        self.names = [worlds.world(name).name for name in names]
+        self.split, self.size, self.count = split, size, count
+        self.seed, self.held_out = seed, held_out
+        worlds.rendering_rng(self.names[0], split, 0)  # an unknown split is refused here
+
+    def __len__(self) -> int:
+        return self.count
+
+    def caption(self, index: int) -> str:
+        return worlds.caption(self._draw(index)[0])
+
+    def _draw(self, index: int):
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        name = self.names[index % len(self.names)]
+        rng = worlds.rendering_rng(name, self.split, index // len(self.names), self.seed)
+        return worlds.draw_attributes(name, rng, self.held_out), rng
+
+    def __getitem__(self, index: int) -> dict:
+        attributes, rng = self._draw(index)
+        picture = torch.from_numpy(worlds.render(attributes, rng, self.size)).permute(2, 0, 1)
+        return {
+            "image": picture.float() / 127.5 - 1,
+            "caption": worlds.caption(attributes),
+            "attributes": attributes,
+        }
+
+
+class FolderDataset(Dataset):
+    """Pictures below a folder, resized and cropped to a square.
+
+    Captions come from `metadata.jsonl` ({"file_name", "text"} a line) where there is one, else from
+    the folder a picture lies in ("a photo of a tigerlily"). Items: {"image" (3, size, size) in
+    [-1, 1], "caption", "path"}.
+    """
+
+    def __init__(self, files: Sequence[Path], captions: Sequence[str], size: int = 64):
+        self.files, self.captions = list(files), list(captions)
+        self.transform = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def caption(self, index: int) -> str:
+        return self.captions[index]
+
+    def __getitem__(self, index: int) -> dict:
+        with Image.open(self.files[index]) as file:
+            picture = v2.functional.pil_to_tensor(self.transform(file.convert("RGB")))
+        return {
+            "image": picture.float() / 127.5 - 1,
+            "caption": self.captions[index],
+            "path": str(self.files[index]),
+        }
+
+
+def load_dataset(
+    name_or_folder: str | Path,
+    split: str = "train",
+    size: int = 64,
+    *,
+    count: int = 2000,
+    seed: int = 0,
+    held_out: bool = False,
+) -> Dataset:
+    """A captioned data set: "flora", "lepidoptera", "worlds" (both), or a folder of pictures.
+
+    `count`, `seed` and `held_out` concern the worlds. A folder may hold `train/` and `test/`; where
+    it does not, one picture in five, chosen by the hash of its name, is for testing. Every file is
+    opened once: those that are no readable picture are left out and named in a warning. Raises
+    `FileNotFoundError` for a missing folder and `ValueError` for one without pictures.
+    """
+    if split not in FOLDER_SPLITS:
+        raise ValueError(f"unknown split {split!r}; the splits are train and test")
+    names = list(worlds.WORLDS) if name_or_folder == "worlds" else [str(name_or_folder)]
+    if all(name in worlds.WORLDS for name in names):
+        return WorldDataset(names, split, size, count, seed, held_out)
+    folder = Path(name_or_folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no data set {str(name_or_folder)!r}: neither a folder nor one of "
+            f"{', '.join(worlds.WORLDS)}, worlds"
+        )
+    files = _readable_pictures(folder, _split_files(folder, split))
+    if not files:
+        raise ValueError(f"{folder} holds no readable picture for the split {split!r}")
+    captions = _captions(folder)
+    return FolderDataset(
+        files, [captions.get(f.resolve(), f"a photo of a {_class_name(f)}") for f in files], size
+    )
+
+
+def _class_name(file: Path) -> str:
+    return file.parent.name.replace("_", " ").lower()
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    every = {
+        name: [folder / alias for alias in aliases if (folder / alias).is_dir()]
+        for name, aliases in FOLDER_SPLITS.items()
+    }
+    if any(every.values()):
+        if not every[split]:
+            raise ValueError(f"{folder} has no sub-folder for the split {split!r}")
+        return sorted(f for root in every[split] for f in root.rglob("*") if f.is_file())
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+
+    def is_test(file: Path) -> bool:
+        digest = hashlib.sha256(file.relative_to(folder).as_posix().encode()).digest()
+        return digest[0] % 5 == 0
+
+    return [f for f in files if is_test(f) == (split == "test")]
+
+
+def _captions(folder: Path) -> dict[Path, str]:
+    captions = {}
+    for listing in folder.rglob("metadata.jsonl"):
+        for number, line in enumerate(listing.read_text().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                captions[(listing.parent / row["file_name"]).resolve()] = row["text"]
+            except (json.JSONDecodeError, KeyError) as error:
+                raise ValueError(
+                    f'{listing}:{number}: expected {{"file_name": ..., "text": ...}}: {error!r}'
+                ) from error
+    return captions
+
+
+def _readable_pictures(folder: Path, files: list[Path]) -> list[Path]:
+    good, bad = [], []
+    for file in tqdm(files, desc="checking pictures", mininterval=2, disable=len(files) < 500):
+        if file.name == "metadata.jsonl" or file.name.startswith("."):
+            continue
+        if file.suffix.lower() not in PICTURES:
+            bad.append(f"{file.relative_to(folder)} (not a picture file)")
+            continue
+        try:
+            with Image.open(file) as picture:
+                picture.load()
+            good.append(file)
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            bad.append(f"{file.relative_to(folder)} ({error})")
+    if bad:
+        shown = "\n  ".join(bad[:20]) + (f"\n  and {len(bad) - 20} more" if len(bad) > 20 else "")
+        warnings.warn(f"{folder}: left out {len(bad)} files:\n  {shown}", stacklevel=3)
+    return good
+
+
+@dataclass
+class LatentDataset(Dataset):
+    """Encoded pictures: what training needs, and the pictures no more.
+
+    mean, std (N, C, h, w) of the scaled latents, so that sampling stays random; embeddings
+    (M, L, D) of the distinct captions, `caption_index` (N,) into them, and the empty caption's
+    embedding (L, D).
+    """
+
+    mean: Tensor
+    std: Tensor
+    embeddings: Tensor
+    caption_index: Tensor
+    empty: Tensor
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def __getitem__(self, index) -> dict:
+        return {
+            "mean": self.mean[index],
+            "std": self.std[index],
+            "embedding": self.embeddings[self.caption_index[index]],
+        }
+
+    def draw(self, count: int, generator: torch.Generator, dropout: float = 0.1) -> tuple:
+        """A random batch: latents (B, C, h, w) sampled from their posteriors, embeddings (B, L, D).
+
+        A share `dropout` of the captions is replaced by the empty one.
+        """
+        index = torch.randint(len(self), (count,), generator=generator)
+        spread = torch.randn((count, *self.mean.shape[1:]), generator=generator)
+        words = self.embeddings[self.caption_index[index]]
+        dropped = torch.rand(count, generator=generator) < dropout
+        words = torch.where(dropped[:, None, None], self.empty, words)
+        return self.mean[index] + self.std[index] * spread, words
+
+
+@torch.inference_mode()
+def embed_captions(
+    pipeline: StableDiffusionPipeline, captions: Sequence[str], batch_size: int = 64
+) -> Tensor:
+    """(M, L, D) text embeddings as the pipeline makes them for its U-Net, on the CPU."""
+    parts = []
+    for start in range(0, len(captions), batch_size):
+        part = list(captions[start : start + batch_size])
+        embedded, _ = pipeline.encode_prompt(part, pipeline.device, 1, False)
+        parts.append(embedded.float().cpu())
+    return torch.cat(parts).clone()
+
+
+@torch.inference_mode()
+def cache_latents(
+    pipeline: StableDiffusionPipeline, dataset: Dataset, batch_size: int = 32
+) -> LatentDataset:
+    """Encode every picture and every distinct caption once.
+
+    Raises `ValueError` if a picture's size is not what the autoencoder and U-Net expect.
+    """
+    if len(dataset) == 0:
+        raise ValueError("the data set is empty")
+    vae = pipeline.vae
+    expected = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    loader = torch.utils.data.DataLoader(dataset, batch_size, collate_fn=list)
+    means, stds, captions = [], [], []
+    for items in tqdm(loader, desc="encoding", mininterval=2):
+        pictures = torch.stack([item["image"] for item in items])
+        if pictures.shape[-2:] != (expected, expected):
+            raise ValueError(
+                f"pictures are {tuple(pictures.shape[-2:])}, the U-Net expects {expected} x "
+                f"{expected}: load the data set with size={expected}"
+            )
+        posterior = vae.encode(pictures.to(pipeline.device, vae.dtype)).latent_dist
+        means.append((posterior.mean * vae.config.scaling_factor).float().cpu())
+        stds.append((posterior.std * vae.config.scaling_factor).float().cpu())
+        captions += [item["caption"] for item in items]
+    distinct = sorted(set(captions))
+    place = {caption: i for i, caption in enumerate(distinct)}
+    return LatentDataset(
+        torch.cat(means).clone(),
+        torch.cat(stds).clone(),
+        embed_captions(pipeline, distinct),
+        torch.tensor([place[caption] for caption in captions]),
+        embed_captions(pipeline, [""])[0],
+        distinct,
+    )

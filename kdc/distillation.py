@@ -1,0 +1,117 @@
+"""Distillation, and fine-tuning as its special case, on the one training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pandas as pd
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch.utils.data import Dataset
+
+from kdc.data import LatentDataset, cache_latents
+from kdc.losses import DistillationLoss, FeatureTaps, LossWeights, min_snr_weight, tap_names
+from kdc.models import save_student
+from kdc.training import TrainSettings, train
+
+
+def forward_process(pipeline: StableDiffusionPipeline) -> DDPMScheduler:
+    """The noising process that the pipeline's U-Net was trained for."""
+    return DDPMScheduler.from_config(pipeline.scheduler.config)
+
+
+def distill(
+    student: UNet2DConditionModel,
+    teacher: StableDiffusionPipeline,
+    dataset: Dataset | LatentDataset,
+    *,
+    steps: int,
+    batch_size: int = 32,
+    weights: LossWeights | None = None,
+    learning_rate: float = 5e-4,
+    caption_dropout: float = 0.1,
+    ema_decay: float = 0.999,
+    save_every: int = 500,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    label: str = "distilling",
+) -> pd.DataFrame:
+    """Train `student` in place to draw as `teacher` does; returns the log of the loss terms.
+
+    `dataset` is encoded with the teacher's autoencoder and text encoder unless it is a
+    `LatentDataset` already. With `LossWeights.only("task")` the teacher's U-Net is never called:
+    that is plain fine-tuning, and `student` may then be `teacher.unet` itself. With an `output_dir`
+    the run leaves checkpoints there (see `training.train` for `resume`), and at the end the
+    student as `output_dir/unet`, a plain diffusers folder. The same seed gives the same weights,
+    bit for bit, on one CPU with the same number of threads.
+
+    Raises `ValueError` for a student whose inputs or outputs do not fit the teacher's.
+    """
+    weights = weights or LossWeights()
+    _check_fit(student, teacher.unet)
+    if batch_size < 1 or not 0 <= caption_dropout <= 1:
+        raise ValueError("batch_size must be at least 1 and caption_dropout between 0 and 1")
+    settings = TrainSettings(
+        steps, learning_rate, warmup=min(20, steps), ema_decay=ema_decay, save_every=save_every
+    )
+    data = dataset if isinstance(dataset, LatentDataset) else cache_latents(teacher, dataset)
+    process, criterion = forward_process(teacher), DistillationLoss(weights)
+    prediction = process.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"prediction type {prediction!r}: only epsilon and v_prediction are known")
+    snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
+    count = process.config.num_train_timesteps
+    taps = None
+    if weights.feature:
+        pairs = tap_names(student, teacher.unet)
+        taps = [
+            FeatureTaps(student, [s for s, _ in pairs]),
+            FeatureTaps(teacher.unet, [t for _, t in pairs]),
+        ]
+    if weights.needs_teacher:
+        teacher.unet.eval()
+
+    def loss(model, generator):
+        latents, words = data.draw(batch_size, generator, caption_dropout)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(count, (batch_size,), generator=generator)
+        noisy = process.add_noise(latents, noise, timesteps)
+        target = noise
+        if prediction == "v_prediction":
+            target = process.get_velocity(latents, noise, timesteps)
+        device = teacher.device
+        inputs = noisy.to(device), timesteps.to(device), words.to(device)
+        predicted, guide = model(*inputs, return_dict=False)[0], None
+        if weights.needs_teacher:
+            with torch.no_grad():
+                guide = teacher.unet(*(_like(teacher.unet, x) for x in inputs), return_dict=False)
+                guide = guide[0].float()
+        task_weight = None
+        if weights.min_snr:
+            task_weight = min_snr_weight(snr[timesteps], weights.min_snr, prediction).to(device)
+        collected = [tap.take() for tap in taps] if taps else [(), ()]
+        return criterion(predicted, target.to(device), guide, *collected, task_weight=task_weight)
+
+    try:
+        log = train(student, loss, settings, output_dir, seed=seed, resume=resume, label=label)
+    finally:
+        for tap in taps or ():
+            tap.close()
+    if output_dir:
+        notes = {"weights": dataclasses.asdict(weights), "steps": steps, "batch_size": batch_size}
+        save_student(student, output_dir, **notes, seed=seed, learning_rate=learning_rate)
+    return log
+
+
+def _like(module: torch.nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the module's precision; whole numbers stay whole."""
+    return tensor.to(module.dtype) if tensor.is_floating_point() else tensor
+
+
+def _check_fit(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> None:
+    for name in ("in_channels", "out_channels", "cross_attention_dim", "sample_size"):
+        ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
+        if ours != theirs:
+            raise ValueError(f"student and teacher differ in {name}: {ours} and {theirs}")

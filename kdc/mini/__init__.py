@@ -1,0 +1,130 @@
+"""Makes the embedded mini models from nothing: `make mini`, or `python -m kdc mini`.
+
+Stages stand in the order in which they need one another. A stage whose result lies in the output
+folder is not trained again, and one that was stopped goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from kdc.data import load_dataset
+from kdc.distillation import distill
+from kdc.mini.autoencoder import train_autoencoder
+from kdc.mini.judges import train_classifier, train_clip, train_trunk
+from kdc.mini.teacher import sampling_scheduler, train_teacher
+from kdc.models import ASSETS, load_teacher, save_student
+from kdc.slimming import slim
+
+STUDENT_PLAN = "kdc"
+
+
+def make_autoencoder(out: Path, **settings) -> None:
+    vae, _ = train_autoencoder(out / "run", **settings)
+    vae.half().save_pretrained(out / "final")
+
+
+def make_classifier(out: Path, **settings) -> None:
+    model, _ = train_classifier(out / "run", **settings)
+    _save_module(model, out / "final")
+
+
+def make_trunk(out: Path, **settings) -> None:
+    model, _ = train_trunk(out / "run", **settings)
+    _save_module(model, out / "final")
+
+
+def make_clip(out: Path, **settings) -> None:
+    (model, tokenizer), _ = train_clip(out / "run", **settings)
+    model.half().save_pretrained(out / "final")
+    tokenizer.save_pretrained(out / "final")
+
+
+def make_teacher(out: Path, **settings) -> None:
+    vae = AutoencoderKL.from_pretrained(
+        out.parent / "autoencoder" / "final", torch_dtype=torch.float32
+    )
+    model, tokenizer, _ = train_teacher(vae, out / "run", **settings)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        unet=model.unet,
+        scheduler=sampling_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(out / "final", safe_serialization=True)
+
+
+def make_student(out: Path, steps: int = 1500, batch_size: int = 32, **settings) -> None:
+    teacher = load_teacher(out.parent / "teacher" / "final")
+    student = slim(teacher.unet, STUDENT_PLAN)
+    data = load_dataset("worlds", count=settings.pop("pool", 12000))
+    distill(
+        student,
+        teacher,
+        data,
+        steps=steps,
+        batch_size=batch_size,
+        output_dir=out / "run",
+        resume=True,
+        label="student",
+        **settings,
+    )
+    notes = {"plan": STUDENT_PLAN, "steps": steps, "batch_size": batch_size}
+    save_student(student.half(), out / "final", **notes)
+
+
+STAGES: dict[str, Callable] = {
+    "autoencoder": make_autoencoder,
+    "classifier": make_classifier,
+    "clip": make_clip,
+    "trunk": make_trunk,
+    "teacher": make_teacher,
+    "student": make_student,
+}
+
+
+def make(output_dir: str | Path, only: tuple[str, ...] = (), **settings) -> None:
+    """Train the stages (default: all) below `output_dir`; finished ones are kept."""
+    if unknown := set(only) - set(STAGES):
+        raise ValueError(f"unknown stages {sorted(unknown)}; the stages are {', '.join(STAGES)}")
+    for name, stage in STAGES.items():
+        if only and name not in only:
+            continue
+        out = Path(output_dir) / name
+        if (out / "final").is_dir():
+            print(f"{name}: found in {out / 'final'}, not trained again")
+            continue
+        out.mkdir(parents=True, exist_ok=True)
+        stage(out, **settings)
+
+
+def install(output_dir: str | Path, assets: str | Path = ASSETS) -> None:
+    """Copy every finished stage and its log into the package; the cards there are kept."""
+    for name in STAGES:
+        out = Path(output_dir) / name
+        if name == "autoencoder" or not (out / "final").is_dir():
+            continue  # the autoencoder is shipped inside the teacher
+        target = Path(assets) / f"mini-{name}"
+        shutil.copytree(out / "final", target, dirs_exist_ok=True)
+    logs = Path(assets) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    for name in STAGES:
+        log = Path(output_dir) / name / "run" / "log.csv"
+        if log.is_file():
+            shutil.copy(log, logs / f"{name}.csv")
+
+
+def _save_module(model: torch.nn.Module, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")

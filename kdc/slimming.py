@@ -1,0 +1,209 @@
+"""Slimming: which blocks of a U-Net a student keeps, and where its weights come from.
+
+A U-Net of Stable Diffusion 1.x or 2.x has four stages of two layers on the way down, a mid-block,
+and four stages of three layers on the way up. A plan names the layers that are kept. Kept layers
+keep the teacher's weights, tensor by tensor, as BK-SDM does it (Kim et al., arXiv 2305.15798).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+
+STAGES, LAYERS = 4, 2  # of the teacher, on the way down; one layer more on the way up
+DOWN_TYPES = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+UP_TYPES = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+MID_TYPE = "UNetMidBlock2DCrossAttn"
+PER_STAGE = (  # entries of the configuration that may be one value or one for each stage
+    "attention_head_dim",
+    "num_attention_heads",
+    "cross_attention_dim",
+    "transformer_layers_per_block",
+    "only_cross_attention",
+)
+
+
+@dataclass(frozen=True)
+class SlimPlan:
+    """The teacher's layers that a student keeps.
+
+    `down` lists for every stage, outermost first, the kept layers (of 0, 1); `up` for every stage,
+    innermost first as in diffusers, those of 0, 1, 2. An empty tuple drops the stage, which only
+    inner stages may be. `mid` keeps the mid-block. Raises `ValueError` for what diffusers cannot
+    hold: an up stage has one layer more than its down stage, and the layers at which channels
+    change (the first, and on the way up the last) must stay.
+    """
+
+    name: str
+    down: tuple[tuple[int, ...], ...]
+    up: tuple[tuple[int, ...], ...]
+    mid: bool
+
+    def __post_init__(self):
+        if len(self.down) != STAGES or len(self.up) != STAGES:
+            raise ValueError(f"plan {self.name!r}: {STAGES} stages each way are needed")
+        for stage, (down, up) in enumerate(zip(self.down, reversed(self.up), strict=True)):
+            self._check_stage(stage, tuple(down), tuple(up))
+        kept = [bool(layers) for layers in self.down]
+        if not kept[0] or kept != sorted(kept, reverse=True):
+            raise ValueError(f"plan {self.name!r}: only the innermost stages can be dropped")
+
+    def _check_stage(self, stage: int, down: tuple[int, ...], up: tuple[int, ...]) -> None:
+        where = f"plan {self.name!r}, stage {stage}"
+        if not down and not up:
+            return
+        if len(up) != len(down) + 1:
+            raise ValueError(f"{where}: {len(down)} layers down need {len(down) + 1} up, not {up}")
+        for layers, last in ((down, LAYERS - 1), (up, LAYERS)):
+            if list(layers) != sorted(set(layers)) or not set(layers) <= set(range(last + 1)):
+                raise ValueError(f"{where}: {layers} must be increasing layers of 0 to {last}")
+        if down[0] != 0 or up[0] != 0 or up[-1] != LAYERS:
+            raise ValueError(
+                f"{where}: the channels change at layer 0 and, on the way up, at layer {LAYERS}: "
+                f"both must stay, not {down} and {up}"
+            )
+
+    @property
+    def dropped(self) -> int:
+        """How many inner stages are dropped."""
+        return sum(not layers for layers in self.down)
+
+    def __str__(self) -> str:
+        def line(stages):
+            return " ".join("".join(map(str, layers)) or "-" for layers in stages)
+
+        mid = "mid-block" if self.mid else "no mid-block"
+        return f"{self.name}: down {line(self.down)} | {mid} | up {line(self.up)}"
+
+
+def _one_layer(name: str, stages: int, mid: bool) -> SlimPlan:
+    empty = ((),) * (STAGES - stages)
+    return SlimPlan(name, ((0,),) * stages + empty, empty + ((0, 2),) * stages, mid)
+
+
+PLANS = {
+    plan.name: plan
+    for plan in (
+        SlimPlan("full", ((0, 1),) * STAGES, ((0, 1, 2),) * STAGES, True),
+        _one_layer("bk-base", 4, True),
+        _one_layer("kdc", 4, False),
+        _one_layer("kdc-v2", 3, True),
+        _one_layer("bk-tiny", 3, False),
+    )
+}
+
+
+def find_plan(plan: str | SlimPlan) -> SlimPlan:
+    """The plan of that name. Raises `ValueError` naming the known plans."""
+    if isinstance(plan, SlimPlan):
+        return plan
+    if plan not in PLANS:
+        raise ValueError(f"unknown plan {plan!r}; the plans are {', '.join(PLANS)}")
+    return PLANS[plan]
+
+
+def check_layout(unet: UNet2DConditionModel) -> None:
+    """Refuse what is not laid out as Stable Diffusion 1.x or 2.x, with the reason."""
+    if not isinstance(unet, UNet2DConditionModel):
+        raise TypeError(f"expected a diffusers UNet2DConditionModel, got {type(unet).__name__}")
+    expected = {
+        "down_block_types": DOWN_TYPES,
+        "up_block_types": UP_TYPES,
+        "mid_block_type": MID_TYPE,
+        "layers_per_block": LAYERS,
+    }
+    for name, wanted in expected.items():
+        found = unet.config[name]
+        found = tuple(found) if isinstance(found, list) else found
+        if name == "layers_per_block" and isinstance(found, tuple) and set(found) == {LAYERS}:
+            continue
+        if found != wanted:
+            raise ValueError(
+                f"not the layout of Stable Diffusion 1.x or 2.x: {name} is {found}, not {wanted}"
+            )
+
+
+def student_config(unet: UNet2DConditionModel, plan: str | SlimPlan) -> dict:
+    """The diffusers configuration of the student that the plan cuts from `unet`."""
+    check_layout(unet)
+    plan = find_plan(plan)
+    stages = STAGES - plan.dropped
+    config = {k: v for k, v in unet.config.items() if not k.startswith("_")}
+    for name in PER_STAGE:
+        if isinstance(config.get(name), list | tuple):
+            config[name] = list(config[name][:stages])
+    layers = [len(kept) for kept in plan.down[:stages]]
+    return config | {
+        "block_out_channels": list(config["block_out_channels"][:stages]),
+        "down_block_types": list(DOWN_TYPES[:stages]),
+        "up_block_types": list(UP_TYPES[plan.dropped :]),
+        "mid_block_type": MID_TYPE if plan.mid else None,
+        "layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
+    }
+
+
+def _source(name: str, plan: SlimPlan) -> str:
+    """The teacher's name of a student's parameter."""
+    parts = name.split(".")
+    if parts[0] in ("down_blocks", "up_blocks"):
+        going_up = parts[0] == "up_blocks"
+        stage = int(parts[1]) + (plan.dropped if going_up else 0)
+        parts[1] = str(stage)
+        if parts[2] in ("resnets", "attentions"):
+            parts[3] = str((plan.up if going_up else plan.down)[stage][int(parts[3])])
+    return ".".join(parts)
+
+
+def _build(config: dict, device: torch.device | str) -> UNet2DConditionModel:
+    with torch.device(device):
+        return UNet2DConditionModel.from_config(config)
+
+
+def copy_map(unet: UNet2DConditionModel, plan: str | SlimPlan) -> dict[str, str | None]:
+    """For every parameter of the student, the teacher's parameter it copies; None if it is new."""
+    plan = find_plan(plan)
+    student = _build(student_config(unet, plan), "meta")
+    theirs = dict(unet.named_parameters())
+    sources = {}
+    for name, parameter in student.named_parameters():
+        source = _source(name, plan)
+        fits = source in theirs and theirs[source].shape == parameter.shape
+        sources[name] = source if fits else None
+    return sources
+
+
+def slim(
+    unet: UNet2DConditionModel, plan: str | SlimPlan, init: str = "copy", seed: int = 0
+) -> UNet2DConditionModel:
+    """Cut a student from a teacher's U-Net; the teacher is left as it is and shares nothing.
+
+    `init` "copy" takes the teacher's weights wherever the plan keeps a layer (which is everywhere
+    in the named plans), "random" draws all of them from `seed`. Works on the meta device. The
+    student is a plain diffusers model on the teacher's device and in its precision.
+
+    Raises `ValueError` for an unknown plan or init, or a U-Net of another layout.
+    """
+    if init not in ("copy", "random"):
+        raise ValueError(f"init must be copy or random, not {init!r}")
+    config, sources = student_config(unet, plan), copy_map(unet, plan)
+    if init == "random" or None in sources.values():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            student = _build(config, "cpu" if unet.device.type != "meta" else "meta")
+        student = student.to(device=unet.device, dtype=unet.dtype)
+    else:
+        student = _build(config, "meta")
+    if init == "copy":
+        theirs = dict(unet.named_parameters())
+        copied = {
+            name: theirs[source].detach().clone() for name, source in sources.items() if source
+        }
+        student.load_state_dict(copied, strict=None not in sources.values(), assign=True)
+    return student.requires_grad_(True).train(unet.training)
+
+
+def count_parameters(unet: torch.nn.Module) -> int:
+    """Number of parameters; works on the meta device."""
+    return sum(parameter.numel() for parameter in unet.parameters())

@@ -1,0 +1,253 @@
+"""The one training loop: every network of the project, mini or full size, is trained by `train`.
+
+The loop knows nothing about diffusion. It is given a module and a function that draws a batch and
+returns named loss terms; it adds Accelerate (devices, several processes, bf16), AdamW, clipping,
+EMA, a log, and checkpoints from which a stopped run goes on exactly where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+Terms = dict[str, Tensor]
+LossFunction = Callable[[nn.Module, torch.Generator], Terms]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How long and how fast to train.
+
+    `ema_decay` 0 switches the average off; otherwise its decay warms up, so that short runs are
+    averaged over their last part only. `precision` is "auto" (bf16 where the device has units for
+    it), "no" or "bf16". `learning_rate` is reached after `warmup` steps and then follows
+    `schedule`, any name that `diffusers.optimization.get_scheduler` knows.
+    """
+
+    steps: int
+    learning_rate: float = 1e-3
+    warmup: int = 20
+    schedule: str = "cosine"
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "auto"
+    log_every: int = 10
+    save_every: int = 500
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
+        if self.precision not in ("auto", "no", "bf16"):
+            raise ValueError(f"precision must be auto, no or bf16, not {self.precision!r}")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products run in hardware there (autocast only slows others down)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def make_accelerator(precision: str = "auto", cpu: bool = False) -> Accelerator:
+    """An Accelerator whose mixed precision suits the device it found."""
+    if precision == "auto":
+        precision = "bf16" if has_bf16(Accelerator(cpu=cpu).device) else "no"
+    return Accelerator(mixed_precision=precision, cpu=cpu)
+
+
+def train(
+    model: nn.Module,
+    compute_loss: LossFunction,
+    settings: TrainSettings,
+    output_dir: str | Path | None = None,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    accelerator: Accelerator | None = None,
+    label: str = "training",
+    on_log: Callable[[int, nn.Module], dict[str, float]] | None = None,
+) -> pd.DataFrame:
+    """Train `model` in place and return its log, a row every `log_every` steps.
+
+    `compute_loss(model, generator)` draws everything random from `generator` (on the CPU, so that
+    a seed means the same on every device) and returns scalar terms; `terms["loss"]` is minimised
+    and all of them are logged. At the end the model holds the averaged weights.
+
+    With an `output_dir`, checkpoints go to `output_dir/checkpoint-<step>`, written beside and then
+    renamed; `resume` goes on from the newest one and gives, on one device, bit for bit the weights
+    of a run that was never stopped. Raises `ValueError` if that checkpoint was made with other
+    settings, and `FloatingPointError` on a loss that is not finite.
+    """
+    accelerator = accelerator or make_accelerator(settings.precision)
+    generator = torch.Generator().manual_seed(seed * 1009 + accelerator.process_index)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        settings.learning_rate,
+        settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    schedule = get_scheduler(
+        settings.schedule,
+        optimizer,
+        num_warmup_steps=settings.warmup,
+        num_training_steps=settings.steps,
+    )
+    model.to(accelerator.device)
+    ema = None
+    if settings.ema_decay:
+        ema = EMAModel(
+            parameters,
+            decay=settings.ema_decay,
+            use_ema_warmup=True,
+            inv_gamma=10.0,
+            power=0.9,
+            foreach=True,
+        )
+    state = _State(model, optimizer, schedule, ema, generator, dataclasses.asdict(settings), seed)
+    rows: list[dict] = []
+    start = 0
+    checkpoint = newest_checkpoint(output_dir) if resume and output_dir else None
+    if checkpoint:
+        start, rows = state.load(checkpoint, accelerator)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+
+    prepared.train()
+    bar = tqdm(
+        range(start, settings.steps),
+        initial=start,
+        total=settings.steps,
+        desc=label,
+        disable=not accelerator.is_main_process,
+        mininterval=2.0,
+    )
+    for step in bar:
+        with accelerator.autocast():
+            terms = compute_loss(prepared, generator)
+        if not torch.isfinite(terms["loss"]):
+            raise FloatingPointError(f"{label}: the loss is {terms['loss'].item()} at step {step}")
+        accelerator.backward(terms["loss"])
+        norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if ema:
+            ema.step(parameters)
+        done = step + 1
+        if done % settings.log_every == 0 or done == settings.steps or step == 0:
+            row = {"step": done} | {k: v.item() for k, v in terms.items()}
+            row |= {"grad_norm": float(norm), "learning_rate": schedule.get_last_lr()[0]}
+            if on_log:
+                row |= on_log(done, model)
+                prepared.train()
+            rows.append(row)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+        if output_dir and done % settings.save_every == 0 and done < settings.steps:
+            state.save(Path(output_dir), done, rows, accelerator)
+    if ema:
+        ema.copy_to(parameters)
+    prepared.eval()
+    if accelerator.is_main_process and output_dir:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(rows).to_csv(Path(output_dir) / "log.csv", index=False)
+    return pd.DataFrame(rows)
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The folder of the last complete checkpoint below `output_dir`, or None."""
+    found = sorted(p for p in Path(output_dir).glob("checkpoint-*") if p.suffix != ".partial")
+    return found[-1] if found else None
+
+
+@dataclasses.dataclass
+class _State:
+    """Everything a run needs to go on: weights, average, moments, schedule, generators, log."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    ema: EMAModel | None
+    generator: torch.Generator
+    settings: dict
+    seed: int
+
+    def save(self, output_dir: Path, step: int, rows: list[dict], accelerator: Accelerator) -> None:
+        final = output_dir / f"checkpoint-{step:07d}"
+        partial = final.with_suffix(".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        own = {"generator": self.generator.get_state()}
+        save_file(own, partial / f"generator-{accelerator.process_index}.safetensors")
+        if accelerator.is_main_process:
+            weights = {k: v.contiguous() for k, v in self.model.state_dict().items()}
+            save_file(weights, partial / "model.safetensors")
+            moments = {
+                f"{index}.{name}": value.contiguous()
+                for index, entry in self.optimizer.state_dict()["state"].items()
+                for name, value in entry.items()
+            }
+            save_file(moments, partial / "optimizer.safetensors")
+            if self.ema:
+                shadow = {str(i): p.contiguous() for i, p in enumerate(self.ema.shadow_params)}
+                save_file(shadow, partial / "ema.safetensors")
+            note = {
+                "step": step,
+                "settings": self.settings,
+                "seed": self.seed,
+                "schedule": self.schedule.state_dict(),
+                "ema_steps": self.ema.optimization_step if self.ema else 0,
+                "rows": rows,
+            }
+            (partial / "state.json").write_text(json.dumps(note))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            partial.rename(final)
+            for old in sorted(output_dir.glob("checkpoint-*"))[:-2]:
+                shutil.rmtree(old)
+
+    def load(self, checkpoint: Path, accelerator: Accelerator) -> tuple[int, list[dict]]:
+        note = json.loads((checkpoint / "state.json").read_text())
+        ours = json.loads(json.dumps({"settings": self.settings, "seed": self.seed}))
+        for key, value in (ours["settings"] | {"seed": ours["seed"]}).items():
+            theirs = note["seed"] if key == "seed" else note["settings"].get(key)
+            if value != theirs:
+                raise ValueError(
+                    f"{checkpoint} was made with {key}={theirs}, this run has {key}={value}: "
+                    "use the same settings, another output_dir, or resume=False"
+                )
+        self.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        saved: dict[int, dict] = {}
+        for key, value in load_file(checkpoint / "optimizer.safetensors").items():
+            index, name = key.split(".", 1)
+            saved.setdefault(int(index), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
+        self.schedule.load_state_dict(note["schedule"])
+        rates = note["schedule"]["_last_lr"]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if self.ema:
+            shadow = load_file(checkpoint / "ema.safetensors")
+            self.ema.shadow_params = [
+                shadow[str(i)].to(accelerator.device) for i in range(len(shadow))
+            ]
+            self.ema.optimization_step = note["ema_steps"]
+        own = load_file(checkpoint / f"generator-{accelerator.process_index}.safetensors")
+        self.generator.set_state(own["generator"])
+        return note["step"], note["rows"]

@@ -1,0 +1,59 @@
+"""What several test files share: the teacher, the notebooks, each run once, and the book."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+import kdc
+from tools import book
+
+
+@pytest.fixture(scope="session")
+def teacher():
+    """The embedded mini teacher. Tests leave its weights as they are."""
+    return kdc.load_teacher("mini", device="cpu")
+
+
+@pytest.fixture
+def tiny_unet() -> UNet2DConditionModel:
+    """A U-Net of Stable Diffusion's layout, as narrow as it can be, with random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(8, 16, 24, 24),
+            layers_per_block=2,
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
+
+
+@pytest.fixture(scope="session")
+def executed():
+    """A function that runs a notebook at the quick budget and remembers how that went."""
+    done: dict[Path, Path | Exception] = {}
+
+    def run(notebook: Path) -> Path:
+        if notebook not in done:
+            try:
+                done[notebook] = book.run_one(notebook)
+            except Exception as error:
+                done[notebook] = error
+        if isinstance(done[notebook], Exception):
+            raise done[notebook]
+        return done[notebook]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def html(executed) -> Path:
+    """The folder of the strictly built book."""
+    for notebook in book.notebooks():
+        executed(notebook)
+    return book.build().parent

@@ -1,0 +1,149 @@
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+import kdc
+from kdc import LossWeights
+from kdc.data import WorldDataset
+
+
+def weights(unet):
+    return torch.cat([p.detach().flatten() for p in unet.parameters()])
+
+
+@pytest.fixture(scope="module")
+def data(teacher):
+    return kdc.cache_latents(teacher, WorldDataset(["flora", "lepidoptera"], count=48))
+
+
+def run(teacher, data, steps=6, plan="kdc", **settings):
+    student = kdc.slim(teacher.unet, plan)
+    settings = {"batch_size": 4} | settings
+    log = kdc.distill(student, teacher, data, steps=steps, **settings)
+    return student, log
+
+
+def test_distillation_brings_the_student_nearer_to_the_teacher(teacher, data):
+    def error(student):
+        g = torch.Generator().manual_seed(9)
+        latents, words = data.draw(16, g, 0.0)
+        timesteps = torch.linspace(50, 950, 16).long()
+        process = DDPMScheduler.from_config(teacher.scheduler.config)
+        noisy = process.add_noise(latents, torch.randn(latents.shape, generator=g), timesteps)
+        with torch.no_grad():
+            a, b = (u(noisy, timesteps, words).sample for u in (student, teacher.unet))
+        return (a - b).square().mean().item()
+
+    before = error(kdc.slim(teacher.unet, "kdc"))
+    student, log = run(teacher, data, steps=40, batch_size=8, ema_decay=0.9)
+    assert error(student) < 0.5 * before
+    assert set(log.columns) >= {"task", "output", "soft", "feature", "loss"}
+
+
+def test_the_teacher_is_left_as_it_was(teacher, data):
+    before = weights(teacher.unet).clone()
+    run(teacher, data, steps=2)
+    assert torch.equal(weights(teacher.unet), before)
+    assert not any(m._forward_hooks for m in teacher.unet.modules())
+    assert all(p.grad is None for p in teacher.unet.parameters())
+
+
+def test_the_same_seed_gives_the_same_student_bit_for_bit(teacher, data):
+    a, b, c = (weights(run(teacher, data, steps=3, seed=s)[0]) for s in (4, 4, 5))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_resumed_distillation_equals_an_unbroken_one(teacher, data, tmp_path, monkeypatch):
+    whole, whole_log = run(teacher, data, save_every=2)
+    draws = 0
+    original = type(data).draw
+
+    def dying(self, *args, **kwargs):
+        nonlocal draws
+        draws += 1
+        if draws == 6:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(data), "draw", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(teacher, data, save_every=2, output_dir=tmp_path)
+    draws = 100  # never dies again; only counts
+    resumed, log = run(teacher, data, save_every=2, output_dir=tmp_path, resume=True)
+    assert draws == 102, "resume did not go on from step 4"
+    assert torch.equal(weights(resumed), weights(whole))
+    assert log.equals(whole_log)
+
+
+def test_the_student_is_left_as_a_plain_diffusers_folder(teacher, data, tmp_path):
+    student, _ = run(teacher, data, steps=2, output_dir=tmp_path)
+    plain = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
+    assert torch.equal(weights(plain), weights(student))
+    assert torch.equal(weights(kdc.load_student(tmp_path, teacher).unet), weights(student))
+
+
+def test_fine_tuning_never_calls_the_teacher(teacher, data, monkeypatch):
+    student = kdc.slim(teacher.unet, "kdc")
+    monkeypatch.setattr(type(teacher.unet), "forward", refuse_teacher(teacher.unet))
+    log = kdc.distill(
+        student, teacher, data, steps=2, batch_size=2, weights=LossWeights.only("task")
+    )
+    assert "task" in log and "output" not in log
+
+
+def refuse_teacher(unet):
+    original = type(unet).forward
+
+    def forward(self, *args, **kwargs):
+        assert self is not unet, "the teacher was called"
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
+def test_a_perfect_student_has_no_distillation_loss(teacher, data):
+    student = kdc.slim(teacher.unet, "full")
+    teacher.unet.eval()
+    log = kdc.distill(student, teacher, data, steps=1, batch_size=4)
+    first = log.iloc[0]
+    # Training mode changes nothing in this U-Net: it has no dropout and no batch statistics.
+    assert first["output"] == pytest.approx(0, abs=1e-9)
+    assert first["feature"] == pytest.approx(0, abs=1e-9)
+    assert first["task"] > 0.001
+
+
+@pytest.mark.parametrize("plan", ["bk-base", "kdc-v2", "bk-tiny"])
+def test_every_plan_can_be_distilled_with_every_term(teacher, data, plan):
+    _, log = run(teacher, data, steps=1, plan=plan, batch_size=2)
+    assert log[["task", "output", "soft", "feature"]].notna().all(axis=None)
+
+
+def test_velocity_is_the_target_where_the_teacher_predicts_velocity(teacher, data, monkeypatch):
+    monkeypatch.setitem(teacher.scheduler.config, "prediction_type", "sample")
+    with pytest.raises(ValueError, match="v_prediction"):
+        run(teacher, data, steps=1)
+    monkeypatch.setitem(teacher.scheduler.config, "prediction_type", "v_prediction")
+    student = kdc.slim(teacher.unet, "kdc")
+    log = kdc.distill(
+        student, teacher, data, steps=1, batch_size=8, weights=LossWeights.only("task"), seed=3
+    )
+    g = torch.Generator().manual_seed(3 * 1009)
+    latents, words = data.draw(8, g, 0.1)
+    noise = torch.randn(latents.shape, generator=g)
+    t = torch.randint(1000, (8,), generator=g)
+    process = DDPMScheduler.from_config(teacher.scheduler.config)
+    a = process.alphas_cumprod[t][:, None, None, None]
+    noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+    velocity = a.sqrt() * noise - (1 - a).sqrt() * latents
+    with torch.no_grad():
+        expected = (kdc.slim(teacher.unet, "kdc")(noisy, t, words).sample - velocity).square()
+    assert log["task"].iloc[0] == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
+def test_what_does_not_fit_is_refused_before_training(teacher, data):
+    config = dict(teacher.unet.config) | {"cross_attention_dim": 32}
+    other = UNet2DConditionModel.from_config(config)
+    with pytest.raises(ValueError, match="cross_attention_dim: 32 and"):
+        kdc.distill(other, teacher, data, steps=1)
+    with pytest.raises(ValueError, match="batch_size"):
+        run(teacher, data, steps=1, batch_size=0)

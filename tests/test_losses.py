@@ -1,0 +1,201 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from kdc.losses import (
+    DistillationLoss,
+    FeatureTaps,
+    LossWeights,
+    feature_term,
+    min_snr_weight,
+    soft_term,
+    tap_names,
+)
+
+TERMS = ("task", "output", "soft", "feature")
+
+
+def batch(seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)  # noqa: E731
+    student = draw(2, 4, 8, 8).requires_grad_()
+    taps = [draw(2, 3, 4, 4).requires_grad_(), draw(2, 5, 2, 2).requires_grad_()]
+    return student, draw(2, 4, 8, 8), draw(2, 4, 8, 8), taps, [torch.randn_like(t) for t in taps]
+
+
+def kl_by_hand(s, t, temperature):
+    """Sum over pixels and pictures of T^2 KL(t || s), in Python floats."""
+    total = 0.0
+    for b in range(s.shape[0]):
+        for y in range(s.shape[2]):
+            for x in range(s.shape[3]):
+                a = [v / temperature for v in t[b, :, y, x].tolist()]
+                c = [v / temperature for v in s[b, :, y, x].tolist()]
+                za, zc = sum(map(math.exp, a)), sum(map(math.exp, c))
+                for u, v in zip(a, c, strict=True):
+                    p, q = math.exp(u) / za, math.exp(v) / zc
+                    total += temperature**2 * p * math.log(p / q)
+    return total
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_every_enabled_term_has_a_gradient(name):
+    student, target, teacher, taps, teacher_taps = batch()
+    terms = DistillationLoss(LossWeights.only(name))(student, target, teacher, taps, teacher_taps)
+    assert set(terms) == {name, "loss"}
+    grads = torch.autograd.grad(terms["loss"], [student, *taps], allow_unused=True)
+    of_output, of_taps = grads[0], grads[1:]
+    if name == "feature":
+        assert all(g is not None and g.abs().sum() > 0 for g in of_taps)
+    else:
+        assert of_output is not None and of_output.abs().sum() > 0
+
+
+def test_the_published_output_term_has_a_value_but_no_gradient():
+    student, target, teacher, taps, teacher_taps = batch()
+    published = LossWeights.as_published()
+    terms = DistillationLoss(published)(student, target, teacher, taps, teacher_taps)
+    assert terms["output"] > 0 and not terms["output"].requires_grad
+    corrected = DistillationLoss(LossWeights())(student, target, teacher, taps, teacher_taps)
+    assert corrected["output"].requires_grad
+    assert torch.equal(corrected["output"].detach(), terms["output"])
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms():
+    student, target, teacher, taps, teacher_taps = batch()
+    weights = LossWeights(task=0.5, output=2.0, soft=3.0, feature=0.25)
+    terms = DistillationLoss(weights)(student, target, teacher, taps, teacher_taps)
+    expected = sum(getattr(weights, n) * terms[n].item() for n in TERMS)
+    assert terms["loss"].item() == pytest.approx(expected, rel=1e-6)
+    assert terms["task"].item() == pytest.approx((student - target).square().mean().item())
+    assert terms["output"].item() == pytest.approx((student - teacher).square().mean().item())
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.0, 8.0])
+def test_the_soft_term_is_the_kl_divergence_over_channels(temperature):
+    student, _, teacher, *_ = batch(dtype=torch.float64)
+    by_hand = kl_by_hand(student.detach(), teacher, temperature)
+    mean = soft_term(student, teacher, temperature, "mean").item()
+    summed = soft_term(student, teacher, temperature, "batchmean").item()
+    assert mean == pytest.approx(by_hand / (2 * 64), rel=1e-4)
+    assert summed == pytest.approx(by_hand / 2, rel=1e-4)
+
+
+def test_the_soft_term_tends_to_half_the_centred_squared_error():
+    student, _, teacher, *_ = batch()
+    difference = student - teacher
+    centred = difference - difference.mean(dim=1, keepdim=True)
+    limit = centred.square().mean().item() / 2
+    assert soft_term(student, teacher, 100.0, "mean").item() == pytest.approx(limit, rel=0.03)
+
+
+def test_the_soft_term_is_blind_to_an_error_that_all_channels_share():
+    student, _, teacher, *_ = batch()
+    shifted = teacher + torch.randn(2, 1, 8, 8)
+    assert soft_term(shifted, teacher, 2.0, "mean").item() == pytest.approx(0, abs=1e-6)
+    assert soft_term(student, teacher, 2.0, "mean") > 0.01
+
+
+def test_the_feature_term_does_not_depend_on_the_scale_of_a_tap():
+    *_, taps, teacher_taps = batch()
+    once = feature_term(taps, teacher_taps)
+    scaled = feature_term([1000 * t for t in taps], [1000 * t for t in teacher_taps])
+    assert scaled.item() == pytest.approx(once.item(), rel=1e-4)
+    raw = feature_term([10 * t for t in taps], [10 * t for t in teacher_taps], normalised=False)
+    assert raw.item() == pytest.approx(100 * feature_term(taps, teacher_taps, False).item(), 1e-4)
+
+
+@pytest.mark.parametrize("names", [("task",), ("output",), ("soft",), ("feature",), TERMS])
+def test_gradients_agree_with_finite_differences_in_float64(names):
+    g = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    student, taps = draw(2, 4, 2, 2).requires_grad_(), [draw(2, 3).requires_grad_()]
+    target, teacher, teacher_taps = draw(2, 4, 2, 2), draw(2, 4, 2, 2), [draw(2, 3)]
+    loss = DistillationLoss(LossWeights.only(*names))
+
+    def total(student, tap):
+        return loss(student, target, teacher, [tap], teacher_taps)["loss"]
+
+    assert torch.autograd.gradcheck(total, (student, *taps))
+
+
+def test_min_snr_caps_the_weight():
+    snr = torch.tensor([0.01, 1.0, 5.0, 50.0])
+    assert min_snr_weight(snr, 5.0).tolist() == pytest.approx([1, 1, 1, 0.1])
+    expected = [0.01 / 1.01, 0.5, 5 / 6, 5 / 51]
+    assert min_snr_weight(snr, 5.0, "v_prediction").tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(task=-1), "negative"),
+        (dict(temperature=0), "temperature"),
+        (dict(soft_reduction="sum"), "soft_reduction"),
+        (dict(task=0, output=0, soft=0, feature=0), "nothing"),
+    ],
+)
+def test_unusable_weights_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        LossWeights(**wrong)
+
+
+def test_unknown_terms_and_missing_parts_are_refused():
+    with pytest.raises(ValueError, match="task, output, soft, feature"):
+        LossWeights.only("task", "style")
+    student, target, *_ = batch()
+    with pytest.raises(ValueError, match="teacher"):
+        DistillationLoss(LossWeights())(student, target)
+    with pytest.raises(ValueError, match="taps"):
+        feature_term([], [])
+    with pytest.raises(ValueError, match="tap 0"):
+        feature_term([torch.zeros(1, 2)], [torch.zeros(1, 3)])
+
+
+class TwoLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def forward(self, x, skip=False):
+        hidden = self.first(x)
+        return hidden if skip else self.second(hidden)
+
+
+def test_taps_collect_in_order_forget_and_miss_nothing():
+    model, x = TwoLayers(), torch.ones(1, 2)
+    taps = FeatureTaps(model, ["second", "first"])
+    out = model(x)
+    second, first = taps.take()
+    assert torch.equal(second, out) and torch.equal(first, model.first(x))
+    model(x, skip=True)
+    with pytest.raises(RuntimeError, match="second"):
+        taps.take()
+    taps.close()
+    model(x)
+    with pytest.raises(RuntimeError):
+        taps.take()
+    with pytest.raises(ValueError, match="third"):
+        FeatureTaps(model, ["third"])
+
+
+@pytest.mark.parametrize("plan", ["full", "bk-base", "kdc", "kdc-v2", "bk-tiny"])
+def test_corresponding_taps_agree_in_shape(plan, tiny_unet):
+    from kdc.slimming import slim
+
+    teacher = tiny_unet.eval()
+    student = slim(teacher, plan).eval()
+    pairs = tap_names(student, teacher)
+    assert len(pairs) >= 6
+    ours = FeatureTaps(student, [s for s, _ in pairs])
+    theirs = FeatureTaps(teacher, [t for _, t in pairs])
+    inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 5, 16)
+    with torch.no_grad():
+        for unet in (student, teacher):
+            unet(*inputs)
+    collected = list(zip(ours.take(), theirs.take(), strict=True))
+    assert all(s.shape == t.shape for s, t in collected)
+    if plan == "full":
+        assert feature_term(*zip(*collected, strict=True)).item() == 0

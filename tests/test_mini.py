@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import torch
+
+from kdc import judges, ledger, mini, models, worlds
+from kdc.mini import grades, pictures, text
+
+
+def test_the_tokenizer_has_a_token_for_every_word_of_the_worlds():
+    tokenizer = text.new_tokenizer()
+    words = [*worlds.COLOURS, *judges.KINDS, *worlds.BACKGROUNDS, "butterfly", "background"]
+    for word in words:
+        assert len(tokenizer(word).input_ids) == 3, word  # start, the word, end
+    longest = max(text.all_captions(), key=len)
+    assert len(tokenizer(longest).input_ids) < text.MAX_TOKENS
+    assert tokenizer.decode(tokenizer("Zürich 7!").input_ids, skip_special_tokens=True)
+
+
+def test_the_shipped_tokenizer_is_the_one_that_is_made(teacher):
+    captions = text.all_captions()[::37]
+    ours = text.tokenize(text.new_tokenizer(), captions)
+    assert torch.equal(text.tokenize(teacher.tokenizer, captions), ours)
+
+
+def test_dead_leaves_have_the_spectrum_of_photographs():
+    """Power falls with frequency as a power law; photographs have an exponent near 2."""
+    rng = np.random.default_rng(0)
+    grey = np.stack([pictures.dead_leaves(rng).mean(axis=2) for _ in range(48)])
+    power = np.abs(np.fft.rfft2(grey - grey.mean(axis=(1, 2), keepdims=True))) ** 2
+    frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.rfftfreq(64)[None])
+    use = (frequency > 0.04) & (frequency < 0.4)
+    slope = np.polyfit(np.log(frequency[use]), np.log(power.mean(axis=0)[use]), 1)[0]
+    assert -3.2 < slope < -1.6
+
+
+def test_world_pictures_show_what_they_say_and_leave_out_the_held_out():
+    drawn, shown = pictures.world_pictures(20, "train", seed=3)
+    assert drawn.shape == (20, 3, 64, 64) and len(shown) == 20
+    assert all((a.colour, a.kind) not in worlds.world(a.world).held_out for a in shown)
+    again, _ = pictures.world_pictures(20, "train", seed=3)
+    assert torch.equal(drawn, again)
+
+
+def test_every_stage_runs_hands_on_and_is_not_repeated(tmp_path, capsys):
+    for stage in mini.STAGES:
+        pool = {"pool": 16} if stage == "student" else {"pool": 64}
+        mini.make(tmp_path, (stage,), steps=1, batch_size=4, **pool)
+    mini.make(tmp_path)
+    assert capsys.readouterr().out.count("not trained again") == len(mini.STAGES)
+    mini.install(tmp_path, tmp_path / "assets")
+    pipeline = models.load_teacher(tmp_path / "assets" / "mini-teacher")
+    student = models.load_student(tmp_path / "assets" / "mini-student", pipeline)
+    assert models.generate(student, "a red rose on a sky background", steps=2).shape[0] == 1
+    assert (tmp_path / "assets" / "logs" / "student.csv").is_file()
+    with pytest.raises(ValueError, match="autoencoder"):
+        mini.make(tmp_path, ("unet",))
+
+
+def test_balanced_prompts_name_every_combination_equally_often():
+    asked = grades.balanced_prompts(2, False)
+    assert len(asked) == 2 * len(set(asked)) and len(set(asked)) == 2 * (168 - 24)
+    assert len(grades.balanced_prompts(1, True)) == 2 * 24
+
+
+def test_psnr_of_a_known_error():
+    class Off(torch.nn.Module):
+        def encode(self, x):
+            self.x = x
+            return type("P", (), {"latent_dist": type("D", (), {"mean": x})})
+
+        def decode(self, z):
+            return type("S", (), {"sample": self.x * 0 + self.x + 0.02})
+
+    pipeline = type("Pipe", (), {"vae": Off(), "device": "cpu"})
+    pictures_ = torch.zeros(2, 3, 8, 8)
+    # an error of 0.02 on a range of 2: 20 log10(2 / 0.02) = 40 dB
+    assert grades.psnr(pipeline, pictures_).tolist() == pytest.approx([40, 40], abs=1e-3)
+
+
+def test_the_stored_grades_are_complete_and_their_goals_the_codes():
+    stored = ledger.read("mini_grades")
+    assert stored["goals"] == grades.GOALS
+    for name in ("teacher", "student"):
+        assert stored[name]["samples"] >= 500
+        for key in ("colour", "kind", "background", "fd_over_floor", "held_out_kind"):
+            assert np.isfinite(stored[name][key])

@@ -1,0 +1,133 @@
+"""Every notebook: paired, clean, within its limits, described to papermill, and it runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import papermill
+import pytest
+import yaml
+from IPython.core.inputtransformer2 import TransformerManager
+
+from tools import book
+
+PATHS = sorted(book.NOTEBOOKS.glob("*.ipynb"))
+PARAMETERS = set("budget teacher dataset plan steps batch_size seeds output_dir".split())
+MAX_CELLS, MAX_CODE_LINES, MAX_WORDS, MAX_CLASS_LINES = 44, 200, 2500, 15
+MACHINE_PATH = re.compile(r"(/home/|/Users/|/root/|/tmp/|/work/|site-packages)")
+
+every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_of(notebook) -> list[str]:
+    """The code cells as plain Python: magics become calls."""
+    plain = TransformerManager().transform_cell
+    return [plain(c.source) for c in notebook.cells if c.cell_type == "code"]
+
+
+def test_there_are_notebooks():
+    assert PATHS, "notebooks/ is empty, so the checks below would check nothing"
+
+
+def test_every_notebook_is_in_the_table_of_contents_and_nothing_else():
+    toc = yaml.safe_load((book.ROOT / "_toc.yml").read_text())
+    listed = [c["file"] for part in toc["parts"] for c in part["chapters"]]
+    assert sorted(listed) == [f"notebooks/{p.stem}" for p in PATHS]
+
+
+def test_every_text_half_has_its_notebook():
+    assert sorted(p.stem for p in book.NOTEBOOKS.glob("*.py")) == [p.stem for p in PATHS]
+
+
+@every_notebook
+def test_name(path):
+    assert re.fullmatch(r"(\d\d|[A-Z]\d)_[a-z0-9_]+", path.stem)
+
+
+@pytest.fixture(scope="module")
+def synced(tmp_path_factory):
+    """A copy of the notebooks after `jupytext --sync`, which rewrites whatever has drifted."""
+    folder = tmp_path_factory.mktemp("sync")
+    shutil.copy(book.ROOT / "pyproject.toml", folder)
+    shutil.copytree(book.NOTEBOOKS, folder / "notebooks")
+    copies = sorted((folder / "notebooks").glob("*.ipynb"))
+    subprocess.run([sys.executable, "-m", "jupytext", "--quiet", "--sync", *copies], check=True)
+    return folder / "notebooks"
+
+
+@every_notebook
+def test_the_pair_is_in_sync(path, synced):
+    for half in (path, path.with_suffix(".py")):
+        assert (synced / half.name).read_text() == half.read_text(), (
+            f"{half.name} has drifted: run `jupytext --sync notebooks/{half.name}` and commit both"
+        )
+
+
+@every_notebook
+def test_the_metadata_has_no_noise(path):
+    notebook = read(path)
+    assert set(notebook.metadata) <= {"kernelspec", "language_info", "jupytext"}
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        assert set(cell.metadata) <= {"tags"}, cell.source
+        assert "injected-parameters" not in cell.metadata.get("tags", [])
+
+
+@every_notebook
+def test_the_committed_outputs_are_whole(path):
+    for cell in read(path).cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error", output.get("evalue")
+            assert book.WIDGET not in output.get("data", {}), "use `tools/book.py keep`"
+            text = output.get("text") or output.get("data", {}).get("text/plain", "")
+            assert not MACHINE_PATH.search(text), text
+
+
+@every_notebook
+def test_the_parameters_are_typed_and_explained(path):
+    tagged = [c for c in read(path).cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1, "exactly one cell is tagged `parameters`"
+    found = papermill.inspect_notebook(str(path))
+    assigned = [n for n in ast.parse(tagged[0].source).body if isinstance(n, ast.Assign)]
+    assert not assigned, "each parameter has a type: `steps: int = None  # why`"
+    annotated = [n for n in ast.parse(tagged[0].source).body if isinstance(n, ast.AnnAssign)]
+    # papermill reads parameters with a pattern that `int | None` and broken lines do not match.
+    assert [n.target.id for n in annotated] == list(found), "papermill cannot read them all"
+    for name, parameter in found.items():
+        assert parameter["inferred_type_name"] != "None", f"{name} has no type"
+        assert parameter["help"], f"{name} has no comment"
+    assert set(found) <= PARAMETERS, "the names are the same in every notebook"
+    assert {"budget", "output_dir"} <= set(found)
+    assert found["budget"]["default"] == '"quick"'
+    assert "dataset" in found or "batch_size" not in found, "a notebook that trains says on what"
+
+
+@every_notebook
+def test_the_notebook_keeps_to_its_limits(path):
+    notebook = read(path)
+    code = code_of(notebook)
+    lines = [x for cell in code for x in cell.splitlines() if x.strip() and x.strip()[0] != "#"]
+    prose = " ".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    assert len(notebook.cells) <= MAX_CELLS
+    assert len(lines) <= MAX_CODE_LINES
+    assert len(prose.split()) <= MAX_WORDS
+    for node in ast.walk(ast.parse("\n".join(code))):
+        if isinstance(node, ast.ClassDef):
+            assert node.end_lineno - node.lineno < MAX_CLASS_LINES, f"{node.name}: to the library"
+
+
+@every_notebook
+@pytest.mark.book
+def test_the_notebook_runs_at_the_quick_budget_and_draws(path, executed):
+    outputs = [o for c in read(executed(path)).cells for o in c.get("outputs", [])]
+    kinds = {kind for output in outputs for kind in output.get("data", {})}
+    assert kinds & {"image/png", "image/svg+xml", "image/gif", "image/jpeg"}

@@ -1,0 +1,227 @@
+"""Runs the notebooks and builds the book from what they drew.
+
+run    every notebook with papermill, into build/notebooks/; at the quick budget unless told
+tidy   bring the two halves of each notebook in line (the newer one wins), format, drop noise
+keep   copy the outputs of the last run into notebooks/, for committing
+build  the HTML book from build/notebooks/; `--source notebooks` takes the committed outputs
+all    run, then build
+
+For example: `python tools/book.py run --only 01 -p budget standard -p seeds "[0, 1, 2]"`
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+EXECUTED = ROOT / "build" / "notebooks"
+OUTPUTS = ROOT / "build" / "outputs"
+STAGE = ROOT / "build" / "book"
+INDEX = STAGE / "_build" / "html" / "index.html"
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+WIDGET_NOTE = "*In JupyterLab an interactive control stands here.*"
+LINK = re.compile(r"\]\(<?([^)\s>#]+)|\bsrc=[\"']([^\"'#]+)")
+
+
+class BookError(Exception):
+    """Something the reader of the message can put right; shown without a traceback."""
+
+
+def notebooks(only: str | None = None) -> list[Path]:
+    """The notebooks in reading order, or those whose name starts with `only`."""
+    found = sorted(NOTEBOOKS.glob(f"{only or ''}*.ipynb"))
+    if not found:
+        raise BookError(f"no notebook named {only or ''}*.ipynb in {NOTEBOOKS}")
+    return found
+
+
+def check_parameters(notebook: Path, names) -> None:
+    """Refuse names that the notebook does not have: papermill would only warn and run on."""
+    known = set(papermill.inspect_notebook(str(notebook)))
+    if unknown := sorted(set(names) - known):
+        raise BookError(
+            f"{notebook.name} has no parameter {', '.join(unknown)}; "
+            f"it has: {', '.join(sorted(known)) or 'none'}"
+        )
+
+
+def run_one(notebook: Path, **parameters) -> Path:
+    """Run a notebook from its own folder, as JupyterLab would; returns the executed copy."""
+    defaults = {"budget": "quick", "output_dir": str(OUTPUTS / notebook.stem)}
+    parameters = defaults | parameters
+    check_parameters(notebook, parameters)
+    executed = EXECUTED / notebook.name
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    executed.unlink(missing_ok=True)
+    Path(parameters["output_dir"]).mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        str(notebook),
+        str(executed),
+        parameters=parameters,
+        kernel_name="python3",
+        language="python",
+        cwd=str(NOTEBOOKS),
+        progress_bar=False,
+    )
+    return executed
+
+
+def run(only: str | None = None, **parameters) -> None:
+    """Run the notebooks one after the other; a failure does not keep the others from running."""
+    chosen = notebooks(only)
+    for notebook in chosen:
+        check_parameters(notebook, {"budget", "output_dir", *parameters})
+    failed = []
+    for notebook in chosen:
+        start = time.perf_counter()
+        try:
+            run_one(notebook, **parameters)
+            verdict = "ok"
+        except Exception as error:  # whatever a notebook raises, name it and go on
+            verdict = "FAILED"
+            failed.append(notebook.name)
+            print(f"{notebook.name}: {error}", file=sys.stderr)
+        print(f"{verdict:>6}  {time.perf_counter() - start:6.1f} s  {notebook.name}", flush=True)
+    if failed:
+        raise BookError(f"{len(failed)} of {len(chosen)} notebooks failed: {', '.join(failed)}")
+
+
+def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Take out what one run leaves behind: injected parameters, timestamps, paths, live widgets.
+
+    A widget needs scripts from the network to come alive on a page, so a note takes its place;
+    a progress bar has nothing left to say and goes without one.
+    """
+    keep = {"kernelspec", "language_info", "jupytext"}
+    notebook.metadata = {k: v for k, v in notebook.metadata.items() if k in keep}
+    notebook.cells = [
+        c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])
+    ]
+    for cell in notebook.cells:
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+        if cell.cell_type != "code":
+            continue
+        outputs = []
+        for output in cell.outputs:
+            if WIDGET in output.get("data", {}):
+                if "%|" in output.data.get("text/plain", ""):  # tqdm
+                    continue
+                data = {"text/markdown": WIDGET_NOTE, "text/plain": WIDGET_NOTE.strip("*")}
+                output = nbformat.v4.new_output("display_data", data)
+            outputs.append(output)
+        cell.outputs = outputs
+    return notebook
+
+
+def tidy() -> None:
+    """Sync each .ipynb with its .py, clean and format it, and let the .py follow."""
+    jupytext = [sys.executable, "-m", "jupytext", "--quiet", "--sync"]
+    subprocess.run([*jupytext, *NOTEBOOKS.glob("*.py"), *NOTEBOOKS.glob("*.ipynb")], check=True)
+    for path in notebooks():
+        nbformat.write(clean(nbformat.read(path, as_version=4)), path)
+    subprocess.run([sys.executable, "-m", "ruff", "format", *notebooks()], check=True)
+    subprocess.run([*jupytext, *notebooks()], check=True)
+
+
+def keep(only: str | None = None) -> None:
+    """Copy the outputs of the last run into notebooks/; sources and metadata stay as they are."""
+    for path in notebooks(only):
+        notebook = nbformat.read(path, as_version=4)
+        executed = clean(read_executed(path.name, EXECUTED))
+        if [c.source for c in notebook.cells] != [c.source for c in executed.cells]:
+            raise BookError(f"{path.name} has changed since it was run: run it again")
+        for cell, ran in zip(notebook.cells, executed.cells, strict=True):
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = ran.outputs, ran.execution_count
+        nbformat.write(notebook, path)
+        print(f"kept the outputs of {path.name}")
+
+
+def read_executed(name: str, folder: Path) -> nbformat.NotebookNode:
+    if not (folder / name).is_file():
+        raise BookError(f"{name} has not been run: no {folder / name}")
+    return nbformat.read(folder / name, as_version=4)
+
+
+def stage(source: Path = EXECUTED) -> None:
+    """Lay out everything the book needs in a folder of its own, so that nothing else gets in."""
+    shutil.rmtree(STAGE, ignore_errors=True)
+    (STAGE / "notebooks").mkdir(parents=True)
+    for name in ("_toc.yml", "_config.yml", "README.md"):
+        shutil.copy(ROOT / name, STAGE / name)
+    copy_linked((ROOT / "README.md").read_text("utf-8"), ROOT)
+    for path in notebooks():
+        notebook = clean(read_executed(path.name, source))
+        nbformat.write(notebook, STAGE / "notebooks" / path.name)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                copy_linked(cell.source, NOTEBOOKS)
+
+
+def copy_linked(text: str, folder: Path) -> None:
+    """Copy the project's files that a page links to or shows; the strict build asks for each."""
+    for link in LINK.findall(text):
+        path = (folder / "".join(link)).resolve()
+        if path.is_file() and path.is_relative_to(ROOT) and path.suffix not in {".ipynb", ".md"}:
+            copy = STAGE / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+
+
+def build(source: Path = EXECUTED) -> Path:
+    """Build the HTML book; any warning fails it. Returns its first page."""
+    stage(source)
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", STAGE]
+    done = subprocess.run([*command, "-W", "-n", "--keep-going"])
+    if done.returncode != 0:
+        raise BookError("the book has warnings or errors, see above")
+    return INDEX
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("run", "tidy", "keep", "build", "all"))
+    parser.add_argument("--only", metavar="NAME", help="notebooks whose name starts with NAME")
+    parser.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set a notebook parameter (VALUE is read as YAML); may be repeated",
+    )
+    parser.add_argument(
+        "--source", type=Path, default=EXECUTED, help="where `build` finds executed notebooks"
+    )
+    options = parser.parse_args(arguments)
+    parameters = {name: yaml.safe_load(value) for name, value in options.parameters}
+    try:
+        if options.command in ("run", "all"):
+            run(options.only, **parameters)
+        if options.command == "tidy":
+            tidy()
+        if options.command == "keep":
+            keep(options.only)
+        if options.command in ("build", "all"):
+            print(f"The book is ready: {build(options.source)}")
+    except BookError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
