@@ -1,7 +1,7 @@
 """Slim, distil and replay: KDC-Diff re-created as a small library under a research book."""
 
 from kdc.data import LatentDataset, cache_latents, load_dataset
-from kdc.distillation import distill
+from kdc.distillation import distill, output_error
 from kdc.losses import DistillationLoss, FeatureTaps, LossWeights, tap_names
 from kdc.models import generate, load_student, load_teacher, save_student, with_unet
 from kdc.slimming import PLANS, SlimPlan, copy_map, slim
@@ -22,6 +22,7 @@ __all__ = [
     "load_dataset",
     "load_student",
     "load_teacher",
+    "output_error",
     "save_student",
     "slim",
     "tap_names",

@@ -105,6 +105,38 @@ def distill(
     return log
 
 
+@torch.no_grad()
+def output_error(
+    student: UNet2DConditionModel,
+    teacher: StableDiffusionPipeline,
+    data: LatentDataset,
+    *,
+    count: int = 48,
+    levels: int = 8,
+    seed: int = 12345,
+) -> pd.Series:
+    """How far a student's predictions are from its teacher's: E |s - u|^2 by timestep.
+
+    The same `count` pictures' noise and captions for every student of one seed, at `levels`
+    timesteps spread evenly over the process. The mean of the series is the score, lower is nearer.
+    """
+    process, generator = forward_process(teacher), torch.Generator().manual_seed(seed)
+    last = process.config.num_train_timesteps - 1
+    errors = {}
+    for level in torch.linspace(0.06 * last, 0.96 * last, levels).long().tolist():
+        latents, words = data.draw(count, generator, 0.0)
+        timesteps = torch.full((count,), level)
+        noise = torch.randn(latents.shape, generator=generator)
+        inputs = (process.add_noise(latents, noise, timesteps), timesteps, words)
+        inputs = [x.to(teacher.device) for x in inputs]
+        s, u = (
+            unet(*(_like(unet, x) for x in inputs), return_dict=False)[0].float()
+            for unet in (student, teacher.unet)
+        )
+        errors[level] = (s - u).square().mean().item()
+    return pd.Series(errors, name="output error").rename_axis("timestep")
+
+
 def _like(module: torch.nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in the module's precision; whole numbers stay whole."""
     return tensor.to(module.dtype) if tensor.is_floating_point() else tensor

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+import pandas as pd
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torchmetrics", "lpips")
@@ -27,6 +30,13 @@ def provenance(**settings) -> dict:
         "threads": torch.get_num_threads(),
         **settings,
     }
+
+
+def this_run(started: float, **settings) -> pd.DataFrame:
+    """The provenance of a notebook's run as a table; `started` is `time.perf_counter()` then."""
+    values = provenance(**settings, wall_seconds=round(time.perf_counter() - started, 1))
+    values["packages"] = ", ".join(f"{k} {v}" for k, v in values["packages"].items())
+    return pd.Series(values, name="this run").map(str).to_frame()
 
 
 def _commit() -> str | None:

@@ -1,10 +1,5 @@
 # ---
 # jupyter:
-#   jupytext:
-#     formats: ipynb,py:percent
-#     text_representation:
-#       extension: .py
-#       format_name: percent
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -51,18 +46,16 @@ from IPython.display import display
 
 import kdc
 from kdc import figures, ledger
+from kdc.budgets import settle
 
 started = time.perf_counter()
-settings = {
+table = {
     "quick": {"steps": 25, "seeds": [0], "rounds": 3},
     "standard": {"steps": 25, "seeds": [0, 1, 2], "rounds": 10},
     "full": {"steps": 50, "seeds": [0, 1, 2], "rounds": 10},
 }
-if budget not in settings:
-    raise ValueError(f"unknown budget {budget!r}; the budgets are {', '.join(settings)}")
-chosen = settings[budget]
-steps = steps or chosen["steps"]
-seeds = seeds or chosen["seeds"]
+run = settle(budget, table, steps=steps, seeds=seeds)
+steps, seeds = run.steps, run.seeds
 Path(output_dir).mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]
@@ -114,6 +107,7 @@ grid = figures.picture_grid(drawn, [p.replace(" background", "") for p in prompt
 grid.savefig(Path(output_dir) / "teacher_and_student.png", dpi=150)
 plt.show()
 
+
 # %% [markdown]
 # Both rows of a seed start from the same noise, so they may be compared picture by picture: the
 # composition, the place and the turn of the subject are decided in the first steps, and a student
@@ -125,7 +119,6 @@ plt.show()
 # steps with guidance, after a warm-up, the two pipelines in turn, so that whatever else the machine
 # is doing slows both. The median is shown with the range from the fastest to the slowest round.
 
-
 # %%
 def time_one(pipeline) -> float:
     start = time.perf_counter()
@@ -136,7 +129,7 @@ def time_one(pipeline) -> float:
 
 
 times = {name: [] for name in pipelines}
-for index in range(chosen["rounds"] + 1):
+for index in range(run.rounds + 1):
     for name, pipeline in pipelines.items():
         elapsed = time_one(pipeline)
         if index:  # the first round warms up
@@ -218,13 +211,4 @@ if teacher == "mini":
 # ## Provenance
 
 # %%
-pd.Series(
-    ledger.provenance(
-        budget=budget,
-        teacher=teacher,
-        steps=steps,
-        seeds=str(seeds),
-        wall_seconds=round(time.perf_counter() - started, 1),
-    ),
-    name="this run",
-).to_frame()
+ledger.this_run(started, budget=budget, teacher=teacher, steps=steps, seeds=str(seeds))

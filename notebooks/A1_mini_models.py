@@ -1,10 +1,5 @@
 # ---
 # jupyter:
-#   jupytext:
-#     formats: ipynb,py:percent
-#     text_representation:
-#       extension: .py
-#       format_name: percent
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -44,18 +39,17 @@ import torch
 
 import kdc
 from kdc import figures, ledger, metrics, mini, models, worlds
+from kdc.budgets import settle
 from kdc.mini import grades, pictures
 
 started = time.perf_counter()
-settings = {
+table = {
     "quick": {"steps": 3, "copies": 1, "every": 4},
     "standard": {"steps": 50, "copies": 2, "every": 1},
     "full": {"steps": 200, "copies": 6, "every": 1},
 }
-if budget not in settings:
-    raise ValueError(f"unknown budget {budget!r}; the budgets are {', '.join(settings)}")
-chosen = settings[budget]
-steps = steps or chosen["steps"]
+run = settle(budget, table, steps=steps)
+steps = run.steps
 output = Path(output_dir)
 output.mkdir(parents=True, exist_ok=True)
 
@@ -152,16 +146,13 @@ for name in mini.STAGES:
 # all others.
 
 # %%
-shown = grades.balanced_prompts(chosen["copies"], False) + grades.balanced_prompts(1, True)
+shown = grades.balanced_prompts(run.copies, False) + grades.balanced_prompts(1, True)
 renderings = grades.renderings_of(shown, seed=9)
 reading = metrics.attribute_accuracy(renderings, shown)
-distinct = list(dict.fromkeys(shown))[:: chosen["every"]]
+distinct = list(dict.fromkeys(shown))[:: run.every]
 picks = torch.tensor([shown.index(a) for a in distinct])
 scores = torch.stack(
-    [
-        metrics.clip_score(renderings[picks], [worlds.caption(a)] * len(picks))
-        for a in distinct[:40]
-    ]
+    [metrics.clip_score(renderings[picks], [worlds.caption(a)] * len(picks)) for a in distinct[:40]]
 )
 ranks = (scores.argmax(dim=1) == torch.arange(len(scores))).float().mean().item()
 display_rows = {f"classifier, {k}": f"{v:.1%}" for k, v in reading.items()}
@@ -174,8 +165,8 @@ pd.Series(display_rows, name=f"on {len(shown)} real renderings").to_frame()
 # A small sample, so mind the standard error. The stored grades come after it.
 
 # %%
-asked = grades.balanced_prompts(1, False)[:: chosen["every"]]
-rare = grades.balanced_prompts(1, True)[:: max(1, chosen["every"] // 2)]
+asked = grades.balanced_prompts(1, False)[:: run.every]
+rare = grades.balanced_prompts(1, True)[:: max(1, run.every // 2)]
 drawn = kdc.generate(pipeline, [worlds.caption(a) for a in asked + rare], seed=11)
 usual = metrics.attribute_accuracy(drawn[: len(asked)], asked)
 never = metrics.attribute_accuracy(drawn[len(asked) :], rare)
@@ -268,12 +259,9 @@ pd.DataFrame(
 # ## Provenance
 
 # %%
-pd.Series(
-    ledger.provenance(
-        budget=budget,
-        dataset=dataset if dataset in ("worlds", *kdc.WORLDS) else Path(dataset).name,
-        steps=steps,
-        wall_seconds=round(time.perf_counter() - started, 1),
-    ),
-    name="this run",
-).to_frame()
+ledger.this_run(
+    started,
+    budget=budget,
+    dataset=Path(dataset).name,
+    steps=steps,
+)
