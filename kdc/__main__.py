@@ -30,6 +30,7 @@ def _grades(args) -> None:
     }
     settings = {"steps": grades.STEPS, "guidance": grades.GUIDANCE, "seed": grades.SEED}
     print(ledger.write("mini_grades", values, args.results, **settings))
+    print(grades.markdown(grades.report(values)))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -201,47 +201,7 @@ plt.show()
 # and its floor is the distance between two sets of real renderings at the same count.
 
 # %%
-stored = ledger.read("mini_grades")
-goals, teacher_grades = stored["goals"], stored["teacher"]
-held_out = min(teacher_grades[f"held_out_{k}"] for k in ("colour", "kind", "background"))
-reached = {
-    "classifier": min(stored["classifier"][k] for k in ("colour", "kind", "background")),
-    "psnr_worlds": stored["autoencoder"]["psnr_worlds"],
-    "psnr_photos": stored["autoencoder"].get("psnr_photos"),
-    "colour": teacher_grades["colour"],
-    "kind": teacher_grades["kind"],
-    "background": teacher_grades["background"],
-    "held_out": held_out,
-    "fd_over_floor": teacher_grades["fd_over_floor"],
-}
-names = {
-    "classifier": "classifier, worst attribute on real renderings",
-    "psnr_worlds": "autoencoder on the worlds (dB)",
-    "psnr_photos": "autoencoder on photographs (dB)",
-    "colour": "teacher, colour",
-    "kind": "teacher, species or pattern",
-    "background": "teacher, background",
-    "held_out": "teacher, worst attribute of never-trained combinations",
-    "fd_over_floor": "teacher, Fréchet distance over its floor (lower is better)",
-}
-
-
-def is_met(name, value):
-    return value <= goals[name] if name == "fd_over_floor" else value >= goals[name]
-
-
-pd.DataFrame(
-    [
-        {
-            "grade": names[name],
-            "goal": goals[name],
-            "reached": round(value, 3),
-            "met": "yes" if is_met(name, value) else "no",
-        }
-        for name, value in reached.items()
-        if value is not None
-    ]
-).set_index("grade")
+grades.report(ledger.read("mini_grades"))
 
 # %% [markdown]
 # ## What would have shown the claim false

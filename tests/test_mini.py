@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -84,3 +86,22 @@ def test_the_stored_grades_are_complete_and_their_goals_the_codes():
         assert stored[name]["samples"] >= 500
         for key in ("colour", "kind", "background", "fd_over_floor", "held_out_kind"):
             assert np.isfinite(stored[name][key])
+
+
+def test_the_readme_shows_the_stored_grades():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = readme.split("<!-- grades -->")[1].split("<!-- /grades -->")[0].strip()
+    assert shown == grades.markdown(grades.report(ledger.read("mini_grades")))
+
+
+def test_the_report_says_which_goals_are_missed():
+    row = dict.fromkeys(("colour", "kind", "background"), 0.96)
+    row |= {f"held_out_{k}": v for k, v in zip(list(row), (0.9, 0.79, 0.9), strict=True)}
+    stored = {
+        "classifier": dict.fromkeys(("colour", "kind", "background"), 0.995),
+        "autoencoder": {"psnr_worlds": 27.9},
+        "teacher": row | {"fd_over_floor": 2.9},
+        "student": row | {"fd_over_floor": 3.4},
+    }
+    met = grades.report(stored)["met"].tolist()
+    assert met == ["yes", "no", "not measured", "yes", "yes", "yes", "no", "yes"]

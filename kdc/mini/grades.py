@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
@@ -109,3 +110,63 @@ def grade_pipeline(
 def standard_error(share: float, count: int) -> float:
     """Binomial standard error of an observed share."""
     return math.sqrt(share * (1 - share) / count)
+
+
+NAMES = {
+    "classifier": "attribute classifier on real renderings, its worst attribute",
+    "psnr_worlds": "autoencoder on the worlds",
+    "psnr_photos": "autoencoder on photographs",
+    "colour": "pictures show the asked-for colour",
+    "kind": "... species or wing pattern",
+    "background": "... background",
+    "held_out": "... of never-trained combinations, the worst attribute",
+    "fd_over_floor": "Fréchet distance over its floor (lower is better)",
+}
+
+
+def report(stored: dict) -> pd.DataFrame:
+    """The stored grades beside their goals, as the README and the appendix show them.
+
+    Columns: goal, reached (judges, autoencoder and teacher), met, student.
+    """
+    attributes = ("colour", "kind", "background")
+    teacher, student, autoencoder = stored["teacher"], stored["student"], stored["autoencoder"]
+    reached = {
+        "classifier": min(stored["classifier"][name] for name in attributes),
+        "psnr_worlds": autoencoder["psnr_worlds"],
+        "psnr_photos": autoencoder.get("psnr_photos"),
+    }
+    both = [*attributes, "fd_over_floor"]
+    reached |= {name: teacher[name] for name in both}
+    small = {name: student[name] for name in both}
+    for grades, column in ((teacher, reached), (student, small)):
+        column["held_out"] = min(grades[f"held_out_{name}"] for name in attributes)
+
+    def shown(name: str, value: float | None) -> str:
+        if value is None:
+            return "-"
+        if name.startswith("psnr"):
+            return f"{value:.1f} dB"
+        return f"{value:.1f}" if name == "fd_over_floor" else f"{100 * value:.1f} %"
+
+    def met(name: str, value: float | None) -> str:
+        if value is None:
+            return "not measured"
+        goal = GOALS[name]
+        return "yes" if (value <= goal if name == "fd_over_floor" else value >= goal) else "no"
+
+    rows = [
+        (label, shown(name, GOALS[name]), shown(name, reached[name]), met(name, reached[name]),
+         shown(name, small.get(name)))
+        for name, label in NAMES.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["grade", "goal", "reached", "met", "student"]).set_index(
+        "grade"
+    )
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """That table in Markdown, with its index as first column."""
+    lines = [[table.index.name, *table.columns], ["---"] * (table.shape[1] + 1)]
+    lines += [[index, *row] for index, row in zip(table.index, table.values.tolist(), strict=True)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -84,7 +84,7 @@ def encode_pictures(vae: AutoencoderKL, pictures: Tensor, batch_size: int = 64) 
 def train_teacher(
     vae: AutoencoderKL,
     output_dir: Path,
-    steps: int = 24000,
+    steps: int = 6500,
     batch_size: int = 16,
     pool: int = 16000,
     learning_rate: float = 8e-4,
