@@ -181,11 +181,8 @@ with torch.no_grad():
 scale = {
     name: {"": t.square().mean().item()} for (_, name), t in zip(pairs, teacher_taps, strict=True)
 }
-figures.bars(
-    {n.replace("_blocks", "").replace("_block", ""): v for n, v in scale.items()},
-    "mean square of the tap",
-    log_scale=True,
-)
+short = {n.replace("_blocks", "").replace("_block", ""): v for n, v in scale.items()}
+figures.bars(short, "mean square of the tap", log_scale=True)
 plt.show()
 
 # %% [markdown]
@@ -245,17 +242,16 @@ print(f"which makes {ratio * 4096 / pixels:,.0f} times with the 4,096 pixels it 
 # %% [markdown]
 # The sum over pixels is what claim 2 is about: it multiplies the mean by $H \times W$, which is
 # 4,096 for Stable Diffusion and 256 for the mini latents. So the imbalance depends on the size of
-# the picture, which no one would choose on purpose. The KL has a second weakness, and it is no matter of weight. A softmax does not
-# change when the same number is added to all channels, so the term cannot see an error that all
-# channels share. The next cell makes such an error on purpose.
+# the picture, which no one would choose on purpose. The KL has a second weakness, and it is no
+# matter of weight. A softmax does not change when the same number is added to all channels, so the
+# term cannot see an error that all channels share. The next cell makes such an error on purpose.
 
 # %%
 shift = torch.randn(len(target), 1, *target.shape[2:], generator=torch.Generator().manual_seed(1))
 wrong = teacher_prediction + shift.to(pipeline.device)
 print(f"output term of the shifted prediction: {(wrong - teacher_prediction).square().mean():.3f}")
-print(
-    f"soft term of the shifted prediction:   {losses.soft_term(wrong, teacher_prediction, 2.0, 'mean'):.6f}"
-)
+soft = losses.soft_term(wrong, teacher_prediction, 2.0, "mean")
+print(f"soft term of the shifted prediction:   {soft:.6f}")
 
 
 # %% [markdown]
