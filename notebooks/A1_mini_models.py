@@ -112,7 +112,7 @@ plt.show()
 # ## How they were trained
 #
 # Each stage ran on the one training loop, `kdc.training.train`, and left a log that is shipped
-# beside the weights.
+# beside the weights; only the autoencoder's was not kept.
 
 # %%
 logs = {p.stem: pd.read_csv(p) for p in sorted((models.ASSETS / "logs").glob("*.csv"))}
