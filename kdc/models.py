@@ -40,7 +40,7 @@ def load_teacher(
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             str(path) if path.is_dir() else str(source),
-            torch_dtype=dtype,
+            dtype=dtype,
             use_safetensors=True,
             safety_checker=None,
             requires_safety_checker=False,
@@ -71,7 +71,7 @@ def load_student(
         raise FileNotFoundError(f"{path} holds no student: neither model_index.json nor unet/")
     try:
         unet = UNet2DConditionModel.from_pretrained(
-            path, subfolder="unet", torch_dtype=dtype, use_safetensors=True
+            path, subfolder="unet", dtype=dtype, use_safetensors=True
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the student in {path} cannot be read: {error}") from error
@@ -84,7 +84,9 @@ def with_unet(
     """The same pipeline around another U-Net, moved to its device; all other parts are shared."""
     parts = {name: part for name, part in pipeline.components.items() if name != "unet"}
     parts["scheduler"] = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    unet = unet.to(device=pipeline.device, dtype=pipeline.dtype).eval()
+    if unet.dtype != pipeline.dtype:
+        unet = unet.to(dtype=pipeline.dtype)
+    unet = unet.to(device=pipeline.device).eval()
     return StableDiffusionPipeline(**parts, unet=unet, requires_safety_checker=False)
 
 

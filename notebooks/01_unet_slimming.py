@@ -331,7 +331,7 @@ shares.map(lambda share: f"{share:.2f}")
 # ## What would have shown the claims false
 #
 # One "NO" in the table of counts (1). A `False`, or a tensor that is not copied (2). A plan whose
-# orange bar is not above its blue one in the figure of claim 3. Equal shares of parameters and time
+# red bar is not above its blue one in the figure of claim 3. Equal shares of parameters and time
 # for every plan (4).
 #
 # ## Exercises

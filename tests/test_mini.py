@@ -25,14 +25,15 @@ def test_the_shipped_tokenizer_is_the_one_that_is_made(teacher):
 
 
 def test_dead_leaves_have_the_spectrum_of_photographs():
-    """Power falls with frequency as a power law; photographs have an exponent near 2."""
+    """Power falls with frequency as a power law; for photographs of this size the exponent, over
+    these frequencies, is about 2.4. Above them the anti-aliasing of the edges takes over."""
     rng = np.random.default_rng(0)
     grey = np.stack([pictures.dead_leaves(rng).mean(axis=2) for _ in range(48)])
     power = np.abs(np.fft.rfft2(grey - grey.mean(axis=(1, 2), keepdims=True))) ** 2
     frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.rfftfreq(64)[None])
-    use = (frequency > 0.04) & (frequency < 0.4)
+    use = (frequency > 0.02) & (frequency < 0.2)
     slope = np.polyfit(np.log(frequency[use]), np.log(power.mean(axis=0)[use]), 1)[0]
-    assert -3.2 < slope < -1.6
+    assert -2.8 < slope < -1.9
 
 
 def test_world_pictures_show_what_they_say_and_leave_out_the_held_out():

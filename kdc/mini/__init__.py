@@ -48,7 +48,7 @@ def make_clip(out: Path, **settings) -> None:
 
 def make_teacher(out: Path, **settings) -> None:
     vae = AutoencoderKL.from_pretrained(
-        out.parent / "autoencoder" / "final", torch_dtype=torch.float32
+        out.parent / "autoencoder" / "final", dtype=torch.float32
     )
     model, tokenizer, _ = train_teacher(vae, out / "run", **settings)
     pipeline = StableDiffusionPipeline(

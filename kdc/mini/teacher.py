@@ -55,7 +55,7 @@ def noise_scheduler() -> DDPMScheduler:
 
 def sampling_scheduler() -> DPMSolverMultistepScheduler:
     """The sampler in the pipeline. Trailing steps start from pure noise, as in training."""
-    return DPMSolverMultistepScheduler(1000, timestep_spacing="trailing", **NOISE)
+    return DPMSolverMultistepScheduler(1000, timestep_spacing="trailing", steps_offset=1, **NOISE)
 
 
 class TextToNoise(nn.Module):
