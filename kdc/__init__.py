@@ -1,5 +1,6 @@
 """Slim, distil and replay: KDC-Diff re-created as a small library under a research book."""
 
+from kdc.costs import count_costs, measure_latency
 from kdc.data import LatentDataset, cache_latents, load_dataset
 from kdc.distillation import distill, output_error
 from kdc.losses import DistillationLoss, FeatureTaps, LossWeights, tap_names
@@ -17,11 +18,13 @@ __all__ = [
     "SlimPlan",
     "cache_latents",
     "copy_map",
+    "count_costs",
     "distill",
     "generate",
     "load_dataset",
     "load_student",
     "load_teacher",
+    "measure_latency",
     "output_error",
     "save_student",
     "slim",
