@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch.utils.data import Dataset
 
@@ -99,7 +100,7 @@ def distill(
     finally:
         for tap in taps or ():
             tap.close()
-    if output_dir:
+    if output_dir and PartialState().is_main_process:
         notes = {"weights": dataclasses.asdict(weights), "steps": steps, "batch_size": batch_size}
         save_student(student, output_dir, **notes, seed=seed, learning_rate=learning_rate)
     return log

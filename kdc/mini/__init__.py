@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_file
 
@@ -47,9 +48,7 @@ def make_clip(out: Path, **settings) -> None:
 
 
 def make_teacher(out: Path, **settings) -> None:
-    vae = AutoencoderKL.from_pretrained(
-        out.parent / "autoencoder" / "final", dtype=torch.float32
-    )
+    vae = AutoencoderKL.from_pretrained(out.parent / "autoencoder" / "final", dtype=torch.float32)
     model, tokenizer, _ = train_teacher(vae, out / "run", **settings)
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -79,8 +78,11 @@ def make_student(out: Path, steps: int = 1500, batch_size: int = 32, **settings)
         label="student",
         **settings,
     )
-    notes = {"plan": STUDENT_PLAN, "steps": steps, "batch_size": batch_size}
-    save_student(student.half(), out / "final", **notes)
+    state = PartialState()
+    if state.is_main_process:
+        notes = {"plan": STUDENT_PLAN, "steps": steps, "batch_size": batch_size}
+        save_student(student.half(), out / "final", **notes, processes=state.num_processes)
+    state.wait_for_everyone()
 
 
 STAGES: dict[str, Callable] = {
