@@ -56,7 +56,7 @@ from kdc.distillation import forward_process
 started = time.perf_counter()
 table = {
     "quick": {"steps": 50, "batch_size": 16, "seeds": [0], "count": 400},
-    "standard": {"steps": 1000, "batch_size": 32, "seeds": [0, 1, 2], "count": 8000},
+    "standard": {"steps": 400, "batch_size": 32, "seeds": [0, 1, 2], "count": 8000},
     "full": {"steps": 20000, "batch_size": 64, "seeds": [0, 1, 2], "count": 8000},
 }
 run = settle(budget, table, steps=steps, batch_size=batch_size, seeds=seeds)
