@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from kdc.slimming import SlimPlan
+
 ASSETS = Path(__file__).parent / "assets"
 MINI_TEACHER = ASSETS / "mini-teacher"
 MINI_STUDENT = ASSETS / "mini-student"
@@ -75,6 +77,8 @@ def load_student(
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the student in {path} cannot be read: {error}") from error
+    if plan := read_plan(path):
+        unet.slim_plan = plan
     return with_unet(teacher or load_teacher("mini", dtype, device), unet)
 
 
@@ -91,12 +95,21 @@ def with_unet(
 
 
 def save_student(unet: UNet2DConditionModel, folder: str | Path, **notes) -> Path:
-    """Write a student's U-Net as `folder/unet`, with `notes` (plan, loss, steps) in `kdc.json`."""
+    """Write a student as `folder/unet`; its plan and `notes` (loss, steps) in `kdc.json`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if plan := getattr(unet, "slim_plan", None):
+        notes = {"plan": plan.to_dict()} | notes
     unet.save_pretrained(folder / "unet", safe_serialization=True)
     (folder / "kdc.json").write_text(json.dumps(notes, indent=2, default=str) + "\n")
     return folder
+
+
+def read_plan(folder: str | Path) -> SlimPlan | None:
+    """The plan by which the student in that folder was cut; None where none is recorded."""
+    note = Path(folder) / "kdc.json"
+    plan = json.loads(note.read_text()).get("plan") if note.is_file() else None
+    return SlimPlan.from_dict(plan) if plan else None
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,6 +7,7 @@ keep the teacher's weights, tensor by tensor, as BK-SDM does it (Kim et al., arX
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -31,24 +32,51 @@ class SlimPlan:
 
     `down` lists for every stage, outermost first, the kept layers (of 0, 1); `up` for every stage,
     innermost first as in diffusers, those of 0, 1, 2. An empty tuple drops the stage, which only
-    inner stages may be. `mid` keeps the mid-block. Raises `ValueError` for what diffusers cannot
-    hold: an up stage has one layer more than its down stage, and the layers at which channels
-    change (the first, and on the way up the last) must stay.
+    inner stages may be. `mid` keeps the mid-block. `down_attention` and `up_attention` say, in the
+    same orders, which stages keep their transformer blocks; the innermost has none to keep, and no
+    dropped stage has. Two plans that keep the same are equal, whatever their names.
+
+    Raises `ValueError` for what diffusers cannot hold: an up stage has one layer more than its down
+    stage, and the layers at which channels change (the first, and on the way up the last) must
+    stay; a stage keeps its transformer blocks in all of its layers or in none.
     """
 
-    name: str
+    name: str = dataclasses.field(compare=False)
     down: tuple[tuple[int, ...], ...]
     up: tuple[tuple[int, ...], ...]
     mid: bool
+    down_attention: tuple[bool, ...] | None = None
+    up_attention: tuple[bool, ...] | None = None
 
     def __post_init__(self):
+        for name in ("down", "up"):
+            layers = tuple(tuple(stage) for stage in getattr(self, name))
+            object.__setattr__(self, name, layers)
         if len(self.down) != STAGES or len(self.up) != STAGES:
             raise ValueError(f"plan {self.name!r}: {STAGES} stages each way are needed")
+        self._settle_attention("down_attention", self.down, DOWN_TYPES)
+        self._settle_attention("up_attention", self.up, UP_TYPES)
         for stage, (down, up) in enumerate(zip(self.down, reversed(self.up), strict=True)):
             self._check_stage(stage, tuple(down), tuple(up))
         kept = [bool(layers) for layers in self.down]
         if not kept[0] or kept != sorted(kept, reverse=True):
             raise ValueError(f"plan {self.name!r}: only the innermost stages can be dropped")
+
+    def _settle_attention(self, name: str, layers: tuple, types: tuple[str, ...]) -> None:
+        possible = tuple(
+            bool(kept) and kind.startswith("CrossAttn")
+            for kept, kind in zip(layers, types, strict=True)
+        )
+        wanted = getattr(self, name)
+        settled = possible if wanted is None else tuple(bool(keep) for keep in wanted)
+        if len(settled) != STAGES or any(
+            keep and not can for keep, can in zip(settled, possible, strict=True)
+        ):
+            raise ValueError(
+                f"plan {self.name!r}: {name} must be {STAGES} truth values, true only where there"
+                f" are transformer blocks to keep ({possible}), not {wanted}"
+            )
+        object.__setattr__(self, name, settled)
 
     def _check_stage(self, stage: int, down: tuple[int, ...], up: tuple[int, ...]) -> None:
         where = f"plan {self.name!r}, stage {stage}"
@@ -71,11 +99,31 @@ class SlimPlan:
         return sum(not layers for layers in self.down)
 
     def __str__(self) -> str:
-        def line(stages):
-            return " ".join("".join(map(str, layers)) or "-" for layers in stages)
+        """Kept layers by stage; `~` marks a stage whose transformer blocks are dropped."""
+
+        def line(stages, attention, types):
+            words = []
+            for layers, keep, kind in zip(stages, attention, types, strict=True):
+                lost = layers and not keep and kind.startswith("CrossAttn")
+                words.append(("".join(map(str, layers)) or "-") + ("~" if lost else ""))
+            return " ".join(words)
 
         mid = "mid-block" if self.mid else "no mid-block"
-        return f"{self.name}: down {line(self.down)} | {mid} | up {line(self.up)}"
+        down = line(self.down, self.down_attention, DOWN_TYPES)
+        up = line(self.up, self.up_attention, UP_TYPES)
+        return f"{self.name}: down {down} | {mid} | up {up}"
+
+    def to_dict(self) -> dict:
+        """The plan as JSON holds it; `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> SlimPlan:
+        """The plan that `to_dict` wrote. Raises `ValueError` for one that cannot be built."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or set(values) - known or "name" not in values:
+            raise ValueError(f"not a slimming plan: {values!r}")
+        return cls(**values)
 
 
 def _one_layer(name: str, stages: int, mid: bool) -> SlimPlan:
@@ -137,11 +185,19 @@ def student_config(unet: UNet2DConditionModel, plan: str | SlimPlan) -> dict:
     layers = [len(kept) for kept in plan.down[:stages]]
     return config | {
         "block_out_channels": list(config["block_out_channels"][:stages]),
-        "down_block_types": list(DOWN_TYPES[:stages]),
-        "up_block_types": list(UP_TYPES[plan.dropped :]),
+        "down_block_types": _types(DOWN_TYPES, plan.down_attention)[:stages],
+        "up_block_types": _types(UP_TYPES, plan.up_attention)[plan.dropped :],
         "mid_block_type": MID_TYPE if plan.mid else None,
         "layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
     }
+
+
+def _types(types: tuple[str, ...], attention: tuple[bool, ...]) -> list[str]:
+    """Names of diffusers' blocks, without "CrossAttn" where a plan drops the transformers."""
+    return [
+        kind if keep else kind.removeprefix("CrossAttn")
+        for kind, keep in zip(types, attention, strict=True)
+    ]
 
 
 def _source(name: str, plan: SlimPlan) -> str:
@@ -201,6 +257,7 @@ def slim(
             name: theirs[source].detach().clone() for name, source in sources.items() if source
         }
         student.load_state_dict(copied, strict=None not in sources.values(), assign=True)
+    student.slim_plan = find_plan(plan)  # for `save_student`: how this network was made
     return student.requires_grad_(True).train(unet.training)
 
 

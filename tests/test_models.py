@@ -1,4 +1,3 @@
-import json
 import shutil
 import socket
 import subprocess
@@ -76,7 +75,7 @@ def test_the_mini_student_is_the_kdc_plan_and_opens_without_kdc(teacher):
         k: v.shape for k, v in expected.items()
     }
     assert student.vae is teacher.vae and student.scheduler is not teacher.scheduler
-    assert json.loads((models.MINI_STUDENT / "kdc.json").read_text())["plan"] == "kdc"
+    assert models.read_plan(models.MINI_STUDENT) == student.unet.slim_plan == kdc.PLANS["kdc"]
     code = (
         "import sys; sys.modules['kdc'] = None\n"
         "from diffusers import UNet2DConditionModel as U\n"

@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -66,31 +68,34 @@ def predict(unet, size=16):
 
 
 @torch.no_grad()
-def walk(teacher, down, up, stages, mid):
-    """A student's output, computed through the teacher's own modules by skipping layers."""
+def walk(teacher, down, up, stages, mid, bare=()):
+    """A student's output, computed through the teacher's own modules by skipping layers.
+
+    Stages in `bare`, counted from the outermost, go without their transformer blocks.
+    """
     x, t, words = inputs(teacher)
     emb = teacher.time_embedding(teacher.time_proj(t))
     x = teacher.conv_in(x)
     skips = [x]
 
-    def layer(block, index, x):
+    def layer(block, index, x, stage):
         x = block.resnets[index](x, emb)
-        if hasattr(block, "attentions"):
+        if hasattr(block, "attentions") and stage not in bare:
             x = block.attentions[index](x, encoder_hidden_states=words).sample
         return x
 
     for number, block in enumerate(teacher.down_blocks[:stages]):
         for index in down:
-            x = layer(block, index, x)
+            x = layer(block, index, x, number)
             skips.append(x)
         if number < stages - 1:
             x = block.downsamplers[0](x)
             skips.append(x)
     if mid:
         x = teacher.mid_block(x, emb, encoder_hidden_states=words)
-    for block in teacher.up_blocks[4 - stages :]:
+    for number, block in enumerate(teacher.up_blocks[4 - stages :]):
         for index in up:
-            x = layer(block, index, torch.cat([x, skips.pop()], dim=1))
+            x = layer(block, index, torch.cat([x, skips.pop()], dim=1), stages - 1 - number)
         if block.upsamplers is not None:
             x = block.upsamplers[0](x)
     assert not skips
@@ -249,6 +254,50 @@ def test_a_plan_that_diffusers_cannot_hold_is_refused_when_it_is_made(down, up, 
 
 def test_a_plan_prints_its_layers():
     assert str(PLANS["bk-tiny"]) == "bk-tiny: down 0 0 0 - | no mid-block | up - 02 02 02"
+    plan = dataclasses.replace(PLANS["kdc"], name="bare", down_attention=(False, True, True, False))
+    assert str(plan) == "bare: down 0~ 0 0 0 | no mid-block | up 02 02 02 02"
+
+
+def test_plans_compare_by_what_they_keep_and_survive_json(tiny_unet, tmp_path):
+    plan = dataclasses.replace(PLANS["kdc"], name="bare", up_attention=[False, True, False, False])
+    again = SlimPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan and again.name == "bare" and hash(again) == hash(plan)
+    assert plan != PLANS["kdc"] and dataclasses.replace(PLANS["kdc"], name="x") == PLANS["kdc"]
+    kdc.save_student(kdc.slim(tiny_unet, plan), tmp_path, steps=3)
+    assert kdc.models.read_plan(tmp_path) == plan
+    with pytest.raises(ValueError, match="not a slimming plan"):
+        SlimPlan.from_dict({"layers": 3})
+
+
+def test_transformer_blocks_can_be_dropped_by_stage(tiny_unet):
+    plan = SlimPlan(
+        "bare",
+        ((0,),) * 4,
+        ((0, 2),) * 4,
+        False,
+        down_attention=(False, True, True, False),
+        up_attention=(False, True, True, False),
+    )
+    student = kdc.slim(tiny_unet, plan)
+    assert student.config.down_block_types[0] == "DownBlock2D"
+    assert student.config.up_block_types[-1] == "UpBlock2D"
+    assert None not in copy_map(tiny_unet, plan).values()
+    assert set(copy_map(tiny_unet, plan)) < set(copy_map(tiny_unet, "kdc"))
+    expected = walk(tiny_unet.eval(), (0,), (0, 2), 4, False, bare=(0,))
+    assert torch.allclose(predict(student), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {"down_attention": (True, True, True, True)},  # the innermost stage has none
+        {"up_attention": (True, True, True, True)},
+        {"up_attention": (True, False)},
+    ],
+)
+def test_attention_where_there_is_none_is_refused(attention):
+    with pytest.raises(ValueError, match=f"{next(iter(attention))} must be 4 truth values"):
+        dataclasses.replace(PLANS["kdc"], name="bad", **attention)
     assert student_config(on_meta(SD1), "kdc")["mid_block_type"] is None
 
 

@@ -80,7 +80,7 @@ def make_student(out: Path, steps: int = 1500, batch_size: int = 32, **settings)
     )
     state = PartialState()
     if state.is_main_process:
-        notes = {"plan": STUDENT_PLAN, "steps": steps, "batch_size": batch_size}
+        notes = {"steps": steps, "batch_size": batch_size}
         save_student(student.half(), out / "final", **notes, processes=state.num_processes)
     state.wait_for_everyone()
 
