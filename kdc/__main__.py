@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from kdc import ledger
 
@@ -10,16 +11,24 @@ from kdc import ledger
 def _mini(args) -> None:
     from kdc import mini
 
-    settings = {"steps": args.steps} if args.steps else {}
-    mini.make(args.output_dir, tuple(args.only), **settings)
+    settings = {} if args.steps is None else {"steps": args.steps}
+    if settings and args.install:
+        raise ValueError("--steps is for a trial, whose models are not to be installed")
+    folder = args.output_dir or ("outputs/mini-trial" if settings else "outputs/mini")
+    mini.make(folder, tuple(args.only), **settings)
     if args.install:
-        mini.install(args.output_dir)
+        mini.install(folder)
 
 
 def _grades(args) -> None:
     from kdc import models
+    from kdc.data import load_dataset
     from kdc.mini import grades
 
+    if args.photos:
+        load_dataset(args.photos, "test")  # what is wrong with the folder is said at once
+    if args.results:
+        Path(args.results).mkdir(parents=True, exist_ok=True)
     teacher = models.load_teacher("mini")
     values = {
         "goals": grades.GOALS,
@@ -37,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kdc", description=__doc__)
     commands = parser.add_subparsers(required=True)
     mini = commands.add_parser("mini", help="train the embedded mini models from nothing")
-    mini.add_argument("--output-dir", default="outputs/mini")
+    mini.add_argument("--output-dir", help="default: outputs/mini, a trial's outputs/mini-trial")
     mini.add_argument("--only", nargs="*", default=[], help="stages to train (default: all)")
     mini.add_argument("--steps", type=int, help="steps of every stage, for a trial run")
     mini.add_argument("--install", action="store_true", help="copy the results into the package")

@@ -19,8 +19,12 @@ def settle(budget: str, table: Mapping[str, Mapping], **given) -> SimpleNamespac
         raise ValueError(f"budget {budget!r} says nothing about {', '.join(sorted(unknown))}")
     row |= {name: value for name, value in given.items() if value is not None}
     for name in {"steps", "batch_size"} & set(row):
-        if not isinstance(row[name], int) or row[name] < 1:
+        if type(row[name]) is not int or row[name] < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {row[name]!r}")
-    if "seeds" in row and (not isinstance(row["seeds"], list | tuple) or not row["seeds"]):
-        raise ValueError(f"seeds must be a list such as [0, 1, 2], not {row['seeds']!r}")
+    seeds = row.get("seeds", [0])
+    if not isinstance(seeds, list | tuple) or not seeds or any(type(s) is not int for s in seeds):
+        raise ValueError(
+            f"seeds must be a list of whole numbers, not {seeds!r}; papermill takes one as "
+            "-y 'seeds: [0, 1, 2]'"
+        )
     return SimpleNamespace(**row)

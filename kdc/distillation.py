@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import pandas as pd
 import torch
 from accelerate import PartialState
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdc.data import LatentDataset, cache_latents
@@ -16,10 +18,27 @@ from kdc.losses import DistillationLoss, FeatureTaps, LossWeights, min_snr_weigh
 from kdc.models import save_student
 from kdc.training import TrainSettings, train
 
+LAYOUT = ("down_block_types", "mid_block_type", "up_block_types", "layers_per_block")
+
 
 def forward_process(pipeline: StableDiffusionPipeline) -> DDPMScheduler:
     """The noising process that the pipeline's U-Net was trained for."""
     return DDPMScheduler.from_config(pipeline.scheduler.config)
+
+
+def noise_target(process: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor):
+    """What a U-Net of that process is trained to predict: the noise, or the velocity."""
+    if process.config.prediction_type == "v_prediction":
+        return process.get_velocity(latents, noise, timesteps)
+    return noise
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """A short hash of the tensors' bytes, by which a run knows its data and teacher again."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def distill(
@@ -46,22 +65,35 @@ def distill(
     that is plain fine-tuning, and `student` may then be `teacher.unet` itself. With an `output_dir`
     the run leaves checkpoints there (see `training.train` for `resume`), and at the end the
     student as `output_dir/unet`, a plain diffusers folder. The same seed gives the same weights,
-    bit for bit, on one CPU with the same number of threads.
+    bit for bit, on one CPU with the same number of threads. Teacher and student are moved to the
+    device that Accelerate chose, each process's own.
 
-    Raises `ValueError` for a student whose inputs or outputs do not fit the teacher's.
+    Raises `ValueError` for a student whose inputs or outputs do not fit the teacher's, whose
+    weights are of half precision, or that is its own teacher, and for a run that would resume from
+    a checkpoint of other data, teacher, student or loss.
     """
     weights = weights or LossWeights()
-    _check_fit(student, teacher.unet)
+    process = forward_process(teacher)
+    _check_fit(student, teacher.unet, process, weights)
     if batch_size < 1 or not 0 <= caption_dropout <= 1:
         raise ValueError("batch_size must be at least 1 and caption_dropout between 0 and 1")
     settings = TrainSettings(
         steps, learning_rate, warmup=min(20, steps), ema_decay=ema_decay, save_every=save_every
     )
+    if output_dir:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    device = PartialState().device
+    teacher.to(device)
     data = dataset if isinstance(dataset, LatentDataset) else cache_latents(teacher, dataset)
-    process, criterion = forward_process(teacher), DistillationLoss(weights)
-    prediction = process.config.prediction_type
-    if prediction not in ("epsilon", "v_prediction"):
-        raise ValueError(f"prediction type {prediction!r}: only epsilon and v_prediction are known")
+    criterion = DistillationLoss(weights)
+    identity = {
+        "weights": dataclasses.asdict(weights),
+        "batch_size": batch_size,
+        "caption_dropout": caption_dropout,
+        "student": {n: str(student.config[n]) for n in LAYOUT},
+        "data": fingerprint(data.mean, data.embeddings, data.caption_index),
+        "teacher": fingerprint(*teacher.unet.state_dict().values()),
+    }
     snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
     count = process.config.num_train_timesteps
     taps = None
@@ -79,10 +111,7 @@ def distill(
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(count, (batch_size,), generator=generator)
         noisy = process.add_noise(latents, noise, timesteps)
-        target = noise
-        if prediction == "v_prediction":
-            target = process.get_velocity(latents, noise, timesteps)
-        device = teacher.device
+        target = noise_target(process, latents, noise, timesteps)
         inputs = noisy.to(device), timesteps.to(device), words.to(device)
         predicted, guide = model(*inputs, return_dict=False)[0], None
         if weights.needs_teacher:
@@ -91,12 +120,23 @@ def distill(
                 guide = guide[0].float()
         task_weight = None
         if weights.min_snr:
-            task_weight = min_snr_weight(snr[timesteps], weights.min_snr, prediction).to(device)
+            task_weight = min_snr_weight(
+                snr[timesteps], weights.min_snr, process.config.prediction_type
+            ).to(device)
         collected = [tap.take() for tap in taps] if taps else [(), ()]
         return criterion(predicted, target.to(device), guide, *collected, task_weight=task_weight)
 
     try:
-        log = train(student, loss, settings, output_dir, seed=seed, resume=resume, label=label)
+        log = train(
+            student,
+            loss,
+            settings,
+            output_dir,
+            seed=seed,
+            resume=resume,
+            identity=identity,
+            label=label,
+        )
     finally:
         for tap in taps or ():
             tap.close()
@@ -143,8 +183,20 @@ def _like(module: torch.nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(module.dtype) if tensor.is_floating_point() else tensor
 
 
-def _check_fit(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> None:
+def _check_fit(
+    student: UNet2DConditionModel,
+    teacher: UNet2DConditionModel,
+    process: DDPMScheduler,
+    weights: LossWeights,
+) -> None:
     for name in ("in_channels", "out_channels", "cross_attention_dim", "sample_size"):
         ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if ours != theirs:
             raise ValueError(f"student and teacher differ in {name}: {ours} and {theirs}")
+    if student.dtype != torch.float32:
+        raise ValueError(f"weights are trained in float32, not {student.dtype}: student.float()")
+    if student is teacher and weights.needs_teacher:
+        raise ValueError("the student is its own teacher: cut one with kdc.slim, or train the task")
+    prediction = process.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"prediction type {prediction!r}: only epsilon and v_prediction are known")

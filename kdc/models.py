@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
@@ -21,8 +22,8 @@ MINI_STUDENT = ASSETS / "mini-student"
 
 
 def pick_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that Accelerate gives this process: its own accelerator, else the CPU."""
+    return PartialState().device
 
 
 def load_teacher(
@@ -34,7 +35,7 @@ def load_teacher(
     `FileNotFoundError` for a folder that is none, and `ValueError` where a hub id cannot be had or
     weights are damaged; both say what to do.
     """
-    path = MINI_TEACHER if str(source) == "mini" else Path(source)
+    path = MINI_TEACHER if str(source) == "mini" else Path(source).expanduser()
     if not path.is_dir() and (path.is_absolute() or str(source).startswith((".", "~"))):
         raise FileNotFoundError(f"no folder {path}: give 'mini', a hub id or a diffusers folder")
     if path.is_dir() and not (path / "model_index.json").is_file():
@@ -47,12 +48,12 @@ def load_teacher(
             safety_checker=None,
             requires_safety_checker=False,
         )
-    except (OSError, SafetensorError) as error:
+        return pipeline.to(device or pick_device())
+    except (OSError, SafetensorError, NotImplementedError) as error:
         raise ValueError(
             f"could not load {source!r}: {error}\nIf it is a hub id, the network or the hub's cache"
             " must have it; if it is a folder, its safetensors may be damaged or incomplete."
         ) from error
-    return pipeline.to(device or pick_device())
 
 
 def load_student(
@@ -85,7 +86,10 @@ def load_student(
 def with_unet(
     pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
-    """The same pipeline around another U-Net, moved to its device; all other parts are shared."""
+    """The same pipeline around another U-Net; all other parts are shared.
+
+    `unet` itself is moved to the pipeline's device and precision, as `torch.nn.Module.to` does it.
+    """
     parts = {name: part for name, part in pipeline.components.items() if name != "unet"}
     parts["scheduler"] = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     if unet.dtype != pipeline.dtype:

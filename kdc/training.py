@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -64,11 +65,13 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
-def make_accelerator(precision: str = "auto", cpu: bool = False) -> Accelerator:
+def make_accelerator(precision: str = "auto") -> Accelerator:
     """An Accelerator whose mixed precision suits the device it found."""
     if precision == "auto":
-        precision = "bf16" if has_bf16(Accelerator(cpu=cpu).device) else "no"
-    return Accelerator(mixed_precision=precision, cpu=cpu)
+        precision = "bf16" if has_bf16(PartialState().device) else "no"
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # the state of an earlier run in this process
+    return Accelerator(mixed_precision=precision)
 
 
 def train(
@@ -79,6 +82,7 @@ def train(
     *,
     seed: int = 0,
     resume: bool = False,
+    identity: dict | None = None,
     accelerator: Accelerator | None = None,
     label: str = "training",
     on_log: Callable[[int, nn.Module], dict[str, float]] | None = None,
@@ -91,10 +95,19 @@ def train(
 
     With an `output_dir`, checkpoints go to `output_dir/checkpoint-<step>`, written beside and then
     renamed; `resume` goes on from the newest one and gives, on one device, bit for bit the weights
-    of a run that was never stopped. Raises `ValueError` if that checkpoint was made with other
-    settings, and `FloatingPointError` on a loss that is not finite.
+    of a run that was never stopped. `identity` says what else must not have changed, such as the
+    data or the loss, in plain values. Raises `ValueError` if that checkpoint was made with other
+    settings or another identity, `FileExistsError` where a new run would mix its checkpoints with
+    those of an earlier one, and `FloatingPointError` on a loss that is not finite.
     """
     accelerator = accelerator or make_accelerator(settings.precision)
+    checkpoint = newest_checkpoint(output_dir) if output_dir else None
+    if checkpoint and not resume:
+        raise FileExistsError(
+            f"{checkpoint} is of an earlier run: go on with resume=True, or give another output_dir"
+        )
+    if output_dir:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed * 1009 + accelerator.process_index)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -121,10 +134,10 @@ def train(
             power=0.9,
             foreach=True,
         )
-    state = _State(model, optimizer, schedule, ema, generator, dataclasses.asdict(settings), seed)
+    made_with = dataclasses.asdict(settings) | {"seed": seed} | (identity or {})
+    state = _State(model, optimizer, schedule, ema, generator, made_with)
     rows: list[dict] = []
     start = 0
-    checkpoint = newest_checkpoint(output_dir) if resume and output_dir else None
     if checkpoint:
         start, rows = state.load(checkpoint, accelerator)
     prepared, optimizer = accelerator.prepare(model, optimizer)
@@ -163,17 +176,21 @@ def train(
             state.save(Path(output_dir), done, rows, accelerator)
     if ema:
         ema.copy_to(parameters)
-    prepared.eval()
+    # Takes the wrapper for mixed precision off again, so that the model computes as it did before.
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False).eval()
     if accelerator.is_main_process and output_dir:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
         pd.DataFrame(rows).to_csv(Path(output_dir) / "log.csv", index=False)
     return pd.DataFrame(rows)
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
     """The folder of the last complete checkpoint below `output_dir`, or None."""
-    found = sorted(p for p in Path(output_dir).glob("checkpoint-*") if p.suffix != ".partial")
+    found = _checkpoints(Path(output_dir))
     return found[-1] if found else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("checkpoint-*") if p.suffix != ".partial")
 
 
 @dataclasses.dataclass
@@ -185,8 +202,7 @@ class _State:
     schedule: torch.optim.lr_scheduler.LambdaLR
     ema: EMAModel | None
     generator: torch.Generator
-    settings: dict
-    seed: int
+    made_with: dict
 
     def save(self, output_dir: Path, step: int, rows: list[dict], accelerator: Accelerator) -> None:
         final = output_dir / f"checkpoint-{step:07d}"
@@ -208,8 +224,7 @@ class _State:
                 save_file(shadow, partial / "ema.safetensors")
             note = {
                 "step": step,
-                "settings": self.settings,
-                "seed": self.seed,
+                "made_with": self.made_with,
                 "schedule": self.schedule.state_dict(),
                 "ema_steps": self.ema.optimization_step if self.ema else 0,
                 "rows": rows,
@@ -218,18 +233,17 @@ class _State:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             partial.rename(final)
-            for old in sorted(output_dir.glob("checkpoint-*"))[:-2]:
+            for old in _checkpoints(output_dir)[:-2]:
                 shutil.rmtree(old)
 
     def load(self, checkpoint: Path, accelerator: Accelerator) -> tuple[int, list[dict]]:
         note = json.loads((checkpoint / "state.json").read_text())
-        ours = json.loads(json.dumps({"settings": self.settings, "seed": self.seed}))
-        for key, value in (ours["settings"] | {"seed": ours["seed"]}).items():
-            theirs = note["seed"] if key == "seed" else note["settings"].get(key)
-            if value != theirs:
+        ours, theirs = json.loads(json.dumps(self.made_with)), note.get("made_with", {})
+        for key in ours | theirs:
+            if ours.get(key) != theirs.get(key):
                 raise ValueError(
-                    f"{checkpoint} was made with {key}={theirs}, this run has {key}={value}: "
-                    "use the same settings, another output_dir, or resume=False"
+                    f"{checkpoint} was made with {key}={theirs.get(key)}, this run has "
+                    f"{key}={ours.get(key)}: use the same, or another output_dir"
                 )
         self.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
         saved: dict[int, dict] = {}

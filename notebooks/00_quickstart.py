@@ -206,7 +206,7 @@ if teacher == "mini":
 # 3. Call `kdc.generate(..., guidance=1.0)`. What does guidance do for the colour, and what does it
 #    do to the time?
 # 4. Run this notebook from a terminal with another seed:
-#    `papermill notebooks/00_quickstart.ipynb out.ipynb -p seeds '[7]'`.
+#    `papermill notebooks/00_quickstart.ipynb out.ipynb -y 'seeds: [7]'`.
 #
 # ## Provenance
 

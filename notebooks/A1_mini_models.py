@@ -12,7 +12,7 @@
 # **The question.** Every experiment of this book can be run in minutes because its teacher is
 # small. Where does that teacher come from, who judges its pictures, and how good are they both?
 #
-# **The claim.** Five networks, trained from nothing by this project on procedural pictures, make a
+# **The claim.** Six networks, trained from nothing by this project on procedural pictures, make a
 # complete text-to-image laboratory of less than 40 MB. Their grades were set as goals before
 # training. What was reached stands in `results/mini_grades.json` and is shown below goal by goal,
 # missed ones included.
@@ -111,8 +111,8 @@ plt.show()
 # %% [markdown]
 # ## How they were trained
 #
-# Each stage ran on the one training loop, `kdc.training.train`, and left a log that is shipped
-# beside the weights; only the autoencoder's was not kept.
+# Each stage ran on the one training loop, `kdc.training.train`, and left a log. Those that were
+# kept are shipped beside the weights and drawn here.
 
 # %%
 logs = {p.stem: pd.read_csv(p) for p in sorted((models.ASSETS / "logs").glob("*.csv"))}
@@ -211,7 +211,7 @@ grades.report(ledger.read("mini_grades"))
 #
 # ## Exercises
 #
-# 1. Add a species to `kdc/drawing.py`. Which of the five networks have to be trained again?
+# 1. Add a species to `kdc/drawing.py`. Which of the six networks have to be trained again?
 # 2. Give a folder of your photographs as `dataset`. Where does the autoencoder lose most?
 # 3. The classifier always answers. What does it say to a photograph, and what follows for the use
 #    of attribute accuracy outside the worlds?

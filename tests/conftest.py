@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+os.environ["ACCELERATE_USE_CPU"] = "true"  # the tests, and the notebooks they run, need no GPU
 
 import pytest
 import torch

@@ -21,6 +21,10 @@ def test_a_budget_fills_what_was_left_open():
         ("quick", {"steps": "many"}, "steps"),
         ("quick", {"seeds": []}, "seeds"),
         ("quick", {"seeds": 3}, "seeds"),
+        ("quick", {"seeds": "[7]"}, "papermill takes one as -y"),
+        ("quick", {"seeds": ["0"]}, "seeds"),
+        ("quick", {"seeds": [0.5]}, "seeds"),
+        ("quick", {"steps": True}, "steps"),
     ],
 )
 def test_what_cannot_be_run_is_refused_at_once(budget, given, message):

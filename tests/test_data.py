@@ -48,6 +48,9 @@ def test_a_folder_captions_by_its_class_folders(tmp_path):
         "a photo of a red tulip",
         "a photo of a bluebell",
     }
+    for index, file in enumerate(dataset.files):
+        name = file.parent.name.replace("_", " ").lower()
+        assert dataset[index]["caption"] == dataset.caption(index) == f"a photo of a {name}"
     item = dataset[0]
     assert item["image"].shape == (3, 32, 32) and -1 <= item["image"].min()
 
@@ -72,23 +75,51 @@ def test_metadata_gives_the_captions(tmp_path):
     listing = tmp_path / "train" / "metadata.jsonl"
     listing.write_text("\n".join(json.dumps(row) for row in rows))
     dataset = kdc.load_dataset(tmp_path)
-    assert sorted(dataset.captions) == [f"picture number {i}" for i in range(3)]
-    listing.write_text('{"file": 1}')
-    with pytest.raises(ValueError, match="metadata.jsonl:1"):
-        kdc.load_dataset(tmp_path)
+    for index, file in enumerate(dataset.files):
+        assert dataset.caption(index) == f"picture number {file.stem}"
+    for wrong in (b'{"file": 1}', b"[1]", b"\xff", b'{"file_name": "x/0.jpg", "text": null}'):
+        listing.write_bytes(wrong)
+        with pytest.raises(ValueError, match="metadata.jsonl:1"):
+            kdc.load_dataset(tmp_path)
 
 
-def test_files_that_are_no_pictures_are_named_and_left_out(tmp_path):
+def test_pictures_right_in_a_split_folder_are_named_after_the_data_set(tmp_path):
+    picture_folder(tmp_path / "my_Roses", classes=("train", "test"), each=2)
+    dataset = kdc.load_dataset(tmp_path / "my_Roses")
+    assert [dataset.caption(i) for i in range(2)] == ["a photo of a my roses"] * 2
+
+
+def test_few_pictures_still_make_a_test_split(tmp_path):
+    picture_folder(tmp_path, classes=("x",), each=2)
+    assert len(kdc.load_dataset(tmp_path)) == len(kdc.load_dataset(tmp_path, "test")) == 1
+
+
+def test_worlds_show_what_their_captions_say():
+    """Read off the pictures by the classifier, which never saw these renderings."""
+    from kdc.metrics import attribute_accuracy
+
+    dataset = kdc.load_dataset("worlds", "test", count=64)
+    items = [dataset[i] for i in range(64)]
+    pictures = torch.stack(
+        [((item["image"] + 1) * 127.5).round().to(torch.uint8) for item in items]
+    )
+    said = [worlds.read_caption(item["caption"]) for item in items]
+    assert min(attribute_accuracy(pictures, said).values()) > 0.95
+
+
+def test_files_that_are_no_pictures_are_named_and_left_out(tmp_path, monkeypatch):
     picture_folder(tmp_path / "train")
     whole = (tmp_path / "train" / "bluebell" / "5.jpg").read_bytes()
     (tmp_path / "train" / "bluebell" / "broken.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "train" / "bluebell" / "text.png").write_text("not a picture")
     (tmp_path / "train" / "notes.txt").write_text("hello")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7000)
+    Image.new("RGB", (150, 150)).save(tmp_path / "train" / "bomb.png")
     with pytest.warns(UserWarning) as caught:
         dataset = kdc.load_dataset(tmp_path)
     text = str(caught[0].message)
-    assert "left out 3 files" in text
-    for name in ("broken.jpg", "text.png", "notes.txt"):
+    assert "left out 4 files" in text
+    for name in ("bomb.png", "broken.jpg", "text.png", "notes.txt"):
         assert name in text
     assert len(dataset) == 12 and all(dataset[i] for i in range(12))
 

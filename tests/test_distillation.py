@@ -81,6 +81,39 @@ def test_a_resumed_distillation_equals_an_unbroken_one(teacher, data, tmp_path, 
     assert log.equals(whole_log)
 
 
+def test_resume_refuses_another_experiment(teacher, data, tmp_path):
+    run(teacher, data, save_every=2, output_dir=tmp_path)
+    again = {"save_every": 2, "output_dir": tmp_path, "resume": True}
+    with pytest.raises(ValueError, match="made with weights="):
+        run(teacher, data, weights=LossWeights.only("task", "output"), **again)
+    with pytest.raises(ValueError, match="made with batch_size=4"):
+        run(teacher, data, batch_size=3, **again)
+    with pytest.raises(ValueError, match="made with student="):
+        run(teacher, data, plan="bk-base", **again)
+    other = kdc.cache_latents(teacher, WorldDataset(["flora"], count=48))
+    with pytest.raises(ValueError, match="made with data="):
+        run(teacher, other, **again)
+
+
+def test_what_cannot_be_distilled_is_refused_before_pictures_are_encoded(teacher):
+    nothing = object()  # encoding it would be a TypeError
+    half = kdc.slim(teacher.unet, "kdc").half()
+    with pytest.raises(ValueError, match="float32, not torch.float16"):
+        kdc.distill(half, teacher, nothing, steps=1)
+    with pytest.raises(ValueError, match="its own teacher"):
+        kdc.distill(teacher.unet, teacher, nothing, steps=1)
+
+
+@pytest.mark.parametrize("term", ["task", "output", "soft", "feature"])
+def test_every_term_alone_moves_the_weights_of_the_student(teacher, data, term):
+    """Through the real taps and hooks: a detached tap or output would leave the weights alone."""
+    student, log = run(
+        teacher, data, steps=2, weights=LossWeights.only(term), ema_decay=0, learning_rate=1e-3
+    )
+    moved = weights(student) - weights(kdc.slim(teacher.unet, "kdc"))
+    assert (moved != 0).float().mean() > 0.5 and log["grad_norm"].iloc[0] > 0
+
+
 def test_the_student_is_left_as_a_plain_diffusers_folder(teacher, data, tmp_path):
     student, _ = run(teacher, data, steps=2, output_dir=tmp_path)
     plain = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")

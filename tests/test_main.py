@@ -1,4 +1,5 @@
 import pytest
+from PIL import Image
 
 from kdc import ledger, mini, models
 from kdc.__main__ import main
@@ -15,7 +16,11 @@ def test_grades_are_written_and_shown_beside_their_goals(tmp_path, monkeypatch, 
     monkeypatch.setattr(grades, "grade_autoencoder", lambda pipeline, photos: found)
     seen = []
     monkeypatch.setattr(grades, "grade_pipeline", lambda p: seen.append(p) or drawn)
-    main(["grades", "--photos", "somewhere", "--results", str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match="neither a folder"):
+        main(["grades", "--photos", str(tmp_path / "nowhere")])
+    assert not seen
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    main(["grades", "--photos", str(tmp_path), "--results", str(tmp_path)])
     stored = ledger.read("mini_grades", tmp_path)
     assert seen == ["teacher", "student"] and stored["teacher"] == drawn
     shown = capsys.readouterr().out
@@ -31,6 +36,10 @@ def test_mini_passes_stages_and_steps_on_and_installs_when_asked(tmp_path, monke
     assert calls == [((str(tmp_path), ("clip", "trunk")), {"steps": 3})]
     main(["mini", "--install", "--output-dir", str(tmp_path)])
     assert calls[1:] == [((str(tmp_path), ()), {}), str(tmp_path)]
+    main(["mini", "--steps", "3"])
+    assert calls[3] == (("outputs/mini-trial", ()), {"steps": 3})
+    with pytest.raises(ValueError, match="trial"):
+        main(["mini", "--steps", "0", "--install"])
 
 
 def test_an_unknown_stage_is_named_with_the_known_ones():

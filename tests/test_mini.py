@@ -59,6 +59,19 @@ def test_every_stage_runs_hands_on_and_is_not_repeated(tmp_path, capsys):
         mini.make(tmp_path, ("unet",))
 
 
+def test_a_stage_that_was_cut_off_while_writing_is_not_taken_for_finished(tmp_path, monkeypatch):
+    def dying(out):
+        (out / "new").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(mini.STAGES, "trunk", dying)
+    with pytest.raises(KeyboardInterrupt):
+        mini.make(tmp_path, ("trunk",))
+    monkeypatch.setitem(mini.STAGES, "trunk", lambda out: (out / "new").mkdir())
+    mini.make(tmp_path, ("trunk",))
+    assert (tmp_path / "trunk" / "final").is_dir() and not (tmp_path / "trunk" / "new").exists()
+
+
 def test_balanced_prompts_name_every_combination_equally_often():
     asked = grades.balanced_prompts(2, False)
     assert len(asked) == 2 * len(set(asked)) and len(set(asked)) == 2 * (168 - 24)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
 import sys
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 import yaml
 from IPython.core.inputtransformer2 import TransformerManager
+from PIL import Image
 
 from tools import book
 
@@ -131,3 +134,30 @@ def test_the_notebook_runs_at_the_quick_budget_and_draws(path, executed):
     outputs = [o for c in read(executed(path)).cells for o in c.get("outputs", [])]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert kinds & {"image/png", "image/svg+xml", "image/gif", "image/jpeg"}
+
+
+@pytest.mark.book
+def test_the_distillation_chapter_runs_on_a_folder_of_pictures(tmp_path):
+    """Fine-tuning first, two classes, and a broken file that is named and left out."""
+    rng = np.random.default_rng(0)
+    for index in range(24):
+        file = tmp_path / "pictures" / ("rose", "iris")[index % 2] / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(file)
+    (tmp_path / "pictures" / "rose" / "broken.png").write_bytes(b"not a picture")
+    ran = tmp_path / "ran.ipynb"
+    papermill.execute_notebook(
+        str(book.NOTEBOOKS / "02_distillation_layers.ipynb"),
+        str(ran),
+        {
+            "dataset": str(tmp_path / "pictures"),
+            "steps": 1,
+            "batch_size": 2,
+            "output_dir": str(tmp_path / "out"),
+        },
+        progress_bar=False,
+    )
+    text = json.dumps([c.get("outputs", []) for c in read(ran).cells])
+    assert "broken.png" in text and "2 captions" in text
+    assert (tmp_path / "out" / "fine_tuning.png").is_file()
+    assert (tmp_path / "out" / "students.png").is_file()

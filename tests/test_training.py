@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,6 +109,48 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         train(model, loss, other, tmp_path, resume=True)
     with pytest.raises(ValueError, match="seed=0"):
         train(model, loss, SETTINGS, tmp_path, seed=3, resume=True)
+    with pytest.raises(ValueError, match="data=None, this run has data=flowers"):
+        train(model, loss, SETTINGS, tmp_path, resume=True, identity={"data": "flowers"})
+
+
+def test_a_new_run_does_not_mix_with_an_earlier_one(tmp_path):
+    model, loss = regression()
+    train(model, loss, SETTINGS, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match="resume=True, or give another output_dir"):
+        train(model, loss, SETTINGS, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_output_folder_that_cannot_be_is_noticed_before_training(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    model, loss = regression()
+
+    def never(*args):
+        raise AssertionError("trained")
+
+    with pytest.raises(FileExistsError):
+        train(model, never, SETTINGS, tmp_path / "file")
+
+
+def test_bf16_is_for_training_only_and_leaves_the_model_as_it_was():
+    """In a process of its own: Accelerate keeps one precision for all that follows."""
+    code = (
+        "import torch, kdc.training as t\n"
+        "t.has_bf16 = lambda device: True\n"
+        "model, seen = torch.nn.Linear(4, 4), []\n"
+        "x = torch.randn(2, 4)\n"
+        "def loss(m, g):\n"
+        "    y = m(x); seen.append(torch.mm(y, y.T).dtype)\n"
+        "    return {'loss': y.float().square().mean()}\n"
+        "t.train(model, loss, t.TrainSettings(2))\n"
+        "assert seen[0] == torch.bfloat16, seen\n"
+        "exact = torch.nn.functional.linear(x, model.weight, model.bias)\n"
+        "assert torch.equal(model(x), exact) and model.weight.dtype == torch.float32\n"
+        "t.train(model, loss, t.TrainSettings(1, precision='no'))\n"
+        "assert seen[-1] == torch.float32, seen\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_the_average_is_what_the_model_ends_with():

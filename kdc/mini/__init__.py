@@ -28,23 +28,23 @@ STUDENT_PLAN = "kdc"
 
 def make_autoencoder(out: Path, **settings) -> None:
     vae, _ = train_autoencoder(out / "run", **settings)
-    vae.half().save_pretrained(out / "final")
+    vae.half().save_pretrained(out / "new")
 
 
 def make_classifier(out: Path, **settings) -> None:
     model, _ = train_classifier(out / "run", **settings)
-    _save_module(model, out / "final")
+    _save_module(model, out / "new")
 
 
 def make_trunk(out: Path, **settings) -> None:
     model, _ = train_trunk(out / "run", **settings)
-    _save_module(model, out / "final")
+    _save_module(model, out / "new")
 
 
 def make_clip(out: Path, **settings) -> None:
     (model, tokenizer), _ = train_clip(out / "run", **settings)
-    model.half().save_pretrained(out / "final")
-    tokenizer.save_pretrained(out / "final")
+    model.half().save_pretrained(out / "new")
+    tokenizer.save_pretrained(out / "new")
 
 
 def make_teacher(out: Path, **settings) -> None:
@@ -60,7 +60,7 @@ def make_teacher(out: Path, **settings) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(out / "final", safe_serialization=True)
+    pipeline.to(torch.float16).save_pretrained(out / "new", safe_serialization=True)
 
 
 def make_student(out: Path, steps: int = 1500, batch_size: int = 32, **settings) -> None:
@@ -81,8 +81,7 @@ def make_student(out: Path, steps: int = 1500, batch_size: int = 32, **settings)
     state = PartialState()
     if state.is_main_process:
         notes = {"steps": steps, "batch_size": batch_size}
-        save_student(student.half(), out / "final", **notes, processes=state.num_processes)
-    state.wait_for_everyone()
+        save_student(student.half(), out / "new", **notes, processes=state.num_processes)
 
 
 STAGES: dict[str, Callable] = {
@@ -96,7 +95,12 @@ STAGES: dict[str, Callable] = {
 
 
 def make(output_dir: str | Path, only: tuple[str, ...] = (), **settings) -> None:
-    """Train the stages (default: all) below `output_dir`; finished ones are kept."""
+    """Train the stages (default: all) below `output_dir`; finished ones are kept.
+
+    A stage writes `new` and is finished when that is renamed `final`. The student may be trained by
+    several processes (`accelerate launch`), `batch_size` being each one's; the other stages by one.
+    """
+    state = PartialState()
     if unknown := set(only) - set(STAGES):
         raise ValueError(f"unknown stages {sorted(unknown)}; the stages are {', '.join(STAGES)}")
     for name, stage in STAGES.items():
@@ -106,8 +110,15 @@ def make(output_dir: str | Path, only: tuple[str, ...] = (), **settings) -> None
         if (out / "final").is_dir():
             print(f"{name}: found in {out / 'final'}, not trained again")
             continue
+        if state.num_processes > 1 and name != "student":
+            raise ValueError(f"stage {name} is trained by one process, not {state.num_processes}")
         out.mkdir(parents=True, exist_ok=True)
+        if state.is_main_process:
+            shutil.rmtree(out / "new", ignore_errors=True)
         stage(out, **settings)
+        if state.is_main_process:
+            (out / "new").rename(out / "final")
+        state.wait_for_everyone()
 
 
 def install(output_dir: str | Path, assets: str | Path = ASSETS) -> None:
