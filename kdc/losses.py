@@ -202,15 +202,16 @@ def tap_names(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
 
     These are the outputs of every stage and of the mid-block. Where the student lacks the
     teacher's inner stages, its last stage has no downsampler, so that both are tapped at their
-    last attention instead.
+    last layer instead: its transformer, or its convolutions where the transformer is dropped.
     """
     kept, every = len(student.down_blocks), len(teacher.down_blocks)
     pairs = [(f"down_blocks.{i}", f"down_blocks.{i}") for i in range(kept)]
     if kept < every:
         last = kept - 1
         pairs[last] = tuple(
-            f"down_blocks.{last}.attentions.{len(unet.down_blocks[last].attentions) - 1}"
-            for unet in (student, teacher)
+            f"down_blocks.{last}.{'attentions' if hasattr(block, 'attentions') else 'resnets'}"
+            f".{len(block.resnets) - 1}"
+            for block in (student.down_blocks[last], teacher.down_blocks[last])
         )
     if student.mid_block is not None and teacher.mid_block is not None and kept == every:
         pairs.append(("mid_block", "mid_block"))
