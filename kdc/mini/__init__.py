@@ -63,10 +63,10 @@ def make_teacher(out: Path, **settings) -> None:
     pipeline.to(torch.float16).save_pretrained(out / "new", safe_serialization=True)
 
 
-def make_student(out: Path, steps: int = 1500, batch_size: int = 32, **settings) -> None:
+def make_student(out: Path, steps: int = 800, batch_size: int = 32, **settings) -> None:
     teacher = load_teacher(out.parent / "teacher" / "final")
     student = slim(teacher.unet, STUDENT_PLAN)
-    data = load_dataset("worlds", count=settings.pop("pool", 12000))
+    data = load_dataset("worlds", count=settings.pop("pool", 8000))
     distill(
         student,
         teacher,
