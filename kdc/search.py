@@ -222,6 +222,7 @@ def search_plan(
     keep: int = 4,
     steps: int = 60,
     batch_size: int = 16,
+    count: int = 48,
     seed: int = 0,
     **inputs,
 ) -> tuple[SlimPlan, pd.DataFrame]:
@@ -231,8 +232,9 @@ def search_plan(
     and the `keep` best plans are judged by a recovery of `steps` distillation steps each, because
     the lowest error right after the cut does not decide (Fang et al., arXiv 2412.01199). The table,
     best first, has for each finalist its costs, `score`, and `output_error` after the cut and after
-    recovery, on `test_data` (default: `data`). With a latency budget the finalists are measured as
-    well, and those above it fall out. Raises `ValueError` where no plan fits.
+    recovery, on `count` pictures of `test_data` (default: `data`). With a latency budget the
+    finalists are measured as well, and those above it fall out. Raises `ValueError` where no plan
+    fits.
     """
     if keep < 1 or steps < 1:
         raise ValueError("keep and steps must be at least 1")
@@ -248,11 +250,11 @@ def search_plan(
     for subset, row in finalists.iterrows():
         plan = plan_without(subset)
         student = slim(teacher.unet, plan)
-        cut = output_error(student, teacher, test_data).mean()
+        cut = output_error(student, teacher, test_data, count=count).mean()
         distill(
             student, teacher, data, steps=steps, batch_size=batch_size, seed=seed, label=plan.name
         )
-        recovered = output_error(student, teacher, test_data).mean()
+        recovered = output_error(student, teacher, test_data, count=count).mean()
         rows.append({"plan": plan, **row, "after_cut": cut, "recovered": recovered})
     table = pd.DataFrame(rows).sort_values("recovered", ignore_index=True)
     return table.loc[0, "plan"], table
