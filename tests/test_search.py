@@ -1,0 +1,143 @@
+import itertools
+import random
+
+import pandas as pd
+import pytest
+import torch
+
+import kdc
+from kdc.costs import count_costs
+from kdc.search import (
+    INNERMOST,
+    PARTS,
+    Budget,
+    cost_every_subset,
+    every_subset,
+    kept_blocks,
+    plan_without,
+    rank_plans,
+    search_plan,
+    sensitivity,
+    time_blocks,
+)
+from kdc.slimming import PLANS, copy_map
+
+LAYERS = [f"layer {stage}" for stage in range(4)]
+NAMED = {
+    "full": [],
+    "bk-base": LAYERS,
+    "kdc": [*LAYERS, "mid-block"],
+    "kdc-v2": [*LAYERS[:3], INNERMOST],
+    "bk-tiny": [*LAYERS[:3], INNERMOST, "mid-block"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(teacher):
+    return kdc.cache_latents(teacher, kdc.load_dataset("worlds", count=32))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_named_plans_are_subsets_of_the_parts(name):
+    assert plan_without(NAMED[name]) == PLANS[name]
+
+
+def test_every_subset_is_a_plan_of_its_own():
+    plans = [plan_without(subset) for subset in every_subset()]
+    assert len(plans) == len(set(plans)) == 2**12 - 2**10
+    with pytest.raises(ValueError, match="unknown parts .*'roof'"):
+        plan_without(["roof"])
+
+
+def test_kept_blocks_are_those_that_a_student_copies(tiny_unet):
+    for subset in random.Random(0).sample(every_subset(), 12):
+        plan = plan_without(subset)
+        sources = {kdc.costs.block_of(source) for source in copy_map(tiny_unet, plan).values()}
+        assert sources == set(kept_blocks(plan)) - {"other"}, subset
+
+
+def test_predicted_costs_are_those_of_the_student_that_is_cut(tiny_unet):
+    """The oracle: cut the student and count it. Exact, the shifted mid-block included."""
+    inputs = {"size": 16, "words": 5}
+    costs = cost_every_subset(tiny_unet, **inputs)
+    some = random.Random(1).sample(every_subset(), 10)
+    for subset in [*map(tuple, NAMED.values()), *some]:
+        counted = count_costs(kdc.slim(tiny_unet, plan_without(subset)), **inputs).loc["total"]
+        row = costs.iloc[[set(s) for s in costs.index].index(set(subset))]
+        assert row["parameters"] == counted["parameters"]
+        assert row["macs"] == counted["macs"], subset
+
+
+def test_the_knapsack_is_solved_exactly():
+    """Against a brute force written another way, on additive costs."""
+    g = torch.Generator().manual_seed(0)
+    scores = pd.Series(torch.rand(len(PARTS), generator=g).tolist(), PARTS)
+    worth = dict(zip(PARTS, torch.rand(len(PARTS), generator=g).tolist(), strict=True))
+    subsets = every_subset()
+    costs = pd.DataFrame({"macs": [10 - sum(worth[p] for p in s) for s in subsets]})
+    costs.index = pd.Index(subsets, tupleize_cols=False)
+    best = rank_plans(scores, costs, Budget(macs=8.0))
+    expected = min(
+        sum(scores[p] for p, out in zip(PARTS, choice, strict=True) if out)
+        for choice in itertools.product([False, True], repeat=len(PARTS))
+        if 10 - sum(worth[p] for p, out in zip(PARTS, choice, strict=True) if out) <= 8
+        and not (choice[PARTS.index(INNERMOST)] and choice[PARTS.index("layer 3")])
+    )
+    assert best["score"].iloc[0] == pytest.approx(expected)
+    assert (best["macs"] <= 8).all() and best["score"].is_monotonic_increasing
+
+
+def test_a_budget_must_say_something_and_be_possible(tiny_unet):
+    for wrong in ({}, {"macs": 0}, {"parameters": -1}):
+        with pytest.raises(ValueError, match="positive limit"):
+            Budget(**wrong)
+    costs = cost_every_subset(tiny_unet, size=16, words=5)
+    with pytest.raises(ValueError, match="no plan fits .*the least that plans can cost"):
+        rank_plans(pd.Series(0.0, PARTS), costs, Budget(parameters=10))
+
+
+def test_sensitivity_is_the_error_of_bypassing_the_part(teacher, data):
+    table = sensitivity(teacher, data, draws=2, count=4, levels=2, seed=3)
+    assert len(table) == len(PARTS) * 2 * 2 and (table["error"] > 0).all()
+    student = kdc.slim(teacher.unet, plan_without(["mid-block"]))
+    errors = kdc.output_error(student, teacher, data, count=4, levels=2, seed=3001)
+    mine = table[(table["part"] == "mid-block") & (table["draw"] == 1)]
+    assert mine["error"].tolist() == errors.tolist()
+
+
+def test_times_of_blocks_add_up_to_the_call(tiny_unet):
+    seconds = time_blocks(tiny_unet, rounds=2, size=16, words=5)
+    assert set(kept_blocks(PLANS["full"])) == set(seconds.index)
+    assert (seconds.drop("other") > 0).all() and seconds["other"] > 0
+    assert not any(m._forward_pre_hooks for m in tiny_unet.modules())
+
+
+def test_a_search_ends_within_the_budget_with_the_best_of_the_finalists(teacher, data):
+    limit = 5_000_000
+    budget = Budget(parameters=limit)
+    plan, table = search_plan(
+        teacher, data, budget, keep=2, steps=2, batch_size=2, count=4, words=24,
+        scores=pd.Series(range(1, 13), PARTS, dtype=float),
+    )  # fmt: skip
+    student = kdc.slim(teacher.unet, plan)
+    assert sum(p.numel() for p in student.parameters()) == table.loc[0, "parameters"] <= limit
+    assert plan == table.loc[0, "plan"] and table["recovered"].is_monotonic_increasing
+    assert len(table) == 2 and table[["after_cut", "recovered"]].gt(0).all(axis=None)
+
+
+def test_a_latency_budget_is_predicted_and_then_measured(teacher, data):
+    scores = pd.Series(1.0, PARTS)
+    plan, table = search_plan(
+        teacher,
+        data,
+        Budget(latency=0.95),
+        scores=scores,
+        keep=2,
+        steps=1,
+        batch_size=2,
+        count=2,
+        words=24,
+    )
+    assert table.loc[0, "latency"] <= 0.95 and plan != PLANS["full"]
+    with pytest.raises(ValueError, match="no plan fits"):
+        search_plan(teacher, data, Budget(latency=0.01), scores=scores, words=24)
