@@ -5,12 +5,14 @@ from kdc.data import LatentDataset, cache_latents, load_dataset
 from kdc.distillation import distill, output_error
 from kdc.losses import DistillationLoss, FeatureTaps, LossWeights, tap_names
 from kdc.models import generate, load_student, load_teacher, save_student, with_unet
+from kdc.search import Budget, search_plan, sensitivity
 from kdc.slimming import PLANS, SlimPlan, copy_map, slim
 from kdc.worlds import WORLDS
 
 __all__ = [
     "PLANS",
     "WORLDS",
+    "Budget",
     "DistillationLoss",
     "FeatureTaps",
     "LatentDataset",
@@ -27,6 +29,8 @@ __all__ = [
     "measure_latency",
     "output_error",
     "save_student",
+    "search_plan",
+    "sensitivity",
     "slim",
     "tap_names",
     "with_unet",

@@ -1,4 +1,4 @@
-"""The library from the command line: `python -m kdc mini | grades`."""
+"""The library from the command line: `python -m kdc mini | grades | frechet`."""
 
 from __future__ import annotations
 
@@ -42,6 +42,14 @@ def _grades(args) -> None:
     print(grades.markdown(grades.report(values)))
 
 
+def _frechet(args) -> None:
+    from kdc import models
+    from kdc.mini import grades
+
+    values = grades.explain_frechet(models.load_teacher("mini"))
+    print(ledger.write("mini_frechet", values, args.results, seed=grades.SEED + 1))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kdc", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -55,6 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     grades.add_argument("--photos", help="a folder of photographs, for the autoencoder's grade")
     grades.add_argument("--results", help="where to write (default: results/)")
     grades.set_defaults(run=_grades)
+    frechet = commands.add_parser("frechet", help="say where the Fréchet distance comes from")
+    frechet.add_argument("--results", help="where to write (default: results/)")
+    frechet.set_defaults(run=_frechet)
     args = parser.parse_args(argv)
     args.run(args)
 

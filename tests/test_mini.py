@@ -51,6 +51,8 @@ def test_every_stage_runs_hands_on_and_is_not_repeated(tmp_path, capsys):
     mini.make(tmp_path)
     assert capsys.readouterr().out.count("not trained again") == len(mini.STAGES)
     mini.install(tmp_path, tmp_path / "assets")
+    configs = [f.read_text() for f in (tmp_path / "assets").rglob("*.json")]
+    assert configs and not any(str(tmp_path) in text for text in configs)
     pipeline = models.load_teacher(tmp_path / "assets" / "mini-teacher")
     student = models.load_student(tmp_path / "assets" / "mini-student", pipeline)
     assert models.generate(student, "a red rose on a sky background", steps=2).shape[0] == 1

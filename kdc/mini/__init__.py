@@ -6,6 +6,7 @@ folder is not trained again, and one that was stopped goes on from its last chec
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +64,7 @@ def make_teacher(out: Path, **settings) -> None:
     pipeline.to(torch.float16).save_pretrained(out / "new", safe_serialization=True)
 
 
-def make_student(out: Path, steps: int = 800, batch_size: int = 32, **settings) -> None:
+def make_student(out: Path, steps: int = 800, batch_size: int = 16, **settings) -> None:
     teacher = load_teacher(out.parent / "teacher" / "final")
     student = slim(teacher.unet, STUDENT_PLAN)
     data = load_dataset("worlds", count=settings.pop("pool", 8000))
@@ -129,6 +130,10 @@ def install(output_dir: str | Path, assets: str | Path = ASSETS) -> None:
             continue  # the autoencoder is shipped inside the teacher
         target = Path(assets) / f"mini-{name}"
         shutil.copytree(out / "final", target, dirs_exist_ok=True)
+        for file in target.rglob("config.json"):  # diffusers notes where it loaded a part from
+            config = json.loads(file.read_text())
+            if config.pop("_name_or_path", None):
+                file.write_text(json.dumps(config, indent=2) + "\n")
     logs = Path(assets) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for name in STAGES:
