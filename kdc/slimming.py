@@ -248,7 +248,9 @@ def slim(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             student = _build(config, "cpu" if unet.device.type != "meta" else "meta")
-        student = student.to(device=unet.device, dtype=unet.dtype)
+        if student.dtype != unet.dtype:
+            student = student.to(dtype=unet.dtype)
+        student = student.to(device=unet.device)
     else:
         student = _build(config, "meta")
     if init == "copy":
