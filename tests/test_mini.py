@@ -110,6 +110,18 @@ def test_the_readme_shows_the_stored_grades():
     assert shown == grades.markdown(grades.report(ledger.read("mini_grades")))
 
 
+def test_the_readme_says_where_the_frechet_distance_comes_from():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    stored = ledger.read("mini_frechet")
+    assert f"on {stored['samples']} pictures" in readme
+    ratios = stored["ratios"]
+    assert f"are at {ratios['autoencoder']:.1f} times" in readme
+    for guidance in ("1.5", "3", "7.5"):
+        told = f"guidance {guidance} at", f"guidance of {guidance} at"
+        ratio = f"{ratios[f'guidance {guidance}']:.1f} times"
+        assert any(f"{words} {ratio}" in " ".join(readme.split()) for words in told)
+
+
 def test_the_report_says_which_goals_are_missed():
     row = dict.fromkeys(("colour", "kind", "background"), 0.96)
     row |= {f"held_out_{k}": v for k, v in zip(list(row), (0.9, 0.79, 0.9), strict=True)}
