@@ -85,7 +85,6 @@ def train(
     identity: dict | None = None,
     accelerator: Accelerator | None = None,
     label: str = "training",
-    on_log: Callable[[int, nn.Module], dict[str, float]] | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place and return its log, a row every `log_every` steps.
 
@@ -167,9 +166,6 @@ def train(
         if done % settings.log_every == 0 or done == settings.steps or step == 0:
             row = {"step": done} | {k: v.item() for k, v in terms.items()}
             row |= {"grad_norm": float(norm), "learning_rate": schedule.get_last_lr()[0]}
-            if on_log:
-                row |= on_log(done, model)
-                prepared.train()
             rows.append(row)
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         if output_dir and done % settings.save_every == 0 and done < settings.steps:

@@ -101,9 +101,7 @@ leaves = pictures.to_signed(torch.from_numpy(np.stack(leaves)).permute(0, 3, 1, 
 test = kdc.load_dataset(dataset, "test", count=400)
 originals = torch.stack([test[i]["image"] for i in np.linspace(0, len(test) - 1, 4).astype(int)])
 originals = torch.cat([originals, leaves])
-with torch.no_grad():
-    latents = pipeline.vae.encode(originals.to(pipeline.device)).latent_dist.mean
-    restored = pipeline.vae.decode(latents).sample.cpu()
+restored = grades.reconstruct(pipeline, originals)
 quality = [f"{v:.1f} dB" for v in grades.psnr(pipeline, originals)]
 figures.picture_grid({"original": originals, "restored": restored}, quality)
 plt.show()

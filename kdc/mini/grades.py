@@ -43,15 +43,19 @@ def renderings_of(shown: list[worlds.Attributes], seed: int) -> Tensor:
 
 
 @torch.inference_mode()
+def reconstruct(pipeline: StableDiffusionPipeline, pictures: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1], encoded and decoded by the pipeline's autoencoder."""
+    parts = []
+    for batch in pictures.split(64):
+        latents = pipeline.vae.encode(batch.to(pipeline.device)).latent_dist.mean
+        parts.append(pipeline.vae.decode(latents).sample.clamp(-1, 1).cpu())
+    return torch.cat(parts)
+
+
 def psnr(pipeline: StableDiffusionPipeline, pictures: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, (N,), of the autoencoder on pictures in [-1, 1]."""
-    values = []
-    for batch in pictures.split(64):
-        batch = batch.to(pipeline.device)
-        restored = pipeline.vae.decode(pipeline.vae.encode(batch).latent_dist.mean).sample
-        error = (restored.clamp(-1, 1) - batch).square().mean(dim=(1, 2, 3))
-        values.append((10 * torch.log10(4 / error)).cpu())
-    return torch.cat(values)
+    error = (reconstruct(pipeline, pictures) - pictures.cpu()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / error)
 
 
 def grade_classifier(copies: int = 6) -> dict[str, float]:
@@ -119,7 +123,8 @@ def explain_frechet(
     first, second = (renderings_of(asked, seed) for seed in (5, 6))
     reference = metrics.clip_features(first)
     floor = metrics.frechet_distance(metrics.clip_features(second), reference)
-    pictures = {"autoencoder": _restored(pipeline, second)}
+    restored = reconstruct(pipeline, second.float() / 127.5 - 1)
+    pictures = {"autoencoder": ((restored + 1) * 127.5).round().to(torch.uint8)}
     captions = [worlds.caption(a) for a in asked]
     for guidance in guidances:
         pictures[f"guidance {guidance:g}"] = models.generate(
@@ -130,17 +135,6 @@ def explain_frechet(
         for name, drawn in pictures.items()
     }
     return {"ratios": ratios, "floor": floor, "samples": len(asked)}
-
-
-@torch.inference_mode()
-def _restored(pipeline: StableDiffusionPipeline, pictures: Tensor) -> Tensor:
-    """Pictures (N, 3, H, W) uint8, encoded and decoded."""
-    parts = []
-    for batch in pictures.split(64):
-        latents = pipeline.vae.encode(batch.to(pipeline.device) / 127.5 - 1).latent_dist.mean
-        decoded = pipeline.vae.decode(latents).sample.clamp(-1, 1)
-        parts.append(((decoded + 1) * 127.5).round().to(torch.uint8).cpu())
-    return torch.cat(parts)
 
 
 def standard_error(share: float, count: int) -> float:
