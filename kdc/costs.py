@@ -175,3 +175,39 @@ def call_of(
         return unet(latents, 500, captions, return_dict=False)[0]
 
     return call
+
+
+def time_blocks(unet: UNet2DConditionModel, rounds: int = 8, **inputs) -> pd.Series:
+    """Median seconds of each block in a call of `unet`; "other" is the rest of the call."""
+    blocks = {block_of(name) for name, _ in unet.named_parameters()}
+    names = {module: name for name, module in unet.named_modules() if name in blocks}
+    begun: dict[str, float] = {}
+    rows: list[dict[str, float]] = []
+    on_gpu = unet.device.type == "cuda"
+
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize(unet.device)
+        return time.perf_counter()
+
+    def enter(module, *_):
+        begun[names[module]] = now()
+
+    def leave(module, *_):
+        name = names[module]
+        rows[-1][name] = rows[-1].get(name, 0.0) + now() - begun[name]
+
+    handles = [module.register_forward_pre_hook(enter) for module in names]
+    handles += [module.register_forward_hook(leave) for module in names]
+    call = call_of(unet, **inputs)
+    try:
+        for _ in range(rounds + 1):
+            rows.append({})
+            start = now()
+            call()
+            total = now() - start
+            rows[-1]["other"] = total - sum(rows[-1].values())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return pd.DataFrame(rows[1:]).fillna(0.0).median()

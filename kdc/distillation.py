@@ -154,12 +154,17 @@ def output_error(
     *,
     count: int = 48,
     levels: int = 8,
+    guidance: float = 1.0,
     seed: int = 12345,
 ) -> pd.Series:
     """How far a student's predictions are from its teacher's: E |s - u|^2 by timestep.
 
     The same `count` pictures' noise and captions for every student of one seed, at `levels`
     timesteps spread evenly over the process. The mean of the series is the score, lower is nearer.
+
+    With `guidance` w other than 1 both predictions are those that the sampler follows, e(empty) +
+    w (e(caption) - e(empty)) (Ho & Salimans 2207.12598): what a student makes of the caption then
+    counts w^2 times.
     """
     process, generator = forward_process(teacher), torch.Generator().manual_seed(seed)
     last = process.config.num_train_timesteps - 1
@@ -170,12 +175,22 @@ def output_error(
         noise = torch.randn(latents.shape, generator=generator)
         inputs = (process.add_noise(latents, noise, timesteps), timesteps, words)
         inputs = [x.to(teacher.device) for x in inputs]
-        s, u = (
-            unet(*(_like(unet, x) for x in inputs), return_dict=False)[0].float()
-            for unet in (student, teacher.unet)
-        )
-        errors[level] = (s - u).square().mean().item()
+        difference = _difference(student, teacher.unet, *inputs)
+        if guidance != 1:
+            empty = data.empty.expand_as(words).to(teacher.device)
+            unguided = _difference(student, teacher.unet, *inputs[:2], empty)
+            difference = unguided + guidance * (difference - unguided)
+        errors[level] = difference.square().mean().item()
     return pd.Series(errors, name="output error").rename_axis("timestep")
+
+
+def _difference(student: torch.nn.Module, teacher: torch.nn.Module, *inputs: Tensor) -> Tensor:
+    """Student's minus teacher's prediction, each made in the network's own precision."""
+    s, u = (
+        unet(*(_like(unet, x) for x in inputs), return_dict=False)[0].float()
+        for unet in (student, teacher)
+    )
+    return s - u
 
 
 def _like(module: torch.nn.Module, tensor: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import kdc
-from kdc.costs import call_of, count_costs, measure_latency
+from kdc.costs import call_of, count_costs, measure_latency, time_blocks
+from kdc.search import kept_blocks
+from kdc.slimming import PLANS
 
 # Parameters, GMACs of convolutions and linear layers, and GMACs with attention products at
 # 64 x 64 latents, batch 1, 77 words (None: not published).
@@ -99,3 +101,10 @@ def test_latency_is_interleaved_and_a_slower_call_has_the_larger_ratio():
 
 def test_a_call_of_a_unet_draws_a_batch(tiny_unet):
     assert call_of(tiny_unet, size=16, words=5, batch_size=2)().shape == (2, 4, 16, 16)
+
+
+def test_times_of_blocks_add_up_to_the_call(tiny_unet):
+    seconds = time_blocks(tiny_unet, rounds=2, size=16, words=5)
+    assert set(kept_blocks(PLANS["full"])) == set(seconds.index)
+    assert (seconds.drop("other") > 0).all() and seconds["other"] > 0
+    assert not any(m._forward_pre_hooks for m in tiny_unet.modules())

@@ -7,18 +7,15 @@ import torch
 
 import kdc
 from kdc.costs import count_costs
+from kdc.parts import INNERMOST, PARTS, every_subset, kept_blocks, plan_without
 from kdc.search import (
-    INNERMOST,
-    PARTS,
     Budget,
+    block_seconds,
     cost_every_subset,
-    every_subset,
-    kept_blocks,
-    plan_without,
+    random_plans,
     rank_plans,
     search_plan,
     sensitivity,
-    time_blocks,
 )
 from kdc.slimming import PLANS, copy_map
 
@@ -96,6 +93,43 @@ def test_a_budget_must_say_something_and_be_possible(tiny_unet):
         rank_plans(pd.Series(0.0, PARTS), costs, Budget(parameters=10))
 
 
+def test_random_plans_use_the_budget_up(tiny_unet):
+    """Against the definition by kept blocks: no larger network fits."""
+    costs = cost_every_subset(tiny_unet, size=16, words=5)
+    limit = 0.6 * costs["macs"].max()
+    generator = torch.Generator().manual_seed(0)
+    drawn = random_plans(costs, Budget(macs=limit), 12, generator)
+    assert len(set(drawn)) == 12
+    kept = {subset: set(kept_blocks(plan_without(subset))) for subset in costs.index}
+    macs = dict(zip(costs.index, costs["macs"], strict=True))
+    for subset in drawn:
+        assert macs[subset] <= limit
+        assert not [s for s in kept if kept[s] > kept[subset] and macs[s] <= limit], subset
+    again = random_plans(costs, Budget(macs=limit), 5, torch.Generator().manual_seed(0))
+    assert again == drawn[:5]
+    with pytest.raises(ValueError, match=r"only \d+ plans use up"):
+        random_plans(costs, Budget(macs=limit), 3000, generator)
+
+
+def test_block_times_become_predicted_latencies(tiny_unet):
+    """Invented times: the mid-block takes half of all; without the innermost stage, twice that."""
+    inputs = {"size": 16, "words": 5}
+    timed = block_seconds(tiny_unet, **inputs)
+    assert set(timed[False].index) >= set(kept_blocks(PLANS["full"])) - {"other"}
+    assert not [b for b in timed[True].index if b.startswith(("down_blocks.3", "up_blocks.0"))]
+    seconds = {}
+    for dropped, times in timed.items():
+        mid = times.index.str.startswith("mid_block")
+        seconds[dropped] = times.where(mid, 1 / (~mid).sum())
+        seconds[dropped][mid] = (2 if dropped else 1) / mid.sum()
+    costs = cost_every_subset(tiny_unet, seconds, **inputs)
+    latency = {frozenset(s): value for s, value in costs["latency"].items()}
+    assert latency[frozenset()] == pytest.approx(1)
+    assert latency[frozenset({"mid-block"})] == pytest.approx(0.5)
+    assert latency[frozenset({INNERMOST})] == pytest.approx(1.5)
+    assert latency[frozenset({INNERMOST, "mid-block"})] == pytest.approx(0.5)
+
+
 def test_sensitivity_is_the_error_of_bypassing_the_part(teacher, data):
     table = sensitivity(teacher, data, draws=2, count=4, levels=2, seed=3)
     assert len(table) == len(PARTS) * 2 * 2 and (table["error"] > 0).all()
@@ -105,24 +139,29 @@ def test_sensitivity_is_the_error_of_bypassing_the_part(teacher, data):
     assert mine["error"].tolist() == errors.tolist()
 
 
-def test_times_of_blocks_add_up_to_the_call(tiny_unet):
-    seconds = time_blocks(tiny_unet, rounds=2, size=16, words=5)
-    assert set(kept_blocks(PLANS["full"])) == set(seconds.index)
-    assert (seconds.drop("other") > 0).all() and seconds["other"] > 0
-    assert not any(m._forward_pre_hooks for m in tiny_unet.modules())
-
-
 def test_a_search_ends_within_the_budget_with_the_best_of_the_finalists(teacher, data):
     limit = 5_000_000
     budget = Budget(parameters=limit)
     plan, table = search_plan(
-        teacher, data, budget, keep=2, steps=2, batch_size=2, count=4, words=24,
+        teacher, data, budget, heats=((3, 1), (2, 2)), batch_size=2, count=4, words=24,
         scores=pd.Series(range(1, 13), PARTS, dtype=float),
     )  # fmt: skip
     student = kdc.slim(teacher.unet, plan)
     assert sum(p.numel() for p in student.parameters()) == table.loc[0, "parameters"] <= limit
     assert plan == table.loc[0, "plan"] and table["recovered"].is_monotonic_increasing
     assert len(table) == 2 and table[["after_cut", "recovered"]].gt(0).all(axis=None)
+
+
+def test_a_search_can_be_held_against_the_costs_of_another_network(teacher, data, tiny_unet):
+    other = cost_every_subset(tiny_unet, size=16, words=5)
+    limit = 0.5 * other["parameters"].max()
+    scores = pd.Series(range(1, 13), PARTS, dtype=float)
+    plan, table = search_plan(
+        teacher, data, Budget(parameters=limit), costs=other, heats=((1, 1),), batch_size=2,
+        count=2, scores=scores,
+    )  # fmt: skip
+    counted = sum(p.numel() for p in kdc.slim(tiny_unet, plan).parameters())
+    assert table.loc[0, "parameters"] == counted <= limit
 
 
 def test_a_latency_budget_is_predicted_and_then_measured(teacher, data):
@@ -132,12 +171,13 @@ def test_a_latency_budget_is_predicted_and_then_measured(teacher, data):
         data,
         Budget(latency=0.95),
         scores=scores,
-        keep=2,
-        steps=1,
+        heats=((2, 1),),
         batch_size=2,
         count=2,
         words=24,
     )
     assert table.loc[0, "latency"] <= 0.95 and plan != PLANS["full"]
+    with pytest.raises(ValueError, match="a plan and a step"):
+        search_plan(teacher, data, Budget(latency=0.9), heats=((4, 0),))
     with pytest.raises(ValueError, match="no plan fits"):
         search_plan(teacher, data, Budget(latency=0.01), scores=scores, words=24)
