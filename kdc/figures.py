@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -120,4 +122,140 @@ def bars(
     axis.set_axisbelow(True)
     if len(names) > 1:
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
+
+
+STAGES, MID_ROW = 4, 4
+SHADES = {"resnets": COLOURS[0], "attentions": COLOURS[1]}
+
+
+def _place(block: str) -> tuple[float, float, str] | None:
+    """Column, row and colour of a block in the drawing of a U-Net; None for what has no place."""
+    parts = block.split(".")
+    if len(parts) < 3:
+        return None
+    kind, index = parts[-2], int(parts[-1])
+    shade = SHADES.get(kind, COLOURS[5])
+    if parts[0] == "mid_block":
+        return {"resnets": 6.0 + 2 * index, "attentions": 7.0}[kind], MID_ROW, shade
+    going_up = parts[0] == "up_blocks"
+    row = STAGES - 1 - int(parts[1]) if going_up else int(parts[1])
+    offset = {"resnets": 2 * index, "attentions": 2 * index + 1}.get(kind, 6 if going_up else 4)
+    return (9 if going_up else 0) + offset, row, shade
+
+
+def u_nets(
+    kept: Mapping[str, Collection[str]],
+    areas: Mapping[str, Mapping[str, float]],
+    scale: float = 0.3,
+) -> Figure:
+    """U-Nets drawn to scale: a square a block, as large as its share of one of the costs.
+
+    `kept` gives each network, a row of the figure, the blocks that it has; `areas` gives each cost,
+    a column, the value of every block of the whole network. Blocks that are missing are outlines.
+    Rows of squares are stages, outermost on top: the way down at the left, the way up at the right,
+    the mid-block below.
+    """
+    width, height = 16, STAGES + 1
+    figure, axes = plt.subplots(
+        len(kept),
+        len(areas),
+        figsize=(width * scale * len(areas) + 1, (height * scale + 0.35) * len(kept) + 0.5),
+        squeeze=False,
+        layout="constrained",
+    )
+    for column, (cost, values) in enumerate(areas.items()):
+        placed = {b: (v, *place) for b, v in values.items() if (place := _place(b))}
+        largest = max(value for value, *_ in placed.values())
+        for line, (name, blocks) in zip(axes, kept.items(), strict=True):
+            axis = line[column]
+            for block, (value, x, y, shade) in placed.items():
+                side = 0.98 * np.sqrt(value / largest)
+                there = block in blocks
+                axis.add_patch(
+                    plt.Rectangle(
+                        (x - side / 2, y - side / 2),
+                        side,
+                        side,
+                        facecolor=shade if there else "none",
+                        edgecolor="white" if there else "#b0b0b0",
+                        linewidth=0.4 if there else 0.6,
+                    )
+                )
+            axis.set(xlim=(-1, width), ylim=(height - 0.3, -0.7), aspect="equal")
+            axis.axis("off")
+            share = sum(v for b, v in values.items() if b in blocks) / sum(
+                v for _, v in values.items()
+            )
+            axis.set_title(f"{name}: {share:.0%} of {cost}", fontsize=8)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=shade) for shade in (*SHADES.values(), COLOURS[5])]
+    labels = ["convolutions", "transformer blocks", "resampling"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def heat_map(table: pd.DataFrame, title: str, log_scale: bool = True) -> Figure:
+    """A table as colours, its columns along x, the value written where there is room."""
+    figure, axis = plt.subplots(
+        figsize=(0.75 * table.shape[1] + 2, 0.28 * len(table) + 1), layout="constrained"
+    )
+    norm = matplotlib.colors.LogNorm() if log_scale else None
+    image = axis.imshow(table.to_numpy(), aspect="auto", cmap="viridis", norm=norm)
+    axis.set_yticks(range(len(table)), table.index, fontsize=8)
+    axis.set_xticks(range(table.shape[1]), table.columns, fontsize=8)
+    axis.set_xlabel(table.columns.name)
+    figure.colorbar(image, label=title)
+    return figure
+
+
+def trade_offs(
+    rows: pd.DataFrame,
+    costs: Mapping[str, str],
+    measures: Mapping[str, str],
+    control: str = "random",
+    levels: Mapping[str, float] | None = None,
+) -> Figure:
+    """What candidates reach against what they cost: a panel for each measure and cost.
+
+    `rows` has a column `candidate` and one for each cost and measure (their labels are the values).
+    Points are means over the rows of a candidate, bars reach from the least to the largest; rows of
+    candidates that begin with `control` are small points of their own. `levels` draws a line, such
+    as the teacher's, in the panels of a measure.
+    """
+    figure, axes = plt.subplots(
+        len(measures),
+        len(costs),
+        figsize=(3.3 * len(costs), 2.6 * len(measures) + 0.6),
+        squeeze=False,
+        sharey="row",
+        sharex="col",
+        layout="constrained",
+    )
+    for line, (measure, label) in zip(axes, measures.items(), strict=True):
+        for axis, cost in zip(line, costs, strict=True):
+            colours, crosses = itertools.cycle(COLOURS), itertools.cycle("x+")
+            for candidate, group in rows.groupby("candidate", sort=False):
+                x, y = group[cost], group[measure]
+                if candidate.startswith(control):
+                    axis.plot(x, y, next(crosses), color="#999999", ms=6, label=candidate)
+                    continue
+                spread = [[y.mean() - y.min()], [y.max() - y.mean()]]
+                mark = "D" if candidate.startswith("found") else "o"
+                axis.errorbar(
+                    [x.mean()],
+                    [y.mean()],
+                    spread,
+                    fmt=mark,
+                    color=next(colours),
+                    label=candidate,
+                )
+            if levels and measure in levels:
+                axis.axhline(levels[measure], color=COLOURS[5], lw=0.8, ls=":", label="teacher")
+            axis.grid(alpha=0.3)
+        line[0].set_ylabel(label)
+    for axis, label in zip(axes[-1], costs.values(), strict=True):
+        axis.set_xlabel(label)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named, loc="outside lower center", ncols=5, fontsize=8)
     return figure
