@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab mini grades lock clean
+.PHONY: help book test lab mini grades slimming lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,15 +30,18 @@ test: .venv/.ready ## lint, unit tests, every notebook at the quick budget, the 
 lab: .venv/.ready ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
 
-# glibc gives large blocks back to the system after every step and faults them in again; keeping them
-# made training steps on one core 1.1 to 1.2 times as fast.
-mini: export MALLOC_MMAP_MAX_ = 0
-mini: export MALLOC_TRIM_THRESHOLD_ = 8000000000
+# glibc gives large blocks back to the system after every step and faults them in again, which costs
+# time in every training step on a CPU.
+mini slimming: export MALLOC_MMAP_MAX_ = 0
+mini slimming: export MALLOC_TRIM_THRESHOLD_ = 8000000000
 mini: .venv/.ready ## train the embedded models from nothing and put them into the package (hours)
 	$(BIN)/python -m kdc mini --install
 
 grades: .venv/.ready ## grade the embedded models again; PHOTOS=FOLDER adds the autoencoder on photographs
 	$(BIN)/python -m kdc grades $(if $(PHOTOS),--photos "$(PHOTOS)")
+
+slimming: .venv/.ready ## measure the study of chapter 01 again, write its files of results/ (hours)
+	$(BIN)/python -m kdc slimming
 
 lock: ## write requirements.lock from the versions now in .venv
 	$(BIN)/python -m pip install --quiet --no-deps -e .

@@ -1,4 +1,4 @@
-"""The library from the command line: `python -m kdc mini | grades | frechet`."""
+"""The library from the command line: `python -m kdc mini | grades | frechet | slimming`."""
 
 from __future__ import annotations
 
@@ -50,6 +50,14 @@ def _frechet(args) -> None:
     print(ledger.write("mini_frechet", values, args.results, seed=grades.SEED + 1))
 
 
+def _slimming(args) -> None:
+    from kdc.studies import stages
+
+    settings = {} if args.seeds is None else {"seeds": tuple(args.seeds)}
+    for path in stages.run(args.stages, args.results, args.output_dir, args.device, **settings):
+        print(path)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kdc", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -66,6 +74,13 @@ def main(argv: list[str] | None = None) -> None:
     frechet = commands.add_parser("frechet", help="say where the Fréchet distance comes from")
     frechet.add_argument("--results", help="where to write (default: results/)")
     frechet.set_defaults(run=_frechet)
+    slimming = commands.add_parser("slimming", help="the study of chapter 01, writes results/")
+    slimming.add_argument("stages", nargs="*", help="which stages, in this order (default: all)")
+    slimming.add_argument("--seeds", nargs="+", type=int, help="seeds of the stage recovery")
+    slimming.add_argument("--device", default="cpu", help="where the full-size stages run")
+    slimming.add_argument("--output-dir", default="outputs/slimming", help="rows, for resuming")
+    slimming.add_argument("--results", help="where to write (default: results/)")
+    slimming.set_defaults(run=_slimming)
     args = parser.parse_args(argv)
     args.run(args)
 

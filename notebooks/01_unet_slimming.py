@@ -290,8 +290,8 @@ if dataset is not None:
 # %% [markdown]
 # Where the curves of several plans lie on one another, what distinguishes the plans does not matter
 # to this teacher's predictions. The plans differ in the mid-block and in the innermost stage, and
-# on latents of 16 x 16 those two work on 2 x 2 pixels: they hold most of the parameters that the
-# plans dispute, and nearly nothing of what the picture needs. What every plan removes alike, the
+# on latents of 16 x 16 those two work on 2 x 2 pixels: they hold a good part of the parameters and
+# nearly nothing of what the picture needs. What every plan removes alike, the
 # second layers, is what hurts. Do not carry that over to Stable Diffusion, whose innermost stage
 # sees 8 x 8.
 #
