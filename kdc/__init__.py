@@ -3,10 +3,11 @@
 from kdc.costs import count_costs, measure_latency
 from kdc.data import LatentDataset, cache_latents, load_dataset
 from kdc.distillation import distill, output_error
-from kdc.losses import DistillationLoss, FeatureTaps, LossWeights, tap_names
+from kdc.losses import DistillationLoss, LossWeights
 from kdc.models import generate, load_student, load_teacher, save_student, with_unet
 from kdc.search import Budget, search_plan, sensitivity
 from kdc.slimming import PLANS, SlimPlan, copy_map, slim
+from kdc.taps import FeatureTaps, tap_names
 from kdc.worlds import WORLDS
 
 __all__ = [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -14,10 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdc.data import LatentDataset, cache_latents
-from kdc.losses import DistillationLoss, FeatureTaps, LossWeights, min_snr_weight, tap_names
+from kdc.losses import DistillationLoss, LossWeights, min_snr_weight
 from kdc.models import save_student
-from kdc.training import TrainSettings, train
+from kdc.slimming import slim
+from kdc.taps import FeatureTaps, projections, tap_names
+from kdc.training import LossFunction, TrainSettings, train
 
+PROJECTIONS = "feature_projections"  # the student's submodule while it is trained
 LAYOUT = ("down_block_types", "mid_block_type", "up_block_types", "layers_per_block")
 
 
@@ -85,7 +90,6 @@ def distill(
     device = PartialState().device
     teacher.to(device)
     data = dataset if isinstance(dataset, LatentDataset) else cache_latents(teacher, dataset)
-    criterion = DistillationLoss(weights)
     identity = {
         "weights": dataclasses.asdict(weights),
         "batch_size": batch_size,
@@ -94,39 +98,8 @@ def distill(
         "data": fingerprint(data.mean, data.embeddings, data.caption_index),
         "teacher": fingerprint(*teacher.unet.state_dict().values()),
     }
-    snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
-    count = process.config.num_train_timesteps
-    taps = None
-    if weights.feature:
-        pairs = tap_names(student, teacher.unet)
-        taps = [
-            FeatureTaps(student, [s for s, _ in pairs]),
-            FeatureTaps(teacher.unet, [t for _, t in pairs]),
-        ]
-    if weights.needs_teacher:
-        teacher.unet.eval()
-
-    def loss(model, generator):
-        latents, words = data.draw(batch_size, generator, caption_dropout)
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(count, (batch_size,), generator=generator)
-        noisy = process.add_noise(latents, noise, timesteps)
-        target = noise_target(process, latents, noise, timesteps)
-        inputs = noisy.to(device), timesteps.to(device), words.to(device)
-        predicted, guide = model(*inputs, return_dict=False)[0], None
-        if weights.needs_teacher:
-            with torch.no_grad():
-                guide = teacher.unet(*(_like(teacher.unet, x) for x in inputs), return_dict=False)
-                guide = guide[0].float()
-        task_weight = None
-        if weights.min_snr:
-            task_weight = min_snr_weight(
-                snr[timesteps], weights.min_snr, process.config.prediction_type
-            ).to(device)
-        collected = [tap.take() for tap in taps] if taps else [(), ()]
-        return criterion(predicted, target.to(device), guide, *collected, task_weight=task_weight)
-
-    try:
+    settings_of_loss = {"batch_size": batch_size, "caption_dropout": caption_dropout, "seed": seed}
+    with distillation_loss(student.to(device), teacher, data, weights, **settings_of_loss) as loss:
         log = train(
             student,
             loss,
@@ -137,13 +110,93 @@ def distill(
             identity=identity,
             label=label,
         )
-    finally:
-        for tap in taps or ():
-            tap.close()
     if output_dir and PartialState().is_main_process:
         notes = {"weights": dataclasses.asdict(weights), "steps": steps, "batch_size": batch_size}
         save_student(student, output_dir, **notes, seed=seed, learning_rate=learning_rate)
     return log
+
+
+@contextlib.contextmanager
+def distillation_loss(
+    student: UNet2DConditionModel,
+    teacher: StableDiffusionPipeline,
+    data: LatentDataset,
+    weights: LossWeights,
+    *,
+    batch_size: int,
+    caption_dropout: float = 0.1,
+    seed: int = 0,
+) -> Iterator[LossFunction]:
+    """What `train` minimises: a function that draws a batch, runs both networks, gives the terms.
+
+    A context, because the taps hook into both networks until it is left. Where student and teacher
+    differ in width, the student has projections of its taps as a submodule for as long, drawn from
+    `seed` and trained with it. The function is called with the student, wrapped or not, and a
+    generator.
+    """
+    process, criterion = forward_process(teacher), DistillationLoss(weights)
+    device = teacher.unet.device
+    snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
+    count = process.config.num_train_timesteps
+    if weights.needs_teacher:
+        teacher.unet.eval()
+
+    def forward_teacher(inputs: list[Tensor]) -> Tensor:
+        with torch.no_grad():
+            inputs = [_like(teacher.unet, x) for x in inputs]
+            return teacher.unet(*inputs, return_dict=False)[0].float()
+
+    def loss(model: torch.nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        latents, words = data.draw(batch_size, generator, caption_dropout)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(count, (batch_size,), generator=generator)
+        noisy = process.add_noise(latents, noise, timesteps)
+        target = noise_target(process, latents, noise, timesteps).to(device)
+        inputs = [x.to(device) for x in (noisy, timesteps, words)]
+        predicted = model(*inputs, return_dict=False)[0]
+        guide = forward_teacher(inputs) if weights.needs_teacher else None
+        task_weight = None
+        if weights.min_snr:
+            prediction = process.config.prediction_type
+            task_weight = min_snr_weight(snr[timesteps], weights.min_snr, prediction).to(device)
+        ours, theirs = (tap.take() for tap in taps) if taps else ((), ())
+        if hasattr(student, PROJECTIONS):
+            layers = getattr(student, PROJECTIONS)
+            ours = [layer(tap) for layer, tap in zip(layers, ours, strict=True)]
+        return criterion(predicted, target, guide, ours, theirs, task_weight=task_weight)
+
+    taps = []
+    try:
+        if weights.feature:
+            pairs = zip(*tap_names(student, teacher.unet, weights.taps), strict=True)
+            unets = student, teacher.unet
+            taps = [FeatureTaps(unet, names) for unet, names in zip(unets, pairs, strict=True)]
+            widths = [unet.config.block_out_channels for unet in unets]
+            if list(widths[0]) != list(widths[1])[: len(widths[0])]:
+                one = data.mean[:1].to(device), 0, data.embeddings[:1].to(device)
+                with torch.no_grad():
+                    for unet in unets:
+                        unet(*(_like(unet, x) if torch.is_tensor(x) else x for x in one))
+                layers = projections(*(tap.take() for tap in taps), seed=seed).to(device)
+                student.add_module(PROJECTIONS, layers)
+        yield loss
+    finally:
+        for tap in taps:
+            tap.close()
+        if hasattr(student, PROJECTIONS):
+            delattr(student, PROJECTIONS)
+
+
+def published_recipe(
+    teacher: UNet2DConditionModel, newest: bool = False, seed: int = 0
+) -> tuple[UNet2DConditionModel, LossWeights]:
+    """The student and the loss of KDC-Diff's public code, as an audit of it found them.
+
+    The earlier configuration is the paper's: the plan "kdc" with the teacher's weights copied, all
+    four terms. The newest commit starts from random weights on the plan "kdc-v2", without features.
+    """
+    plan, init = ("kdc-v2", "random") if newest else ("kdc", "copy")
+    return slim(teacher, plan, init, seed), LossWeights.as_published(newest)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The distillation terms, and the feature taps that feed one of them.
+"""The distillation terms. Where the features of one of them come from stands in `kdc.taps`.
 
 With student s and teacher t, predictions (B, C, H, W) of noise or velocity, and target y:
 
@@ -18,7 +18,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from kdc.taps import TAPS
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class LossWeights:
 
     `temperature` belongs to the soft term. `soft_reduction` is "mean" (over pictures and pixels) or
     "batchmean" (over pictures; pixels are summed). `output_gradient` False detaches the output
-    term, which then is logged but teaches nothing. `min_snr` caps the signal-to-noise weight of the
+    term, which then is logged but teaches nothing. `taps` says where the feature term compares: see
+    `tap_names`. `min_snr` caps the signal-to-noise weight of the
     task term (5 is usual), None leaves it at 1.
     """
 
@@ -38,6 +41,7 @@ class LossWeights:
     temperature: float = 2.0
     soft_reduction: str = "mean"
     feature_normalised: bool = True
+    taps: str = "blocks"
     output_gradient: bool = True
     min_snr: float | None = None
 
@@ -51,6 +55,8 @@ class LossWeights:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
         if self.soft_reduction not in ("mean", "batchmean"):
             raise ValueError(f"soft_reduction must be mean or batchmean: {self.soft_reduction!r}")
+        if self.taps not in TAPS:
+            raise ValueError(f"taps must be one of {', '.join(TAPS)}, not {self.taps!r}")
 
     @classmethod
     def only(cls, *terms: str) -> LossWeights:
@@ -61,11 +67,14 @@ class LossWeights:
         return cls(**{name: getattr(default, name) if name in terms else 0.0 for name in every})
 
     @classmethod
-    def as_published(cls) -> LossWeights:
-        """What KDC-Diff's public code computes: all weights 1, one term dead, one oversized."""
+    def as_published(cls, newest: bool = False) -> LossWeights:
+        """What KDC-Diff's public code computes: all weights 1, one term dead, one oversized.
+
+        Its newest commit leaves the feature term out as well.
+        """
         return cls(
             soft=1.0,
-            feature=1.0,
+            feature=0.0 if newest else 1.0,
             soft_reduction="batchmean",
             feature_normalised=False,
             output_gradient=False,
@@ -156,63 +165,3 @@ class DistillationLoss:
             terms["feature"] = feature_term(student_taps, teacher_taps, w.feature_normalised)
         terms["loss"] = sum(getattr(w, name) * value for name, value in terms.items())
         return terms
-
-
-class FeatureTaps:
-    """Forward hooks that collect the outputs of named submodules, in the order of the names.
-
-    Hooks the bare module: unwrap DDP first. `take` empties the collection, so nothing of one step
-    lives on in the next; it raises `RuntimeError` naming every tap that saw no forward pass.
-    """
-
-    def __init__(self, model: nn.Module, names: Sequence[str]):
-        self.names = tuple(names)
-        self._seen: dict[str, Tensor] = {}
-        self._handles = []
-        modules = dict(model.named_modules())
-        if missing := [name for name in self.names if name not in modules]:
-            raise ValueError(f"{type(model).__name__} has no submodules {missing} to tap")
-        for name in self.names:
-            self._handles.append(modules[name].register_forward_hook(self._hook(name)))
-
-    def _hook(self, name: str):
-        def hook(module, inputs, output):
-            if hasattr(output, "sample"):
-                output = output.sample
-            self._seen[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def take(self) -> list[Tensor]:
-        """The outputs of the last forward pass, and forget them."""
-        seen, self._seen = self._seen, {}
-        if missing := [name for name in self.names if name not in seen]:
-            raise RuntimeError(f"no forward pass went through the taps {missing}")
-        return [seen[name] for name in self.names]
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-
-def tap_names(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
-    """Pairs (student submodule, teacher submodule) whose outputs correspond and agree in shape.
-
-    These are the outputs of every stage and of the mid-block. Where the student lacks the
-    teacher's inner stages, its last stage has no downsampler, so that both are tapped at their
-    last layer instead: its transformer, or its convolutions where the transformer is dropped.
-    """
-    kept, every = len(student.down_blocks), len(teacher.down_blocks)
-    pairs = [(f"down_blocks.{i}", f"down_blocks.{i}") for i in range(kept)]
-    if kept < every:
-        last = kept - 1
-        pairs[last] = tuple(
-            f"down_blocks.{last}.{'attentions' if hasattr(block, 'attentions') else 'resnets'}"
-            f".{len(block.resnets) - 1}"
-            for block in (student.down_blocks[last], teacher.down_blocks[last])
-        )
-    if student.mid_block is not None and teacher.mid_block is not None and kept == every:
-        pairs.append(("mid_block", "mid_block"))
-    return pairs + [(f"up_blocks.{i}", f"up_blocks.{i + every - kept}") for i in range(kept)]

@@ -5,6 +5,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 import kdc
 from kdc import LossWeights
 from kdc.data import WorldDataset
+from kdc.distillation import distillation_loss, published_recipe
 
 
 def weights(unet):
@@ -204,3 +205,37 @@ def test_what_does_not_fit_is_refused_before_training(teacher, data):
         kdc.distill(other, teacher, data, steps=1)
     with pytest.raises(ValueError, match="batch_size"):
         run(teacher, data, steps=1, batch_size=0)
+
+
+def test_a_narrow_student_is_distilled_through_projections_that_do_not_stay(teacher, data):
+    config = dict(teacher.unet.config) | {"block_out_channels": (16, 32, 64, 64)}
+    narrow = UNet2DConditionModel.from_config(config)
+    names = set(narrow.state_dict())
+    only = LossWeights.only("feature")
+    with distillation_loss(narrow, teacher, data, only, batch_size=2) as loss:
+        loss(narrow, torch.Generator().manual_seed(0))["loss"].backward()
+        added = dict(narrow.feature_projections.named_parameters())
+        assert added and all(p.grad.abs().sum() > 0 for p in added.values())
+    assert set(narrow.state_dict()) == names
+    log = kdc.distill(narrow, teacher, data, steps=2, batch_size=2)
+    assert set(narrow.state_dict()) == names and log["feature"].notna().all()
+
+
+@pytest.mark.parametrize("at", ["attention", "both"])
+def test_features_can_be_compared_at_the_attentions(teacher, data, at):
+    weights = LossWeights(taps=at)
+    _, log = run(teacher, data, steps=1, batch_size=2, weights=weights)
+    _, blocks = run(teacher, data, steps=1, batch_size=2)
+    assert log["feature"].iloc[0] != blocks["feature"].iloc[0] > 0
+    assert log["task"].iloc[0] == blocks["task"].iloc[0]
+
+
+def test_the_published_recipes_are_those_of_the_audit(teacher):
+    student, weights = published_recipe(teacher.unet)
+    assert student.slim_plan == kdc.PLANS["kdc"] and weights == LossWeights.as_published()
+    first = teacher.unet.conv_in.weight
+    assert torch.equal(student.conv_in.weight, first)
+    student, weights = published_recipe(teacher.unet, newest=True)
+    assert student.slim_plan == kdc.PLANS["kdc-v2"] and weights.feature == 0
+    assert not torch.equal(student.conv_in.weight, first)
+    assert (weights.soft_reduction, weights.output_gradient) == ("batchmean", False)
