@@ -1,11 +1,14 @@
 """Slim, distil and replay: KDC-Diff re-created as a small library under a research book."""
 
+from kdc.agreement import drawing_judge, output_error
 from kdc.costs import count_costs, measure_latency
 from kdc.data import LatentDataset, cache_latents, load_dataset
-from kdc.distillation import distill, output_error
+from kdc.diagnostics import diagnose
+from kdc.distillation import distill
+from kdc.knapsack import Budget
 from kdc.losses import DistillationLoss, LossWeights
 from kdc.models import generate, load_student, load_teacher, save_student, with_unet
-from kdc.search import Budget, search_plan, sensitivity
+from kdc.search import search_plan, sensitivity
 from kdc.slimming import PLANS, SlimPlan, copy_map, slim
 from kdc.taps import FeatureTaps, tap_names
 from kdc.worlds import WORLDS
@@ -22,7 +25,9 @@ __all__ = [
     "cache_latents",
     "copy_map",
     "count_costs",
+    "diagnose",
     "distill",
+    "drawing_judge",
     "generate",
     "load_dataset",
     "load_student",

@@ -1,4 +1,4 @@
-"""The library from the command line: `python -m kdc mini | grades | frechet | slimming`."""
+"""The library from the command line: `python -m kdc COMMAND`, `--help` lists the commands."""
 
 from __future__ import annotations
 
@@ -58,6 +58,13 @@ def _slimming(args) -> None:
         print(path)
 
 
+def _distillation(args) -> None:
+    from kdc.studies import distillation
+
+    settings = {} if args.seeds is None else {"seeds": tuple(args.seeds)}
+    print(distillation.run(args.results, args.output_dir, args.only, **settings))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kdc", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -81,6 +88,12 @@ def main(argv: list[str] | None = None) -> None:
     slimming.add_argument("--output-dir", default="outputs/slimming", help="rows, for resuming")
     slimming.add_argument("--results", help="where to write (default: results/)")
     slimming.set_defaults(run=_slimming)
+    recipes = commands.add_parser("distillation", help="the study of chapter 02, writes results/")
+    recipes.add_argument("--only", nargs="+", default=(), help="recipes to follow (default: all)")
+    recipes.add_argument("--seeds", nargs="+", type=int, help="seeds (default: 0 1 2)")
+    recipes.add_argument("--output-dir", default="outputs/distillation", help="for resuming")
+    recipes.add_argument("--results", help="where to write (default: results/)")
+    recipes.set_defaults(run=_distillation)
     args = parser.parse_args(argv)
     args.run(args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from kdc import worlds
 from kdc.folders import FOLDER_SPLITS, FolderDataset, read_folder
+from kdc.models import generate
 
 __all__ = [
     "FolderDataset",
@@ -21,7 +23,9 @@ __all__ = [
     "WorldDataset",
     "cache_latents",
     "embed_captions",
+    "latents_of_captions",
     "load_dataset",
+    "with_captions",
 ]
 
 
@@ -175,13 +179,48 @@ def cache_latents(
         means.append((posterior.mean * vae.config.scaling_factor).float().cpu())
         stds.append((posterior.std * vae.config.scaling_factor).float().cpu())
         captions += [item["caption"] for item in items]
-    distinct = sorted(set(captions))
-    place = {caption: i for i, caption in enumerate(distinct)}
+    distinct, index = _number(captions)
     return LatentDataset(
         torch.cat(means).clone(),
         torch.cat(stds).clone(),
         embed_captions(pipeline, distinct),
-        torch.tensor([place[caption] for caption in captions]),
+        index,
         embed_captions(pipeline, [""])[0],
         distinct,
     )
+
+
+def with_captions(
+    data: LatentDataset, pipeline: StableDiffusionPipeline, captions: Sequence[str]
+) -> LatentDataset:
+    """The same pictures under other captions, one for each picture.
+
+    Raises `ValueError` where there are not as many captions as pictures.
+    """
+    if len(captions) != len(data):
+        raise ValueError(f"{len(captions)} captions for {len(data)} pictures")
+    distinct, index = _number(captions)
+    embeddings = embed_captions(pipeline, distinct)
+    return dataclasses.replace(data, embeddings=embeddings, caption_index=index, captions=distinct)
+
+
+def latents_of_captions(
+    pipeline: StableDiffusionPipeline, captions: Sequence[str], seed: int = 0, **settings
+) -> LatentDataset:
+    """What the pipeline itself draws for captions, as a data set; nothing is decoded or encoded.
+
+    `settings` are those of `generate`. A drawn latent is known exactly, so its deviation is 0.
+    """
+    latents = generate(pipeline, captions, seed=seed, decode=False, **settings).clone()
+    distinct, index = _number(captions)
+    embeddings = embed_captions(pipeline, [*distinct, ""])
+    return LatentDataset(
+        latents, torch.zeros_like(latents), embeddings[:-1], index, embeddings[-1], distinct
+    )
+
+
+def _number(captions: Sequence[str]) -> tuple[list[str], Tensor]:
+    """The distinct captions, sorted, and for each caption its place among them, (N,)."""
+    distinct = sorted(set(captions))
+    place = {caption: i for i, caption in enumerate(distinct)}
+    return distinct, torch.tensor([place[caption] for caption in captions])

@@ -143,7 +143,7 @@ def distillation_loss(
 
     def forward_teacher(inputs: list[Tensor]) -> Tensor:
         with torch.no_grad():
-            inputs = [_like(teacher.unet, x) for x in inputs]
+            inputs = [like(teacher.unet, x) for x in inputs]
             return teacher.unet(*inputs, return_dict=False)[0].float()
 
     def loss(model: torch.nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -176,7 +176,7 @@ def distillation_loss(
                 one = data.mean[:1].to(device), 0, data.embeddings[:1].to(device)
                 with torch.no_grad():
                     for unet in unets:
-                        unet(*(_like(unet, x) if torch.is_tensor(x) else x for x in one))
+                        unet(*(like(unet, x) if torch.is_tensor(x) else x for x in one))
                 layers = projections(*(tap.take() for tap in taps), seed=seed).to(device)
                 student.add_module(PROJECTIONS, layers)
         yield loss
@@ -199,54 +199,7 @@ def published_recipe(
     return slim(teacher, plan, init, seed), LossWeights.as_published(newest)
 
 
-@torch.no_grad()
-def output_error(
-    student: UNet2DConditionModel,
-    teacher: StableDiffusionPipeline,
-    data: LatentDataset,
-    *,
-    count: int = 48,
-    levels: int = 8,
-    guidance: float = 1.0,
-    seed: int = 12345,
-) -> pd.Series:
-    """How far a student's predictions are from its teacher's: E |s - u|^2 by timestep.
-
-    The same `count` pictures' noise and captions for every student of one seed, at `levels`
-    timesteps spread evenly over the process. The mean of the series is the score, lower is nearer.
-
-    With `guidance` w other than 1 both predictions are those that the sampler follows, e(empty) +
-    w (e(caption) - e(empty)) (Ho & Salimans 2207.12598): what a student makes of the caption then
-    counts w^2 times.
-    """
-    process, generator = forward_process(teacher), torch.Generator().manual_seed(seed)
-    last = process.config.num_train_timesteps - 1
-    errors = {}
-    for level in torch.linspace(0.06 * last, 0.96 * last, levels).long().tolist():
-        latents, words = data.draw(count, generator, 0.0)
-        timesteps = torch.full((count,), level)
-        noise = torch.randn(latents.shape, generator=generator)
-        inputs = (process.add_noise(latents, noise, timesteps), timesteps, words)
-        inputs = [x.to(teacher.device) for x in inputs]
-        difference = _difference(student, teacher.unet, *inputs)
-        if guidance != 1:
-            empty = data.empty.expand_as(words).to(teacher.device)
-            unguided = _difference(student, teacher.unet, *inputs[:2], empty)
-            difference = unguided + guidance * (difference - unguided)
-        errors[level] = difference.square().mean().item()
-    return pd.Series(errors, name="output error").rename_axis("timestep")
-
-
-def _difference(student: torch.nn.Module, teacher: torch.nn.Module, *inputs: Tensor) -> Tensor:
-    """Student's minus teacher's prediction, each made in the network's own precision."""
-    s, u = (
-        unet(*(_like(unet, x) for x in inputs), return_dict=False)[0].float()
-        for unet in (student, teacher)
-    )
-    return s - u
-
-
-def _like(module: torch.nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+def like(module: torch.nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in the module's precision; whole numbers stay whole."""
     return tensor.to(module.dtype) if tensor.is_floating_point() else tensor
 

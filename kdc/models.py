@@ -132,9 +132,10 @@ def generate(
     steps: int = 25,
     guidance: float = 7.5,
     batch_size: int = 32,
+    decode: bool = True,
     progress: bool | None = None,
 ) -> Tensor:
-    """Pictures for prompts, (N, 3, H, W) uint8 on the CPU.
+    """Pictures for prompts, (N, 3, H, W) uint8 on the CPU; not decoded, latents (N, C, h, w).
 
     The starting noise of picture i depends on `seed` and i alone, so teacher and student start
     from the same noise whatever the batch size or the device. `guidance` 1 switches
@@ -156,7 +157,7 @@ def generate(
             num_inference_steps=steps,
             guidance_scale=guidance,
             latents=noise[start:stop].to(pipeline.device, pipeline.dtype),
-            output_type="pt",
-        ).images
-        pictures.append((out.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu())
+            output_type="pt" if decode else "latent",
+        ).images.float()
+        pictures.append(((out.clamp(0, 1) * 255 + 0.5).to(torch.uint8) if decode else out).cpu())
     return torch.cat(pictures)

@@ -1,89 +1,22 @@
-"""What each part of a U-Net is worth, and the best plan that a budget allows.
-
-There are twelve parts that can be left out, so the knapsack is solved by trying every subset.
-"""
+"""What each part of a U-Net is worth, and the best plan that a budget allows."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import pandas as pd
-import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
 
-from kdc.costs import call_of, count_costs, measure_latency, time_blocks
+from kdc.agreement import drawing_judge, output_error
+from kdc.costs import call_of, measure_latency
 from kdc.data import LatentDataset
-from kdc.distillation import distill, output_error
-from kdc.parts import INNERMOST, PARTS, every_subset, kept_blocks, plan_without
-from kdc.slimming import STAGES, SlimPlan, slim
+from kdc.distillation import distill
+from kdc.knapsack import Budget, block_seconds, cost_every_subset, full_plans, rank_plans
+from kdc.parts import PARTS, plan_without
+from kdc.slimming import SlimPlan, slim
 
-
-@dataclass(frozen=True)
-class Budget:
-    """The most a student may cost: parameters, multiply-accumulates, or time over the teacher's.
-
-    Several may be set and all must hold. Raises `ValueError` when none is, or one is not positive.
-    """
-
-    parameters: float | None = None
-    macs: float | None = None
-    latency: float | None = None
-
-    def __post_init__(self):
-        limits = [value for value in vars(self).values() if value is not None]
-        if not limits or any(value <= 0 for value in limits):
-            raise ValueError(f"a budget needs a positive limit, not {self}")
-
-    def allows(self, costs: pd.DataFrame) -> pd.Series:
-        """Which rows of a table with columns `parameters`, `macs`, `latency` fit."""
-        fits = pd.Series(True, costs.index)
-        for name, limit in vars(self).items():
-            if limit is not None:
-                fits &= costs[name] <= limit
-        return fits
-
-
-def block_seconds(unet: UNet2DConditionModel, **inputs) -> dict[bool, pd.Series]:
-    """Measured seconds of every block, by the teacher's names: as it is, and (key True) without
-    the innermost stage, where the mid-block works at twice the resolution.
-
-    `inputs` are `size`, `words` and `batch_size` as in `count_costs`.
-    """
-    seconds = {}
-    for dropped, parts in ((False, ()), (True, (INNERMOST,))):
-        table = time_blocks(slim(unet, plan_without(parts)), **inputs)
-        seconds[dropped] = table.rename(lambda name, d=dropped: _of_teacher(name, d))
-    return seconds
-
-
-def cost_every_subset(
-    unet: UNet2DConditionModel, seconds: Mapping[bool, pd.Series] | None = None, **inputs
-) -> pd.DataFrame:
-    """`parameters`, `macs` and, with `seconds`, `latency` (over the teacher's) of every subset.
-
-    Rows are the subsets of `every_subset`, as tuples. A block costs the same in every plan, but for
-    the mid-block, which works at twice the resolution where the innermost stage is dropped; so the
-    costs of blocks are counted on both. `seconds` come from `block_seconds`, and `inputs` are those
-    of `count_costs`; `unet` may be on the meta device. Predicted latency leaves out how blocks
-    affect one another: measure the winner.
-    """
-    tables = {}
-    for dropped, parts in ((False, ()), (True, (INNERMOST,))):
-        table = count_costs(_on_meta(unet, parts), **inputs).drop("total")[["parameters", "macs"]]
-        tables[dropped] = table.rename(lambda name, d=dropped: _of_teacher(name, d))
-        if seconds is not None:
-            timed = seconds[dropped].rename("latency") / seconds[False].sum()
-            tables[dropped] = tables[dropped].join(timed, how="outer").fillna(0.0)
-    rows = {}
-    for subset in every_subset():
-        plan = plan_without(subset)
-        rows[subset] = tables[plan.dropped > 0].reindex(kept_blocks(plan)).sum()
-    costs = pd.DataFrame(list(rows.values()))
-    costs.index = pd.Index(list(rows), tupleize_cols=False)
-    return costs
+Judge = Callable[[UNet2DConditionModel], float]  # of a student; lower is better
 
 
 def sensitivity(
@@ -120,50 +53,29 @@ def sensitivity(
     return pd.DataFrame(rows)
 
 
-def full_plans(costs: pd.DataFrame, budget: Budget) -> list[tuple[str, ...]]:
-    """The subsets that use the budget up: they fit, and would not with one part more kept.
+def recovered_worth(
+    teacher: StableDiffusionPipeline,
+    data: LatentDataset,
+    judge: Judge,
+    *,
+    steps: int = 40,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> pd.Series:
+    """For every part, what `judge` says of a student without it after `steps` of distillation.
 
-    A part is also a single layer of a dropped stage. Every plan that fits keeps less than one of
-    these, so these are the plans worth asking about. Raises `ValueError` where no plan fits.
+    Less what it says of one that lost nothing and trained as long, which is not nothing: training
+    moves every student. What bypassing a part breaks and what its absence costs in the end are
+    different things: other layers learn to do some parts' work in a few steps, and never that of
+    others. Values below 0 are the judge's noise.
     """
-    fitting = costs.index[budget.allows(costs)].tolist()
-    if not fitting:
-        least = ", ".join(f"{name} {costs[name].min():,.3g}" for name in costs)
-        raise ValueError(f"no plan fits {budget}; the least that plans can cost is {least}")
-    sets = {frozenset(subset) for subset in fitting}
-
-    def full(subset: frozenset[str]) -> bool:
-        larger = [subset - {part} for part in subset]
-        if INNERMOST in subset:
-            larger.append(subset - {INNERMOST} | {f"layer {STAGES - 1}"})
-        return not any(other in sets for other in larger)
-
-    return [subset for subset in fitting if full(frozenset(subset))]
-
-
-def rank_plans(scores: pd.Series, costs: pd.DataFrame, budget: Budget) -> pd.DataFrame:
-    """The costs of all `full_plans`, the least sum of scores first: the knapsack, solved exactly.
-
-    `scores` gives each part of `PARTS` its sensitivity. Raises `ValueError` where no plan fits.
-    """
-    full = set(full_plans(costs, budget))
-    ranked = costs[[subset in full for subset in costs.index]].copy()
-    ranked["score"] = [sum(scores[part] for part in subset) for subset in ranked.index]
-    return ranked.sort_values("score", kind="stable")
-
-
-def random_plans(
-    costs: pd.DataFrame, budget: Budget, count: int, generator: torch.Generator
-) -> list[tuple[str, ...]]:
-    """Subsets drawn evenly, without repetition, from `full_plans`: what a search has to beat.
-
-    Raises `ValueError` where there are fewer than `count`.
-    """
-    candidates = full_plans(costs, budget)
-    if len(candidates) < count:
-        raise ValueError(f"only {len(candidates)} plans use up {budget}, not {count}")
-    order = torch.randperm(len(candidates), generator=generator)[:count]
-    return [candidates[index] for index in order.tolist()]
+    words = {}
+    for part in tqdm((None, *PARTS), desc="worth after recovery", mininterval=2):
+        student = slim(teacher.unet, plan_without([part] if part else []))
+        settings = {"steps": steps, "batch_size": batch_size, "seed": seed}
+        distill(student, teacher, data, **settings, label=f"without {part or 'loss'}")
+        words[part] = judge(student)
+    return pd.Series(words).drop(None) - words[None]
 
 
 def search_plan(
@@ -173,30 +85,26 @@ def search_plan(
     *,
     scores: pd.Series | None = None,
     costs: pd.DataFrame | None = None,
-    test_data: LatentDataset | None = None,
-    heats: Sequence[tuple[int, int]] = ((12, 30), (4, 90)),
+    judge: Judge | None = None,
+    heats: Sequence[tuple[int, int]] = ((6, 60), (3, 120)),
     batch_size: int = 16,
-    count: int = 48,
-    guidance: float = 7.5,
     seed: int = 0,
     **inputs,
 ) -> tuple[SlimPlan, pd.DataFrame]:
     """The best plan within the budget, and the table of the finalists.
 
-    Parts are scored by `sensitivity` (unless `scores`, measured at that `guidance`, are given), the
-    knapsack is solved exactly, and its best plans are judged by a short recovery, because the
-    lowest error right after the cut does not decide (Fang et al., arXiv 2412.01199). `heats` says
-    how: (12, 30) lets twelve plans recover for 30 distillation steps each, and the best of them
-    enter the next heat, which starts afresh from the cut (successive halving, Jamieson & Talwalkar,
-    arXiv 1502.07943).
+    Parts are scored by `recovered_worth` (unless `scores` are given), the knapsack is solved
+    exactly, and its best plans are judged by a short recovery, because the lowest error right after
+    the cut does not decide (Fang et al., arXiv 2412.01199). `heats` says how: (6, 60) lets six
+    plans recover for 60 distillation steps each, and the best of them enter the next heat, which
+    starts afresh from the cut (successive halving, Jamieson & Talwalkar, arXiv 1502.07943).
 
-    Errors are `output_error` on `count` pictures of `test_data` (default: `data`) at `guidance`,
-    which should be that of the sampler: without guidance, parts that serve the caption seem to be
-    worth little. The table has the plans of the last heat, best first: costs, `score`, and the
-    error `after_cut` and `recovered`. With a latency budget the entrants are measured as well, and
-    those above it fall out. `costs`, from `cost_every_subset`, holds the budget against another
-    U-Net of the layout than the teacher's, say one of full size; nothing is measured then. Raises
-    `ValueError` where no plan fits.
+    `judge` takes a student and returns a number, lower is better; the default is `drawing_judge` on
+    up to 32 captions of `data`. The table has the plans of the last heat, best first: costs,
+    `score`, and the judge's word `after_cut` and `recovered`. With a latency budget the entrants
+    are measured as well, and those above it fall out. `costs`, from `cost_every_subset`, holds the
+    budget against another U-Net of the layout than the teacher's, say one of full size; nothing is
+    measured then. Raises `ValueError` where no plan fits.
     """
     if not heats or min(min(heat) for heat in heats) < 1:
         raise ValueError(f"every heat needs a plan and a step at least, not {heats}")
@@ -204,30 +112,25 @@ def search_plan(
     if costs is None:
         seconds = block_seconds(teacher.unet, **inputs) if measure else None
         costs = cost_every_subset(teacher.unet, seconds, **inputs)
+    full_plans(costs, budget)  # a budget too small fails before work
+    if judge is None:
+        captions = [data.captions[i] for i in data.caption_index[:32].tolist()]
+        judge = drawing_judge(teacher, captions, seed=seed)
+    settings = {"batch_size": batch_size, "seed": seed}
     if scores is None:
-        full_plans(costs, budget)  # a budget too small fails before work
-        rows = sensitivity(teacher, data, guidance=guidance, seed=seed)
-        scores = rows.groupby("part")["error"].mean()
+        scores = recovered_worth(teacher, data, judge, **settings)
     entrants = rank_plans(scores, costs, budget).head(heats[0][0])
     if measure:
         entrants = _measured(teacher.unet, entrants, budget, **inputs)
     table = entrants.assign(plan=[plan_without(subset) for subset in entrants.index])
     table = table.reset_index(drop=True)
-    error = functools.partial(
-        output_error,
-        teacher=teacher,
-        data=data if test_data is None else test_data,
-        count=count,
-        guidance=guidance,
-    )
     for plans, steps in heats:
         table = table.head(plans).copy()
         for row, plan in table["plan"].items():
             student = slim(teacher.unet, plan)
-            table.loc[row, "after_cut"] = error(student).mean()
-            settings = {"steps": steps, "batch_size": batch_size, "seed": seed}
-            distill(student, teacher, data, **settings, label=plan.name)
-            table.loc[row, "recovered"] = error(student).mean()
+            table.loc[row, "after_cut"] = judge(student)
+            distill(student, teacher, data, steps=steps, **settings, label=plan.name)
+            table.loc[row, "recovered"] = judge(student)
         table = table.sort_values("recovered", ignore_index=True)
     return table.loc[0, "plan"], table
 
@@ -248,16 +151,3 @@ def _measured(unet, entrants: pd.DataFrame, budget: Budget, **inputs) -> pd.Data
             f"{', '.join(f'{ratio:.3f}' for ratio in ratios)}: let more enter, or raise the budget"
         )
     return measured[fits]
-
-
-def _on_meta(unet: UNet2DConditionModel, parts: tuple[str, ...]) -> UNet2DConditionModel:
-    with torch.device("meta"):
-        return slim(UNet2DConditionModel.from_config(unet.config), plan_without(parts))
-
-
-def _of_teacher(name: str, dropped: int) -> str:
-    """A student's block by its teacher's name, where `dropped` inner stages are left out."""
-    parts = name.split(".")
-    if parts[0] == "up_blocks":
-        parts[1] = str(int(parts[1]) + dropped)
-    return ".".join(parts)

@@ -40,6 +40,7 @@ output_dir: str = "outputs/02_distillation_layers"  # checkpoints, students and 
 # %%
 import inspect
 import time
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -49,9 +50,9 @@ import torch
 from IPython.display import Code, display
 
 import kdc
-from kdc import DistillationLoss, FeatureTaps, LossWeights, figures, ledger, losses
+from kdc import FeatureTaps, LossWeights, figures, ledger, losses
 from kdc.budgets import settle
-from kdc.distillation import forward_process, noise_target
+from kdc.distillation import forward_process
 
 started = time.perf_counter()
 table = {
@@ -158,82 +159,56 @@ display(Code(inspect.getsource(losses.feature_term), language="python"))
 
 # %%
 student = kdc.slim(pipeline.unet, plan)
-pairs = kdc.tap_names(student, pipeline.unet)
-process = forward_process(pipeline)
+names = [name for _, name in kdc.tap_names(student, pipeline.unet)]
+taps = FeatureTaps(pipeline.unet, names)
 generator = torch.Generator().manual_seed(0)
 latents, words = test_data.draw(32, generator, 0.0)
 noise = torch.randn(latents.shape, generator=generator)
-timesteps = torch.randint(process.config.num_train_timesteps, (32,), generator=generator)
-noisy = process.add_noise(latents, noise, timesteps)
-inputs = [x.to(pipeline.device) for x in (noisy, timesteps, words)]
-
-
-def forward_with_taps(unet, names):
-    taps = FeatureTaps(unet, names)
-    prediction = unet(*inputs, return_dict=False)[0]
-    collected = taps.take()
-    taps.close()
-    return prediction, collected
-
-
+times = torch.full((32,), 500)
+noisy = forward_process(pipeline).add_noise(latents, noise, times)
 with torch.no_grad():
-    teacher_prediction, teacher_taps = forward_with_taps(pipeline.unet, [t for _, t in pairs])
-scale = {
-    name: {"": t.square().mean().item()} for (_, name), t in zip(pairs, teacher_taps, strict=True)
-}
-short = {n.replace("_blocks", "").replace("_block", ""): v for n, v in scale.items()}
+    pipeline.unet(*(x.to(pipeline.device) for x in (noisy, times, words)))
+scale = {name: t.square().mean().item() for name, t in zip(names, taps.take(), strict=True)}
+taps.close()
+short = {n.replace("_blocks", "").replace("_block", ""): {"": v} for n, v in scale.items()}
 figures.bars(short, "mean square of the tap", log_scale=True)
 plt.show()
 
 # %% [markdown]
 # ## Claims 1 and 2: what each term pulls on
 #
-# A term teaches through its gradient. Below, each weighted term of the corrected and of the
-# published loss is differentiated on its own, with respect to all weights of the freshly slimmed
-# student, on one batch. A missing bar is a gradient that does not exist.
+# A term teaches through its gradient. `kdc.diagnose` differentiates each weighted term of the
+# corrected and of the published loss on its own, with respect to all weights of the freshly slimmed
+# student, on one batch. A missing number is a gradient that does not exist. The *share* of a term
+# is the projection of its gradient on that of the whole loss: how much of the step is its doing.
+# The function also warns of what it finds wrong.
 
 # %%
-target = noise_target(process, latents, noise, timesteps).to(pipeline.device)
-
-
-def pull_of_each_term(weights: LossWeights) -> pd.DataFrame:
-    """Weighted value and gradient norm of each term, on the batch above."""
-    prediction, taps = forward_with_taps(student, [s for s, _ in pairs])
-    terms = DistillationLoss(weights)(prediction, target, teacher_prediction, taps, teacher_taps)
-    rows = {}
-    for name in ("task", "output", "soft", "feature"):
-        value, norm = getattr(weights, name) * terms[name], None
-        if value.requires_grad:
-            grads = torch.autograd.grad(
-                value, list(student.parameters()), retain_graph=True, allow_unused=True
-            )  # the feature term does not reach the layers after the last tap
-            norm = torch.sqrt(sum(g.square().sum() for g in grads if g is not None)).item()
-        rows[name] = {"value": value.item(), "gradient norm": norm}
-    return pd.DataFrame(rows).T
-
-
 recipes = {
     "task alone": LossWeights.only("task"),
     "task and output": LossWeights.only("task", "output"),
     "corrected": LossWeights(),
     "as published": LossWeights.as_published(),
 }
-pulls = {name: pull_of_each_term(recipes[name]) for name in ("corrected", "as published")}
-pd.concat(pulls, axis=1)
+pulls = {}
+for name in ("corrected", "as published"):
+    with warnings.catch_warnings(action="ignore"):  # printed below, by recipe
+        pulls[name] = kdc.diagnose(student, pipeline, test_data, recipes[name], batch_size=32)
+    print(*(f"{name}: {fault}" for fault in pulls[name].faults), sep="\n")
+pd.concat({name: found.terms for name, found in pulls.items()}, axis=1)
 
 # %%
-figures.bars(
-    {name: table["gradient norm"].dropna().to_dict() for name, table in pulls.items()},
-    "gradient norm",
-    log_scale=True,
-)
+figures.bars({n: f.terms["share"].to_dict() for n, f in pulls.items()}, "share of the update")
 plt.show()
+for found in pulls.values():
+    figures.heat_map(found.cosines, "cosine of gradients", log_scale=False)
+    plt.show()
 
 # %%
-published = pulls["as published"]
-dead = pd.isna(published.loc["output", "gradient norm"])
+published = pulls["as published"].terms
+dead = pd.isna(published.loc["output", "gradient_norm"])
 ratio = published.loc["soft", "value"] / published.loc["task", "value"]
-pixels = target.shape[2] * target.shape[3]
+pixels = test_data.mean.shape[2] * test_data.mean.shape[3]
 print(f"Claim 1, the published output term has no gradient: {'holds' if dead else 'FAILS'}")
 print(f"Claim 2, the published soft term is 100 times the task term: "
       f"{'holds' if ratio >= 100 else 'FAILS'}, it is {ratio:,.0f} times with {pixels} pixels,")  # fmt: skip
@@ -242,16 +217,47 @@ print(f"which makes {ratio * 4096 / pixels:,.0f} times with the 4,096 pixels it 
 # %% [markdown]
 # The sum over pixels is what claim 2 is about: it multiplies the mean by $H \times W$, which is
 # 4,096 for Stable Diffusion and 256 for the mini latents. So the imbalance depends on the size of
-# the picture, which no one would choose on purpose. The KL has a second weakness, and it is no
-# matter of weight. A softmax does not change when the same number is added to all channels, so the
-# term cannot see an error that all channels share. The next cell makes such an error on purpose.
+# the picture, which no one would choose on purpose.
+#
+# ## Three closed forms
+#
+# What a term is can be said exactly in three places, and each of them is a test of this project too.
+#
+# *The soft term at a large temperature.* With $d = s - u$ and $\bar d$ its mean over the channels
+# of a pixel, the term tends to half of $\mathbb{E}\,\lVert d - \bar d \rVert^2$: a squared error
+# without its channel mean. *Its null space.* A softmax does not change when the same number is
+# added to all channels, so the term cannot see an error that all channels share, at any weight.
+# *The feature term's scale.* Divided by the teacher's mean square, it is the same in any unit.
 
 # %%
-shift = torch.randn(len(target), 1, *target.shape[2:], generator=torch.Generator().manual_seed(1))
-wrong = teacher_prediction + shift.to(pipeline.device)
-print(f"output term of the shifted prediction: {(wrong - teacher_prediction).square().mean():.3f}")
-soft = losses.soft_term(wrong, teacher_prediction, 2.0, "mean")
-print(f"soft term of the shifted prediction:   {soft:.6f}")
+draw = torch.Generator().manual_seed(1)
+right, wrong = (torch.randn(8, 4, 16, 16, generator=draw) for _ in range(2))
+shift = torch.randn(8, 1, 16, 16, generator=draw)
+centred = (wrong - right) - (wrong - right).mean(dim=1, keepdim=True)
+limit = centred.square().mean().item() / 2
+temperatures, sizes = np.geomspace(0.5, 100, 20), np.geomspace(0.1, 10, 9)
+
+
+def soft(prediction, temperature=2.0):
+    return losses.soft_term(prediction, right, temperature, "mean").item()
+
+
+shared = [right + size * shift for size in sizes]
+scaled = [([size * wrong], [size * right]) for size in sizes]
+figure, axes = plt.subplots(1, 3, figsize=(11, 2.9), layout="constrained")
+axes[0].semilogx(temperatures, [soft(wrong, t) for t in temperatures], label="soft term")
+axes[0].axhline(limit, ls=":", color="k", label="the closed form")
+axes[0].set(xlabel="temperature", title="limit", ylim=(0, None))
+axes[1].loglog(sizes, [(x - right).square().mean() for x in shared], label="output term")
+axes[1].loglog(sizes, [max(soft(x), 1e-12) for x in shared], label="soft term")
+axes[1].set(xlabel="error that all channels share", title="null space")
+for kind, normalised in (("normalised", True), ("raw", False)):
+    values = [losses.feature_term(*pair, normalised) for pair in scaled]
+    axes[2].loglog(sizes, values, label=kind)
+axes[2].set(xlabel="unit of the features", title="feature term")
+for axis in axes:
+    axis.legend(fontsize=8)
+plt.show()
 
 
 # %% [markdown]
@@ -352,8 +358,8 @@ plt.show()
 #
 # 1. Detach the output term alone (`LossWeights(output_gradient=False)`). How much of the
 #    difference is explained?
-# 2. Raise `temperature` to 100 and show that the soft term becomes half the mean squared error of
-#    the channel-centred difference. Which channel-common error does it still miss?
+# 2. Pass `LossWeights(taps="attention")` to `kdc.diagnose`. Does the feature term point more, or
+#    less, where the output term points?
 # 3. Start from `kdc.slim(..., init="random")`. Does the feature term help more or less there?
 # 4. Run this chapter on your own pictures:
 #    `papermill notebooks/02_distillation_layers.ipynb out.ipynb -p dataset FOLDER -p steps 100`.

@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 
 import kdc
 from kdc.costs import call_of, count_costs, measure_latency, time_blocks
-from kdc.search import kept_blocks
+from kdc.parts import kept_blocks
 from kdc.slimming import PLANS
 
 # Parameters, GMACs of convolutions and linear layers, and GMACs with attention products at

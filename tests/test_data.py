@@ -6,7 +6,14 @@ from PIL import Image
 
 import kdc
 from kdc import worlds
-from kdc.data import FolderDataset, LatentDataset, WorldDataset, embed_captions
+from kdc.data import (
+    FolderDataset,
+    LatentDataset,
+    WorldDataset,
+    embed_captions,
+    latents_of_captions,
+    with_captions,
+)
 
 
 def picture_folder(root, classes=("red_tulip", "bluebell"), each=6):
@@ -191,3 +198,27 @@ def test_cached_latents_are_the_autoencoders_and_captions_the_pipelines(teacher)
         kdc.cache_latents(teacher, WorldDataset(["flora"], size=32, count=2))
     with pytest.raises(ValueError, match="empty"):
         kdc.cache_latents(teacher, WorldDataset(["flora"], count=0))
+
+
+def test_other_captions_leave_the_pictures_as_they_are(teacher):
+    data = kdc.cache_latents(teacher, WorldDataset(["flora"], count=3))
+    captions = ["a red rose on a night background", "", "a red rose on a night background"]
+    other = with_captions(data, teacher, captions)
+    assert torch.equal(other.mean, data.mean)
+    assert [other.captions[i] for i in other.caption_index.tolist()] == captions
+    assert torch.allclose(
+        other[0]["embedding"], embed_captions(teacher, captions[:1])[0], atol=1e-5
+    )
+    assert torch.allclose(other[1]["embedding"], data.empty, atol=1e-5)
+    with pytest.raises(ValueError, match="1 captions for 3 pictures"):
+        with_captions(data, teacher, ["a rose"])
+
+
+def test_what_a_pipeline_draws_can_be_a_data_set(teacher):
+    captions = ["a red rose on a night background", "a blue tulip on a sky background"]
+    data = latents_of_captions(teacher, captions, seed=2, steps=1)
+    drawn = kdc.generate(teacher, captions, seed=2, steps=1, decode=False)
+    assert torch.equal(data.mean, drawn) and not data.std.any()
+    assert [data.captions[i] for i in data.caption_index.tolist()] == captions
+    latents, words = data.draw(4, torch.Generator().manual_seed(0))
+    assert latents.shape == (4, 4, 16, 16) and words.requires_grad is False

@@ -10,12 +10,13 @@ import kdc
 from kdc import ledger
 from kdc.__main__ import main
 from kdc.costs import count_costs
+from kdc.knapsack import Budget
 from kdc.mini.grades import balanced_prompts
 from kdc.parts import PARTS
-from kdc.search import Budget
 from kdc.slimming import PLANS, count_parameters
 from kdc.studies import full_size, stages
 from kdc.studies import slimming as study
+from kdc.studies.bench import compare, prepare, score
 
 TINY = study.Settings(
     seeds=(0, 1), fresh_seeds=(), steps=2, batch_size=2, pictures=16, test_pictures=64, copies=0,
@@ -33,7 +34,7 @@ def few_pictures(monkeypatch):
 
 @pytest.fixture(scope="module")
 def bench(teacher):
-    return study.prepare(teacher, TINY)
+    return prepare(teacher, TINY)
 
 
 def rows(**columns) -> pd.DataFrame:
@@ -46,16 +47,16 @@ def rows(**columns) -> pd.DataFrame:
 
 def test_differences_are_paired_and_have_students_interval():
     """Closed form: differences 1, 2, 3 have mean 2 and standard error 1/sqrt(3); t(0.975, 2)."""
-    table = study.compare(rows(a=[11.0, 2.0, 8.0], b=[10.0, 0.0, 5.0]), "a", "b")
+    table = compare(rows(a=[11.0, 2.0, 8.0], b=[10.0, 0.0, 5.0]), "a", "b")
     half = 4.302652729696142 / 3**0.5
     for measure, verdict in (("output_error", "open"), ("accuracy", "open")):
         assert table.loc[measure, "mean"] == pytest.approx(2)
         assert table.loc[measure, "low"] == pytest.approx(2 - half)
         assert table.loc[measure, "high"] == pytest.approx(2 + half)
         assert table.loc[measure, "verdict"] == verdict
-    clear = study.compare(rows(a=[1.0, 2.0, 3.0], b=[2.0, 3.1, 3.9]), "a", "b")["verdict"]
+    clear = compare(rows(a=[1.0, 2.0, 3.0], b=[2.0, 3.1, 3.9]), "a", "b")["verdict"]
     assert clear.to_dict() == {"output_error": "better", "accuracy": "worse"}
-    lone = study.compare(rows(a=[1.0], b=[9.0]), "a", "b")
+    lone = compare(rows(a=[1.0], b=[9.0]), "a", "b")
     assert set(lone["verdict"]) == {"open"} and set(lone["n"]) == {1}
 
 
@@ -105,12 +106,14 @@ def test_rows_are_kept_and_a_stopped_study_goes_on(bench, tmp_path, monkeypatch)
 
 
 def test_pictures_are_scored_where_the_attributes_are_known(bench):
-    assert study.score(bench, bench.teacher, 0, TINY) == {}
+    assert score(bench, bench.teacher, 0) == {}
     asked = balanced_prompts(1, False)[:128]
     torch.manual_seed(0)
     known = dataclasses.replace(bench, asked=asked, reference=torch.randn(128, 64))
-    scores = study.score(known, bench.teacher, 0, TINY)
+    scores = score(known, bench.teacher, 0)
     assert set(scores) == {"accuracy", "colour", "kind", "background", "frechet"}
+    with_unseen = score(dataclasses.replace(known, unseen=asked[:8]), bench.teacher, 0)
+    assert 0 <= with_unseen.pop("unseen") <= 1 and with_unseen == scores
     assert scores["accuracy"] <= min(scores["colour"], scores["kind"], scores["background"])
 
 
@@ -134,12 +137,14 @@ def test_the_stages_read_one_anothers_results(teacher, tmp_path, monkeypatch):
     once = functools.partial(full_size.time_plans, rounds=1)
     monkeypatch.setattr(full_size, "time_plans", once)
     monkeypatch.setattr(stages, "_at_full_size", lambda device: teacher.unet)
-    quickly = study.Criterion(1.0, ((1, 1),))
-    monkeypatch.setattr(study, "CRITERIA", dict.fromkeys(("unguided", "found"), quickly))
+    quickly = {"unguided": study.Criterion(1.0, 0, ((1, 1),))}
+    quickly["found"] = study.Criterion(None, 1, ((1, 1),))
+    monkeypatch.setattr(study, "CRITERIA", quickly)
+    monkeypatch.setattr(study, "recovered_worth", lambda *a, **k: 2 * SCORES)
     where = ["--results", str(tmp_path), "--output-dir", str(tmp_path / "rows")]
     main(["slimming", "worth", "search", *where])
-    worth = stages.stored_worth("found", tmp_path)
-    assert stages.scores_of(worth).to_dict() == SCORES.to_dict()
+    assert stages.stored_scores("unguided", tmp_path).to_dict() == SCORES.to_dict()
+    assert stages.stored_scores("found", tmp_path).to_dict() == (2 * SCORES).to_dict()
     found = stages.found_plans(tmp_path)
     kinds = [name.split(": ") for name in found]
     assert kinds == [[c, b] for c in ("unguided", "found") for b in ("parameters", "macs", "time")]
@@ -166,8 +171,8 @@ def test_the_stored_plans_keep_to_their_budgets_at_full_size_and_mini(teacher):
     found = stages.found_plans()
     timed = ledger.read("latency")["full size"]
     assert timed["found: time"]["parameters"] <= 482_346_884
-    for name, plan in found.items():
-        student = kdc.slim(full_size.sd_unet("meta"), plan)
+    for name in set(found) & set(timed):
+        student = kdc.slim(full_size.sd_unet("meta"), found[name])
         assert count_parameters(student) == timed[name]["parameters"]
     kept = {row["candidate"]: row for row in ledger.read("recovery")["rows"]}
     assert kept["found: parameters"]["parameters"] <= kept["kdc"]["parameters"]

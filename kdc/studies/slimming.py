@@ -9,90 +9,76 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
-from diffusers import StableDiffusionPipeline
-from scipy import stats
+from diffusers import UNet2DConditionModel
 
-from kdc import metrics, models, worlds
+from kdc import models
+from kdc.agreement import drawing_judge, output_error
 from kdc.costs import count_costs
-from kdc.data import LatentDataset, cache_latents, load_dataset
-from kdc.distillation import distill, fingerprint, output_error
-from kdc.mini.grades import balanced_prompts, renderings_of
+from kdc.distillation import distill, fingerprint
+from kdc.knapsack import Budget, cost_every_subset, random_plans
 from kdc.parts import plan_without
-from kdc.search import Budget, cost_every_subset, random_plans, search_plan, sensitivity
+from kdc.search import Judge, recovered_worth, search_plan, sensitivity
 from kdc.slimming import PLANS, SlimPlan, find_plan, slim
+from kdc.studies.bench import Bench, Extent, kept, score, slug
 
 SEARCH_SEED = 1000
 OF_A_ROW = ("steps", "batch_size", "pictures", "test_pictures", "copies", "sampling_steps")
-MEASURES = {"output_error": "lower", "accuracy": "higher", "frechet": "lower"}
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Extent):
     """How much is measured. The defaults are those of the budget `standard`."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     fresh_seeds: tuple[int, ...] = (5, 6, 7, 8, 9)  # for what was found after `seeds` were seen
     steps: int = 200  # of recovery, the same for every plan
     batch_size: int = 16
-    pictures: int = 1600  # to train on
-    test_pictures: int = 192
-    copies: int = 1  # of each combination of attributes, drawn to be judged
-    sampling_steps: int = 10
     draws: int = 6  # of the estimate of sensitivity, each on `count` pictures
     count: int = 32
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """How a search tells good plans from bad ones; see `search_plan`."""
+    """How a search tells good plans from bad ones.
 
-    guidance: float
+    Students are judged by their `output_error` at `guidance`, or, where that is None, by their
+    drawings. Parts are scored by what bypassing them does to the judge, with `recovery` steps of
+    distillation in between; `heats` are those of `search_plan`.
+    """
+
+    guidance: float | None
+    recovery: int
     heats: tuple[tuple[int, int], ...]
 
 
-# The first search failed: see chapter 01. The second judges at the sampler's guidance, more plans.
+# In the order in which they were tried: chapter 01 tells why the first two failed.
 CRITERIA = {
-    "unguided": Criterion(1.0, ((4, 60),)),
-    "found": Criterion(7.5, ((12, 30), (4, 90))),
+    "unguided": Criterion(1.0, 0, ((4, 60),)),
+    "guided": Criterion(7.5, 0, ((12, 30), (4, 90))),
+    "found": Criterion(None, 40, ((6, 60), (3, 120))),
 }
 
 
-@dataclass
-class Bench:
-    """What every plan is trained on and measured with: the same for all of them."""
+def judge_of(bench: Bench, criterion: Criterion, settings: Settings) -> Judge:
+    """The judge of a search, on training pictures and with a seed of its own."""
+    if criterion.guidance is None:
+        train = bench.train
+        captions = [train.captions[i] for i in train.caption_index[: settings.count].tolist()]
+        return drawing_judge(
+            bench.teacher, captions, steps=settings.sampling_steps, seed=SEARCH_SEED
+        )
 
-    teacher: StableDiffusionPipeline
-    train: LatentDataset
-    test: LatentDataset
-    asked: list[worlds.Attributes]  # empty where the data set's attributes are unknown
-    reference: torch.Tensor | None  # features of real renderings of what is asked
+    def judge(student: UNet2DConditionModel) -> float:
+        how = {"count": settings.count, "guidance": criterion.guidance}
+        return output_error(student, bench.teacher, bench.train, **how).mean()
 
-    @property
-    def inputs(self) -> dict[str, int]:
-        """Size of latents and length of captions, as `count_costs` takes them."""
-        return {"size": self.train.mean.shape[-1], "words": self.train.embeddings.shape[1]}
-
-
-def prepare(
-    teacher: StableDiffusionPipeline, settings: Settings, dataset: str | Path = "worlds"
-) -> Bench:
-    """Encode the pictures. Only "worlds" has attributes to be judged by; else they are left out."""
-    size = teacher.unet.config.sample_size * teacher.vae_scale_factor
-    train, test = (
-        cache_latents(teacher, load_dataset(dataset, split, size, count=count))
-        for split, count in (("train", settings.pictures), ("test", settings.test_pictures))
-    )
-    asked = balanced_prompts(settings.copies, held_out=False) if dataset == "worlds" else []
-    reference = metrics.clip_features(renderings_of(asked, seed=3)) if asked else None
-    return Bench(teacher, train, test, asked, reference)
+    return judge
 
 
 def worth(bench: Bench, settings: Settings, guidance: float) -> pd.DataFrame:
@@ -103,6 +89,18 @@ def worth(bench: Bench, settings: Settings, guidance: float) -> pd.DataFrame:
         draws=settings.draws,
         count=settings.count,
         guidance=guidance,
+        seed=SEARCH_SEED,
+    )
+
+
+def worth_after_recovery(bench: Bench, settings: Settings, criterion: Criterion) -> pd.Series:
+    """`recovered_worth` of every part by a criterion's own judge."""
+    return recovered_worth(
+        bench.teacher,
+        bench.train,
+        judge_of(bench, criterion, settings),
+        steps=criterion.recovery,
+        batch_size=settings.batch_size,
         seed=SEARCH_SEED,
     )
 
@@ -126,30 +124,33 @@ def find_plans(
 ) -> dict[str, dict]:
     """What `search_plan` finds by every criterion of `scores` for every budget.
 
-    `scores` holds for each name of `CRITERIA` the sensitivities measured at its guidance, `costs`
-    gives a budget the table it is held against, where that is not the teacher's own. The values
-    are {"plan", "finalists"}, in JSON's types; each is kept in `folder` as soon as it is there.
+    `scores` holds for each name of `CRITERIA` what the parts are worth by it, `costs` gives a
+    budget the table it is held against, where that is not the teacher's own. The values are
+    {"plan", "finalists"}, in JSON's types; each is kept in `folder` as soon as it is there.
     """
     own = cost_every_subset(bench.teacher.unet, **bench.inputs)
     found = {}
     for (criterion, parts), (budget, limit) in itertools.product(scores.items(), budgets.items()):
-        name = f"{criterion}: {budget}"
-        how = dataclasses.asdict(CRITERIA[criterion]) | {
-            "batch_size": settings.batch_size,
-            "count": settings.count,
-            "seed": SEARCH_SEED,
-        }
+        name, how = f"{criterion}: {budget}", CRITERIA[criterion]
 
-        def search(name=name, parts=parts, budget=budget, limit=limit, how=how) -> dict:
-            against = (costs or {}).get(budget, own)
+        def search(name=name, how=how, parts=parts, budget=budget, limit=limit) -> dict:
             plan, table = search_plan(
-                bench.teacher, bench.train, limit, scores=parts, costs=against, **how
+                bench.teacher,
+                bench.train,
+                limit,
+                scores=parts,
+                costs=(costs or {}).get(budget, own),
+                judge=judge_of(bench, how, settings),
+                heats=how.heats,
+                batch_size=settings.batch_size,
+                seed=SEARCH_SEED,
             )
             table = table.assign(plan=[str(one) for one in table["plan"]])
             plan = dataclasses.replace(plan, name=name)
             return {"plan": plan.to_dict(), "finalists": table.to_dict("records")}
 
-        made_with = how | {"scores": parts.to_dict(), "budget": dataclasses.asdict(limit)}
+        made_with = {"criterion": dataclasses.asdict(how), "scores": parts.to_dict()}
+        made_with |= {"budget": dataclasses.asdict(limit), "count": settings.count}
         found[name] = kept(Path(folder) / f"{slug(name)}.json", made_with, search)
     return found
 
@@ -170,10 +171,8 @@ def random_control(
 def judge(bench: Bench, plan: SlimPlan, seed: int, settings: Settings) -> dict:
     """Cut, recover and measure one plan with one seed: a row of the study.
 
-    `after_cut` and `output_error` are E |s - u|^2 on test pictures before and after recovery. With
-    attributes, `accuracy` is the share of drawn pictures that show the asked-for colour, kind and
-    background all at once, each of which has a column too, and `frechet` the distance to real
-    renderings in the features of the embedded CLIP.
+    `after_cut` and `output_error` are E |s - u|^2 on test pictures before and after recovery; the
+    other columns are those of `bench.score`.
     """
     unet = slim(bench.teacher.unet, plan)
     costs = count_costs(unet, **bench.inputs).loc["total"]
@@ -190,22 +189,7 @@ def judge(bench: Bench, plan: SlimPlan, seed: int, settings: Settings) -> dict:
         label=plan.name,
     )
     row["output_error"] = output_error(unet, bench.teacher, bench.test).mean()
-    return row | score(bench, models.with_unet(bench.teacher, unet), seed, settings)
-
-
-def score(bench: Bench, pipeline: StableDiffusionPipeline, seed: int, settings: Settings) -> dict:
-    """Attribute accuracies and Fréchet distance of what a pipeline draws; empty without them."""
-    if not bench.asked:
-        return {}
-    pictures = models.generate(
-        pipeline,
-        [worlds.caption(one) for one in bench.asked],
-        seed=seed,
-        steps=settings.sampling_steps,
-    )
-    shares = metrics.attribute_accuracy(pictures, bench.asked)
-    frechet = metrics.frechet_distance(metrics.clip_features(pictures), bench.reference)
-    return {"accuracy": shares.pop("all"), **shares, "frechet": frechet}
+    return row | score(bench, models.with_unet(bench.teacher, unet), seed)
 
 
 def recover(
@@ -231,60 +215,6 @@ def recover(
             file = Path(folder) / f"{slug(name)}-{seed}.json"
             rows.append({"candidate": name} | kept(file, made_with, row))
     return pd.DataFrame(rows)
-
-
-def kept(file: Path, made_with: dict, make: Callable[[], dict]) -> dict:
-    """What `make()` gives, from `file` if it is there already, and there afterwards.
-
-    Raises `ValueError` where `file` was made with other settings.
-    """
-    made_with = json.loads(json.dumps(made_with))
-    if file.is_file():
-        stored = json.loads(file.read_text())
-        if stored["made_with"] != made_with:
-            raise ValueError(f"{file} was made with other settings: use another folder")
-        return stored["row"]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    row = json.loads(json.dumps(make()))
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps({"made_with": made_with, "row": row}))
-    partial.rename(file)
-    return row
-
-
-def slug(name: str) -> str:
-    """A name as part of a file's name."""
-    return re.sub("[^a-z0-9]+", "-", name.lower())
-
-
-def compare(
-    rows: pd.DataFrame, candidate: str, rival: str, confidence: float = 0.95
-) -> pd.DataFrame:
-    """Differences candidate - rival, paired by seed: `mean`, the ends of Student's interval, `n`.
-
-    `verdict` is "better", "worse" or, where the interval holds 0 or there is one seed, "open".
-    """
-    table = {}
-    for measure, aim in MEASURES.items():
-        if measure not in rows:
-            continue
-        wide = rows.pivot(index="seed", columns="candidate", values=measure)
-        difference = (wide[candidate] - wide[rival]).dropna()
-        low, high = interval(difference, confidence)
-        good = high < 0 if aim == "lower" else low > 0
-        bad = low > 0 if aim == "lower" else high < 0
-        verdict = "better" if good else "worse" if bad else "open"
-        table[measure] = {"mean": difference.mean(), "low": low, "high": high}
-        table[measure] |= {"n": len(difference), "verdict": verdict}
-    return pd.DataFrame(table).T
-
-
-def interval(values: pd.Series, confidence: float = 0.95) -> tuple[float, float]:
-    """Student's interval of the mean of some values; NaN below two of them."""
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.sem()
-    return values.mean() - half, values.mean() + half
 
 
 def named_plans() -> dict[str, SlimPlan]:

@@ -18,10 +18,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from kdc import ledger, models
+from kdc.knapsack import Budget, block_seconds, cost_every_subset
 from kdc.parts import PARTS
-from kdc.search import Budget, block_seconds, cost_every_subset
 from kdc.slimming import SlimPlan
 from kdc.studies import full_size, slimming
+from kdc.studies.bench import Bench, prepare, score
 
 # What the search for time asks of Stable Diffusion's U-Net: at most the parameters of the `kdc`
 # plan, and a predicted latency that leaves some room below the 0.45 that is to be measured.
@@ -74,19 +75,22 @@ def full_size_costs(results: Path | None = None) -> pd.DataFrame:
 
 
 def _worth(results, settings, folder, device) -> Path:
-    bench = slimming.prepare(models.load_teacher("mini"), settings)
+    bench = prepare(models.load_teacher("mini"), settings)
     values = {}
-    for criterion, how in slimming.CRITERIA.items():
+    for name, how in slimming.CRITERIA.items():
+        if how.recovery:
+            values[name] = slimming.worth_after_recovery(bench, settings, how).to_dict()
+            continue
         rows = slimming.worth(bench, settings, how.guidance)
-        values[criterion] = {
+        values[name] = {
             part: {str(t): list(e["error"]) for t, e in of_part.groupby("timestep")}
             for part, of_part in rows.groupby("part", sort=False)
         }
     return ledger.write("worth", values, results, **vars(settings))
 
 
-def stored_worth(criterion: str = "found", results: Path | None = None) -> pd.DataFrame:
-    """What the stage `worth` measured, as `sensitivity` gives it."""
+def stored_worth(criterion: str = "guided", results: Path | None = None) -> pd.DataFrame:
+    """What the stage `worth` measured without recovery, as `sensitivity` gives it."""
     rows = [
         {"part": part, "timestep": int(timestep), "draw": draw, "error": error}
         for part, by_time in ledger.read("worth", results)[criterion].items()
@@ -96,14 +100,18 @@ def stored_worth(criterion: str = "found", results: Path | None = None) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def scores_of(rows: pd.DataFrame) -> pd.Series:
-    """Mean error of every part over timesteps and draws, in the order of `PARTS`."""
-    return rows.groupby("part")["error"].mean().reindex(PARTS)
+def stored_scores(criterion: str = "found", results: Path | None = None) -> pd.Series:
+    """What every part is worth by a criterion, in the order of `PARTS`."""
+    if slimming.CRITERIA[criterion].recovery:
+        scores = pd.Series(ledger.read("worth", results)[criterion])
+    else:
+        scores = stored_worth(criterion, results).groupby("part")["error"].mean()
+    return scores.reindex(PARTS)
 
 
 def _search(results, settings, folder, device) -> Path:
-    bench = slimming.prepare(models.load_teacher("mini"), settings)
-    scores = {name: scores_of(stored_worth(name, results)) for name in slimming.CRITERIA}
+    bench = prepare(models.load_teacher("mini"), settings)
+    scores = {name: stored_scores(name, results) for name in slimming.CRITERIA}
     budgets = slimming.budgets_of(bench) | {"time": FAST}
     costs = {"time": full_size_costs(results)}
     values = slimming.find_plans(bench, scores, budgets, settings, folder, costs)
@@ -116,17 +124,24 @@ def found_plans(results: Path | None = None) -> dict[str, SlimPlan]:
     return {name: SlimPlan.from_dict(entry["plan"]) for name, entry in stored.items()}
 
 
-def _candidates(bench: slimming.Bench, results: Path | None, settings: slimming.Settings) -> dict:
+def _plans(results: Path | None) -> dict[str, SlimPlan]:
+    """The named plans and those that the first and the last search found."""
+    found = {n: p for n, p in found_plans(results).items() if not n.startswith("guided")}
+    return slimming.named_plans() | found
+
+
+def _candidates(bench: Bench, results: Path | None, settings: slimming.Settings) -> dict:
     """For every candidate its plan by seed.
 
-    The guided search was thought of when the unguided one had been seen to fail with `seeds`, so
-    what it found is measured with fresh ones, and `kdc` beside it with both.
+    The later searches were thought of when the first had been seen to fail with `seeds`. So what
+    the last one found is measured with fresh ones, and `kdc` beside it with both; what the one
+    between found is not measured.
     """
     both = (*settings.seeds, *settings.fresh_seeds)
     seeds = {"kdc": both} | {
         name: settings.fresh_seeds for name in found_plans(results) if name.startswith("found")
     }
-    plans = slimming.named_plans() | found_plans(results)
+    plans = _plans(results)
     of_seeds = {
         name: dict.fromkeys(seeds.get(name, settings.seeds), plan) for name, plan in plans.items()
     }
@@ -134,8 +149,8 @@ def _candidates(bench: slimming.Bench, results: Path | None, settings: slimming.
 
 
 def _latency(results, settings, folder, device) -> Path:
-    bench = slimming.prepare(models.load_teacher("mini", device=device), settings)
-    plans = slimming.named_plans() | found_plans(results)  # random ones would fill the memory
+    bench = prepare(models.load_teacher("mini", device=device), settings)
+    plans = _plans(results)  # random ones would fill the memory
     mini = dict(plans)
     for name, by_seed in _candidates(bench, results, settings).items():
         if name not in plans:
@@ -157,13 +172,10 @@ def of_seed(candidate: str, seed: int) -> str:
 
 
 def _recovery(results, settings, folder, device) -> Path:
-    bench = slimming.prepare(models.load_teacher("mini"), settings)
+    bench = prepare(models.load_teacher("mini"), settings)
     candidates = _candidates(bench, results, settings)
     rows = slimming.recover(bench, candidates, settings, folder)
-    drawn = [
-        {"seed": seed} | slimming.score(bench, bench.teacher, seed, settings)
-        for seed in settings.seeds
-    ]
+    drawn = [{"seed": seed} | score(bench, bench.teacher, seed) for seed in settings.seeds]
     values = {"rows": rows.to_dict("records"), "teacher": drawn}
     return ledger.write("recovery", values, results, **vars(settings))
 

@@ -1,0 +1,192 @@
+"""What each distillation term is good for: recipes after equal steps on equal data, over seeds.
+
+A recipe is everything that may differ between two students; the rest is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from kdc import ledger, models, worlds
+from kdc.agreement import output_error
+from kdc.data import LatentDataset, latents_of_captions, with_captions
+from kdc.distillation import distill, fingerprint
+from kdc.losses import LossWeights
+from kdc.mini.grades import balanced_prompts
+from kdc.slimming import slim
+from kdc.studies.bench import Bench, Extent, kept, prepare, score, slug
+
+DATA_SEED = 777  # of the pictures that the teacher makes, and of swapped captions
+DATA = ("real", "teacher-made", "swapped captions")
+
+
+@dataclass(frozen=True)
+class Settings(Extent):
+    """How much is measured. The defaults are those of the budget `standard`."""
+
+    unseen_copies: int = 6
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 200
+    batch_size: int = 16
+    learning_rate: float = 5e-4
+    made: int = 4  # pictures that the teacher makes of each combination, never-trained ones too
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one student is made. `data` is one of `DATA`, the other fields are those of `distill`."""
+
+    weights: LossWeights = LossWeights()
+    plan: str = "kdc"
+    init: str = "copy"
+    caption_dropout: float = 0.1
+    data: str = "real"
+
+    def __post_init__(self):
+        if self.data not in DATA:
+            raise ValueError(f"unknown data {self.data!r}; it can be {', '.join(DATA)}")
+
+
+def _terms() -> dict[str, LossWeights]:
+    """The losses of the main comparison: the task, one term more, all terms, as published."""
+    return {
+        "task": LossWeights.only("task"),
+        "task, output": LossWeights.only("task", "output"),
+        "task, soft": LossWeights.only("task", "soft"),
+        "task, feature": LossWeights.only("task", "feature"),
+        "corrected": LossWeights(),
+        "as published": LossWeights.as_published(),
+    }
+
+
+def _options() -> dict[str, Recipe]:
+    """Changes of the corrected loss, one at a time, from copied weights."""
+    change = functools.partial(dataclasses.replace, LossWeights())
+    published = functools.partial(dataclasses.replace, LossWeights.as_published())
+    no_task = change(task=0.0)
+    return {
+        "output": Recipe(LossWeights.only("output")),
+        "soft": Recipe(LossWeights.only("soft")),
+        "feature": Recipe(LossWeights.only("feature")),
+        "without task": Recipe(no_task),
+        "temperature 0.5": Recipe(change(temperature=0.5)),
+        "temperature 8": Recipe(change(temperature=8.0)),
+        "taps at attentions": Recipe(change(taps="attention")),
+        "taps at both": Recipe(change(taps="both")),
+        "features raw": Recipe(change(feature_normalised=False)),
+        "no caption dropout": Recipe(caption_dropout=0.0),
+        "caption dropout 0.3": Recipe(caption_dropout=0.3),
+        "teacher-made": Recipe(data="teacher-made"),
+        "swapped captions": Recipe(no_task, data="swapped captions"),
+        "published, output mended": Recipe(published(output_gradient=True)),
+        "published, soft mended": Recipe(published(soft=0.1, soft_reduction="mean")),
+        "published, newest": Recipe(LossWeights.as_published(newest=True), "kdc-v2", "random"),
+    }
+
+
+RECIPES: dict[str, Recipe] = {
+    **{name: Recipe(weights) for name, weights in _terms().items()},
+    **{f"random start: {n}": Recipe(w, init="random") for n, w in _terms().items()},
+    **_options(),
+}
+
+
+def pictures_of(kind: str, bench: Bench, settings: Settings) -> LatentDataset:
+    """The training data of one kind of `DATA`.
+
+    The teacher makes, and swapped captions are drawn from, all combinations of attributes, also
+    those that no real training picture shows.
+    """
+    pipeline, real = bench.teacher, bench.train
+    if kind == "real":
+        return real
+    every = balanced_prompts(1, held_out=False) + balanced_prompts(1, held_out=True)
+    captions = [worlds.caption(one) for one in every]
+    if kind == "teacher-made":
+        steps = settings.sampling_steps
+        return latents_of_captions(pipeline, captions * settings.made, DATA_SEED, steps=steps)
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    drawn = torch.randint(len(captions), (len(real),), generator=generator).tolist()
+    return with_captions(real, pipeline, [captions[i] for i in drawn])
+
+
+def follow(
+    bench: Bench, data: LatentDataset, recipe: Recipe, seed: int, settings: Settings
+) -> tuple[dict, pd.DataFrame]:
+    """Make a student by a recipe; its scores on test pictures, and the log of its training."""
+    unet = slim(bench.teacher.unet, recipe.plan, recipe.init, seed)
+    log = distill(
+        unet,
+        bench.teacher,
+        data,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        weights=recipe.weights,
+        learning_rate=settings.learning_rate,
+        caption_dropout=recipe.caption_dropout,
+        seed=seed,
+        label=f"seed {seed}",
+    )
+    row = {"output_error": output_error(unet, bench.teacher, bench.test).mean()}
+    return row | score(bench, models.with_unet(bench.teacher, unet), seed), log
+
+
+def study(
+    bench: Bench,
+    settings: Settings,
+    folder: str | Path,
+    recipes: Mapping[str, Recipe] = RECIPES,
+) -> tuple[pd.DataFrame, dict[str, list]]:
+    """A row for each recipe and seed, and each recipe's logs, one a seed.
+
+    Each is kept in `folder` as soon as it is there and read back by a later call, so a study that
+    was stopped goes on. Raises `ValueError` where `folder` holds rows of other settings.
+    """
+    fixed = {k: v for k, v in dataclasses.asdict(settings).items() if k != "seeds"}
+    fixed["teacher"] = fingerprint(*bench.teacher.unet.state_dict().values())
+    pictures = functools.cache(functools.partial(pictures_of, bench=bench, settings=settings))
+    rows, logs = [], {}
+    for seed in settings.seeds:
+        for name, recipe in recipes.items():
+
+            def make(recipe=recipe, seed=seed) -> dict:
+                row, log = follow(bench, pictures(recipe.data), recipe, seed, settings)
+                return {"row": row, "log": log.to_dict("list")}
+
+            made_with = fixed | {"recipe": dataclasses.asdict(recipe), "seed": seed}
+            found = kept(Path(folder) / f"{slug(name)}-{seed}.json", made_with, make)
+            rows.append({"candidate": name, "seed": seed} | found["row"])
+            logs.setdefault(name, []).append(found["log"])
+    return pd.DataFrame(rows), logs
+
+
+def run(
+    results: str | Path | None = None,
+    folder: str | Path = "outputs/distillation",
+    only: Sequence[str] = (),
+    **settings,
+) -> Path:
+    """Follow all recipes (or those of `only`) on the mini teacher; writes `distillation.json`.
+
+    With the rows and logs stand the teacher's own scores. `settings` replace those of `Settings`.
+    Raises `ValueError` for an unknown recipe.
+    """
+    if unknown := set(only) - set(RECIPES):
+        raise ValueError(f"unknown recipes {sorted(unknown)}; they are {'; '.join(RECIPES)}")
+    chosen = Settings(**settings)
+    bench = prepare(models.load_teacher("mini"), chosen)
+    recipes = {name: recipe for name, recipe in RECIPES.items() if not only or name in only}
+    rows, logs = study(bench, chosen, folder, recipes)
+    values = {
+        "rows": rows.to_dict("records"),
+        "logs": logs,
+        "teacher": [{"seed": s} | score(bench, bench.teacher, s) for s in chosen.seeds],
+    }
+    return ledger.write("distillation", values, results, **vars(chosen))
