@@ -36,7 +36,7 @@ class Settings(Extent):
     """How much is measured. The defaults are those of the budget `standard`."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    fresh_seeds: tuple[int, ...] = (5, 6, 7, 8, 9)  # for what was found after `seeds` were seen
+    fresh_seeds: tuple[int, ...] = (5, 6, 7, 8)  # for what was found after `seeds` were seen
     steps: int = 200  # of recovery, the same for every plan
     batch_size: int = 16
     draws: int = 6  # of the estimate of sensitivity, each on `count` pictures
