@@ -200,7 +200,7 @@ def _types(types: tuple[str, ...], attention: tuple[bool, ...]) -> list[str]:
     ]
 
 
-def _source(name: str, plan: SlimPlan) -> str:
+def source_of(name: str, plan: SlimPlan) -> str:
     """The teacher's name of a student's parameter."""
     parts = name.split(".")
     if parts[0] in ("down_blocks", "up_blocks"):
@@ -224,7 +224,7 @@ def copy_map(unet: UNet2DConditionModel, plan: str | SlimPlan) -> dict[str, str 
     theirs = dict(unet.named_parameters())
     sources = {}
     for name, parameter in student.named_parameters():
-        source = _source(name, plan)
+        source = source_of(name, plan)
         fits = source in theirs and theirs[source].shape == parameter.shape
         sources[name] = source if fits else None
     return sources
