@@ -142,8 +142,7 @@ def spread_bars(draws: Mapping[str, pd.DataFrame], xlabel: str, log_scale: bool 
         axis.barh(places, mean, height * 0.92, color=COLOURS[index], label=name, xerr=ends)
     axis.set_yticks(range(len(rows)), rows, fontsize=9)
     axis.set_xlabel(xlabel)
-    if log_scale:
-        axis.set_xscale("log")
+    axis.set_xscale("log" if log_scale else "linear")
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
     figure.legend(loc="outside upper center", ncols=len(draws), fontsize=8)
@@ -173,8 +172,7 @@ def dots(
     axis.set_yticks(places, table.index, fontsize=9)
     axis.invert_yaxis()
     axis.set_xlabel(xlabel)
-    if log_scale:
-        axis.set_xscale("log")
+    axis.set_xscale("log" if log_scale else "linear")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=min(4, table.shape[1]), fontsize=8)
     return figure
@@ -182,8 +180,7 @@ def dots(
 
 def heat_map(tables: Mapping[str, pd.DataFrame], label: str, log_scale: bool = True) -> Figure:
     """Tables with the same rows as colours on one scale, side by side, their columns along x."""
-    widest = max(table.shape[1] for table in tables.values())
-    rows = len(next(iter(tables.values())))
+    rows, widest = (max(table.shape[i] for table in tables.values()) for i in (0, 1))
     figure, axes = plt.subplots(
         1,
         len(tables),
