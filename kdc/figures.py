@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -125,86 +125,80 @@ def bars(
     return figure
 
 
-STAGES, MID_ROW = 4, 4
-SHADES = {"resnets": COLOURS[0], "attentions": COLOURS[1]}
+def spread_bars(draws: Mapping[str, pd.DataFrame], xlabel: str, log_scale: bool = True) -> Figure:
+    """Groups of horizontal bars: tables of rows by draws, a group a row, a bar a table.
 
-
-def _place(block: str) -> tuple[float, float, str] | None:
-    """Column, row and colour of a block in the drawing of a U-Net; None for what has no place."""
-    parts = block.split(".")
-    if len(parts) < 3:
-        return None
-    kind, index = parts[-2], int(parts[-1])
-    shade = SHADES.get(kind, COLOURS[5])
-    if parts[0] == "mid_block":
-        return {"resnets": 6.0 + 2 * index, "attentions": 7.0}[kind], MID_ROW, shade
-    going_up = parts[0] == "up_blocks"
-    row = STAGES - 1 - int(parts[1]) if going_up else int(parts[1])
-    offset = {"resnets": 2 * index, "attentions": 2 * index + 1}.get(kind, 6 if going_up else 4)
-    return (9 if going_up else 0) + offset, row, shade
-
-
-def u_nets(
-    kept: Mapping[str, Collection[str]],
-    areas: Mapping[str, Mapping[str, float]],
-    scale: float = 0.3,
-) -> Figure:
-    """U-Nets drawn to scale: a square a block, as large as its share of one of the costs.
-
-    `kept` gives each network, a row of the figure, the blocks that it has; `areas` gives each cost,
-    a column, the value of every block of the whole network. Blocks that are missing are outlines.
-    Rows of squares are stages, outermost on top: the way down at the left, the way up at the right,
-    the mid-block below.
+    Bars are means over draws, their ends reach from the least to the largest draw. Rows are in the
+    order of the first table's, the last one on top.
     """
-    width, height = 16, STAGES + 1
-    figure, axes = plt.subplots(
-        len(kept),
-        len(areas),
-        figsize=(width * scale * len(areas) + 1, (height * scale + 0.35) * len(kept) + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
-    for column, (cost, values) in enumerate(areas.items()):
-        placed = {b: (v, *place) for b, v in values.items() if (place := _place(b))}
-        largest = max(value for value, *_ in placed.values())
-        for line, (name, blocks) in zip(axes, kept.items(), strict=True):
-            axis = line[column]
-            for block, (value, x, y, shade) in placed.items():
-                side = 0.98 * np.sqrt(value / largest)
-                there = block in blocks
-                axis.add_patch(
-                    plt.Rectangle(
-                        (x - side / 2, y - side / 2),
-                        side,
-                        side,
-                        facecolor=shade if there else "none",
-                        edgecolor="white" if there else "#b0b0b0",
-                        linewidth=0.4 if there else 0.6,
-                    )
-                )
-            axis.set(xlim=(-1, width), ylim=(height - 0.3, -0.7), aspect="equal")
-            axis.axis("off")
-            share = sum(v for b, v in values.items() if b in blocks) / sum(
-                v for _, v in values.items()
-            )
-            axis.set_title(f"{name}: {share:.0%} of {cost}", fontsize=8)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=shade) for shade in (*SHADES.values(), COLOURS[5])]
-    labels = ["convolutions", "transformer blocks", "resampling"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    rows = next(iter(draws.values())).index
+    figure, axis = plt.subplots(figsize=(7.5, 0.36 * len(rows) + 1.1), layout="constrained")
+    height = 0.8 / len(draws)
+    for index, (name, table) in enumerate(draws.items()):
+        table = table.loc[rows]
+        mean = table.mean(axis=1)
+        places = np.arange(len(rows)) + ((len(draws) - 1) / 2 - index) * height
+        ends = [mean - table.min(axis=1), table.max(axis=1) - mean]
+        axis.barh(places, mean, height * 0.92, color=COLOURS[index], label=name, xerr=ends)
+    axis.set_yticks(range(len(rows)), rows, fontsize=9)
+    axis.set_xlabel(xlabel)
+    axis.set_xscale("log" if log_scale else "linear")
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=len(draws), fontsize=8)
     return figure
 
 
-def heat_map(table: pd.DataFrame, title: str, log_scale: bool = True) -> Figure:
-    """A table as colours, its columns along x, the value written where there is room."""
-    figure, axis = plt.subplots(
-        figsize=(0.75 * table.shape[1] + 2, 0.28 * len(table) + 1), layout="constrained"
+def dots(
+    table: pd.DataFrame,
+    xlabel: str,
+    spread: Mapping[str, tuple[pd.Series, pd.Series]] | None = None,
+    log_scale: bool = False,
+) -> Figure:
+    """A line for each row of the table, on it a dot for each column.
+
+    `spread` gives a column the lower and upper ends of bars, in the order of the rows.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 0.27 * len(table) + 1.1), layout="constrained")
+    places = np.arange(len(table))
+    for (name, values), colour, mark in zip(
+        table.items(), COLOURS * 3, itertools.cycle("osD^v"), strict=False
+    ):
+        bars = None
+        if spread and name in spread:
+            low, high = (np.asarray(end, dtype=float) for end in spread[name])
+            bars = np.clip([values - low, high - values], 0, None)
+        axis.errorbar(values, places, xerr=bars, fmt=mark, ms=5, color=colour, label=name)
+    axis.set_yticks(places, table.index, fontsize=9)
+    axis.invert_yaxis()
+    axis.set_xlabel(xlabel)
+    axis.set_xscale("log" if log_scale else "linear")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=min(4, table.shape[1]), fontsize=8)
+    return figure
+
+
+def heat_map(tables: Mapping[str, pd.DataFrame], label: str, log_scale: bool = True) -> Figure:
+    """Tables with the same rows as colours on one scale, side by side, their columns along x."""
+    rows, widest = (max(table.shape[i] for table in tables.values()) for i in (0, 1))
+    figure, axes = plt.subplots(
+        1,
+        len(tables),
+        figsize=(max(3.0, 0.42 * widest) * len(tables) + 2.3, 0.27 * rows + 1.3),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
     )
-    norm = matplotlib.colors.LogNorm() if log_scale else None
-    image = axis.imshow(table.to_numpy(), aspect="auto", cmap="viridis", norm=norm)
-    axis.set_yticks(range(len(table)), table.index, fontsize=8)
-    axis.set_xticks(range(table.shape[1]), table.columns, fontsize=8)
-    axis.set_xlabel(table.columns.name)
-    figure.colorbar(image, label=title)
+    values = np.concatenate([table.to_numpy().ravel() for table in tables.values()])
+    scale = matplotlib.colors.LogNorm if log_scale else matplotlib.colors.Normalize
+    norm = scale(values.min(), values.max())
+    for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
+        image = axis.imshow(table.to_numpy(), aspect="auto", cmap="viridis", norm=norm)
+        axis.set_yticks(range(len(table)), table.index, fontsize=9)
+        axis.set_xticks(range(table.shape[1]), table.columns, fontsize=8)
+        axis.set_xlabel(table.columns.name)
+        axis.set_title(title, fontsize=10)
+    figure.colorbar(image, ax=axes, label=label)
     return figure
 
 
@@ -219,8 +213,9 @@ def trade_offs(
 
     `rows` has a column `candidate` and one for each cost and measure (their labels are the values).
     Points are means over the rows of a candidate, bars reach from the least to the largest; rows of
-    candidates that begin with `control` are small points of their own. `levels` draws a line, such
-    as the teacher's, in the panels of a measure.
+    candidates that begin with `control` are small crosses of their own. A candidate "family: name"
+    has the mark of its family and the colour of its name. `levels` draws a line, such as the
+    teacher's, in the panels of a measure.
     """
     figure, axes = plt.subplots(
         len(measures),
@@ -231,22 +226,25 @@ def trade_offs(
         sharex="col",
         layout="constrained",
     )
+    families = {name.partition(": ")[0] for name in rows["candidate"] if ": " in name}
+    marks = dict(zip(sorted(families - {control}), "D^sv", strict=False))
+    wanted = [name.rpartition(": ")[2] for name in dict.fromkeys(rows["candidate"])]
+    shades = dict(zip(dict.fromkeys(wanted), COLOURS * 3, strict=False))
     for line, (measure, label) in zip(axes, measures.items(), strict=True):
         for axis, cost in zip(line, costs, strict=True):
-            colours, crosses = itertools.cycle(COLOURS), itertools.cycle("x+")
+            crosses = itertools.cycle("x+")
             for candidate, group in rows.groupby("candidate", sort=False):
                 x, y = group[cost], group[measure]
+                family, _, name = candidate.rpartition(": ")
                 if candidate.startswith(control):
                     axis.plot(x, y, next(crosses), color="#999999", ms=6, label=candidate)
                     continue
-                spread = [[y.mean() - y.min()], [y.max() - y.mean()]]
-                mark = "D" if candidate.startswith("found") else "o"
                 axis.errorbar(
                     [x.mean()],
                     [y.mean()],
-                    spread,
-                    fmt=mark,
-                    color=next(colours),
+                    [[y.mean() - y.min()], [y.max() - y.mean()]],
+                    fmt=marks.get(family, "o"),
+                    color=shades[name],
                     label=candidate,
                 )
             if levels and measure in levels:

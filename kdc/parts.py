@@ -49,6 +49,14 @@ def plan_without(parts: Iterable[str], name: str | None = None) -> SlimPlan:
     )
 
 
+def subset_of(parts: Iterable[str]) -> tuple[str, ...]:
+    """The entry of `every_subset` that leaves out those parts: in order, each plan once."""
+    removed = set(parts)
+    if INNERMOST in removed:
+        removed.discard(f"layer {STAGES - 1}")
+    return tuple(part for part in PARTS if part in removed)
+
+
 def every_subset() -> list[tuple[str, ...]]:
     """Every choice of parts to leave out, each plan once (a dropped stage has no layers)."""
     subsets = itertools.chain.from_iterable(
@@ -72,3 +80,14 @@ def kept_blocks(plan: SlimPlan) -> list[str]:
     if plan.mid:
         kept += ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"]
     return kept
+
+
+def group_of(block: str) -> str:
+    """Stage and kind of one of the teacher's blocks: "stage 0, transformers", "mid-block", ..."""
+    parts = block.split(".")
+    if parts[0] == "mid_block":
+        return "mid-block"
+    if len(parts) < 3:
+        return "the rest"
+    stage = int(parts[1]) if parts[0] == "down_blocks" else STAGES - 1 - int(parts[1])
+    return f"stage {stage}, {'transformers' if parts[2] == 'attentions' else 'convolutions'}"

@@ -200,8 +200,8 @@ def _types(types: tuple[str, ...], attention: tuple[bool, ...]) -> list[str]:
     ]
 
 
-def source_name(name: str, plan: SlimPlan) -> str:
-    """The teacher's name of a student's parameter or submodule."""
+def source_of(name: str, plan: SlimPlan) -> str:
+    """The teacher\'s name of a student\'s parameter, submodule or block."""
     parts = name.split(".")
     if parts[0] in ("down_blocks", "up_blocks"):
         going_up = parts[0] == "up_blocks"
@@ -224,7 +224,7 @@ def copy_map(unet: UNet2DConditionModel, plan: str | SlimPlan) -> dict[str, str 
     theirs = dict(unet.named_parameters())
     sources = {}
     for name, parameter in student.named_parameters():
-        source = source_name(name, plan)
+        source = source_of(name, plan)
         fits = source in theirs and theirs[source].shape == parameter.shape
         sources[name] = source if fits else None
     return sources

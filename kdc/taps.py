@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kdc.slimming import source_name
+from kdc.slimming import source_of
 
 TAPS = ("blocks", "attention", "both")
 
@@ -69,7 +69,7 @@ def tap_names(student: nn.Module, teacher: nn.Module, at: str = "blocks") -> lis
     plan = getattr(student, "slim_plan", None)
     theirs = dict(teacher.named_modules())
     ours = [name for name, _ in student.named_modules() if name.endswith(".attn1")]
-    sources = [(name, source_name(name, plan) if plan else name) for name in ours]
+    sources = [(name, source_of(name, plan) if plan else name) for name in ours]
     if not ours or not all(source in theirs for _, source in sources):
         raise ValueError("the student kept no self-attention that the teacher has")
     return pairs + sources

@@ -36,27 +36,39 @@ def test_bars_are_as_high_as_their_values():
     assert heights[:2] == [1.0, 3.0] and heights[2] == 2.0
 
 
-def test_a_u_net_is_drawn_to_scale_and_missing_blocks_are_outlines():
-    areas = {
-        "cost": {"down_blocks.0.resnets.0": 4.0, "up_blocks.3.attentions.1": 1.0, "other": 5.0}
+def test_bars_reach_to_the_mean_and_over_the_draws():
+    draws = {
+        "x": pd.DataFrame([[1.0, 3.0], [5.0, 5.0]], index=["a", "b"]),
+        "y": pd.DataFrame([[7.0], [9.0]], index=["b", "a"]),  # rows go by name
     }
-    figure = figures.u_nets(
-        {"all": list(areas["cost"]), "cut": ["up_blocks.3.attentions.1"]}, areas
-    )
-    whole, cut = ([p for p in axis.patches] for axis in figure.axes[:2])
-    large, small = (p.get_width() * p.get_height() for p in whole)
-    assert large / small == pytest.approx(4) and len(whole) == 2  # what has no place is not drawn
-    assert [p.get_facecolor()[3] for p in cut] == [0.0, 1.0]
-    assert [axis.get_title() for axis in figure.axes] == ["all: 100% of cost", "cut: 10% of cost"]
-    (x, y), (u, v) = (p.get_center() for p in whole)
-    assert x < u and y == v  # the same stage, down at the left and up at the right
+    axis = figures.spread_bars(draws, "error", log_scale=False).axes[0]
+    assert [patch.get_width() for patch in axis.patches] == [2.0, 5.0, 9.0, 7.0]
+    ends = axis.containers[0].get_children()[0].get_segments()[0]
+    assert ends[:, 0].tolist() == [1.0, 3.0]
+    first, second = axis.patches[0], axis.patches[2]
+    assert first.get_y() > second.get_y() and [t.get_text() for t in axis.get_yticklabels()] == [
+        "a",
+        "b",
+    ]
 
 
-def test_a_heat_map_shows_the_table():
+def test_dots_stand_at_their_values_with_their_spread():
+    table = pd.DataFrame({"x": [1.0, 2.0], "y": [3.0, 4.0]}, index=["a", "b"])
+    spread = {"y": (pd.Series([2.5, 3.0]), pd.Series([3.0, 6.0]))}
+    axis = figures.dots(table, "share", spread).axes[0]
+    plain, wide = axis.containers
+    assert plain[0].get_xydata().tolist() == [[1.0, 0.0], [2.0, 1.0]] and not plain[2]
+    assert [s[:, 0].tolist() for s in wide[2][0].get_segments()] == [[2.5, 3.0], [3.0, 6.0]]
+    assert axis.yaxis_inverted() and axis.get_xlabel() == "share"
+
+
+def test_heat_maps_show_their_tables_on_one_scale():
     table = pd.DataFrame([[1.0, 10.0], [100.0, 0.1]], index=["a", "b"], columns=[5, 9])
-    axis = figures.heat_map(table, "error").axes[0]
-    assert (axis.images[0].get_array() == table.to_numpy()).all()
-    assert [t.get_text() for t in axis.get_yticklabels()] == ["a", "b"]
+    left, right, _ = figures.heat_map({"one": table, "ten": table * 10}, "error").axes
+    assert (right.images[0].get_array() == table.to_numpy() * 10).all()
+    assert left.images[0].get_clim() == right.images[0].get_clim() == (0.1, 1000.0)
+    assert [t.get_text() for t in left.get_yticklabels()] == ["a", "b"]
+    assert left.get_title() == "one"
 
 
 def test_trade_offs_show_means_and_spread_and_every_control():
@@ -75,3 +87,13 @@ def test_trade_offs_show_means_and_spread_and_every_control():
     control = next(line for line in axis.lines if line.get_label() == "random: x")
     assert control.get_xydata().tolist() == [[2.0, 5.0], [3.0, 6.0]]
     assert axis.get_xlabel() == "MB" and axis.get_ylabel() == "E"
+
+
+def test_a_family_has_one_mark_and_a_name_one_colour():
+    names = ["a: x", "b: x", "a: y", "hand"]
+    rows = pd.DataFrame({"candidate": names, "size": range(4), "error": range(4)})
+    axis = figures.trade_offs(rows, {"size": "MB"}, {"error": "E"}).axes[0]
+    look = {c.get_label(): (c[0].get_marker(), c[0].get_color()) for c in axis.containers}
+    assert look["a: x"][0] == look["a: y"][0] != look["b: x"][0]
+    assert look["a: x"][1] == look["b: x"][1] != look["a: y"][1]
+    assert look["hand"][0] == "o"

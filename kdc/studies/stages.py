@@ -100,13 +100,16 @@ def stored_worth(criterion: str = "guided", results: Path | None = None) -> pd.D
     return pd.DataFrame(rows)
 
 
+def scores_of(rows: pd.DataFrame) -> pd.Series:
+    """Mean error of every part over timesteps and draws, in the order of `PARTS`."""
+    return rows.groupby("part")["error"].mean().reindex(PARTS)
+
+
 def stored_scores(criterion: str = "found", results: Path | None = None) -> pd.Series:
     """What every part is worth by a criterion, in the order of `PARTS`."""
     if slimming.CRITERIA[criterion].recovery:
-        scores = pd.Series(ledger.read("worth", results)[criterion])
-    else:
-        scores = stored_worth(criterion, results).groupby("part")["error"].mean()
-    return scores.reindex(PARTS)
+        return pd.Series(ledger.read("worth", results)[criterion]).reindex(PARTS)
+    return scores_of(stored_worth(criterion, results))
 
 
 def _search(results, settings, folder, device) -> Path:
@@ -134,8 +137,8 @@ def _candidates(bench: Bench, results: Path | None, settings: slimming.Settings)
     """For every candidate its plan by seed.
 
     The later searches were thought of when the first had been seen to fail with `seeds`. So what
-    the last one found is measured with fresh ones, and `kdc` beside it with both; what the one
-    between found is not measured.
+    the last one found is measured with fresh ones, and `kdc` and random plans beside it with both;
+    what the one between found is not measured.
     """
     both = (*settings.seeds, *settings.fresh_seeds)
     seeds = {"kdc": both} | {
@@ -145,7 +148,7 @@ def _candidates(bench: Bench, results: Path | None, settings: slimming.Settings)
     of_seeds = {
         name: dict.fromkeys(seeds.get(name, settings.seeds), plan) for name, plan in plans.items()
     }
-    return of_seeds | slimming.random_control(bench, slimming.budgets_of(bench), settings.seeds)
+    return of_seeds | slimming.random_control(bench, slimming.budgets_of(bench), both)
 
 
 def _latency(results, settings, folder, device) -> Path:
