@@ -75,7 +75,7 @@ def recovered_worth(
         settings = {"steps": steps, "batch_size": batch_size, "seed": seed}
         distill(student, teacher, data, **settings, label=f"without {part or 'loss'}")
         words[part] = judge(student)
-    return pd.Series(words).drop(None) - words[None]
+    return pd.Series({part: words[part] - words[None] for part in PARTS})
 
 
 def search_plan(

@@ -213,13 +213,8 @@ plt.show()
 
 # %%
 sampled = {"draws": run.draws, **amount, "seed": run.seeds[0]}
-kinds = {"unguided": "guidance 1", "guided": "guidance 7.5"}
-if measured_here:
-    worth = {k: kdc.sensitivity(pipeline, data, guidance=g, **sampled)
-             for k, g in zip(kinds.values(), (1.0, 7.5), strict=True)}  # fmt: skip
-else:
-    worth = {kind: stages.stored_worth(name) for name, kind in kinds.items()}
-scores = {name: stages.scores_of(worth[kind]) for name, kind in kinds.items()}
+settings = study.Settings(seeds=tuple(run.seeds), fresh_seeds=())
+worth, scores = report.worths(bench, settings if measured_here else None, **sampled)
 order = list(scores["guided"].sort_values().index)
 both = dict(worth)
 if not measured_here:
@@ -255,12 +250,6 @@ centres = {
     for name, table in maps.items()
 }
 growth = (scores["guided"] / scores["unguided"]).round(1)
-how = study.CRITERIA["found"]
-if measured_here:
-    settings = study.Settings(seeds=tuple(run.seeds), fresh_seeds=())
-    scores["found"] = study.worth_after_recovery(bench, settings, how)
-else:
-    scores["found"] = stages.stored_scores("found")
 columns = {
     "guided / unguided worth": growth,
     "drawing error after recovery": scores["found"].round(2),
