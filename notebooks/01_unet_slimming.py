@@ -321,7 +321,7 @@ finalists[["score", "after_cut", "recovered"]]
 # after recovery and judges by drawings, which are what all timesteps come to.
 #
 # The later two were thought of after the first had been measured, so what the last one found is
-# measured with seeds that had not been used by then, and `kdc` and random plans beside it. Budgets
+# measured with seeds that had not been used by then, and `kdc` beside it with both. Budgets
 # are the `kdc` plan's parameters, its multiply-accumulates, and *time*: a predicted latency on
 # Stable Diffusion that leaves some room below the 0.45 to be measured, at no more than `kdc`'s
 # parameters.

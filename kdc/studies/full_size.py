@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from kdc.costs import call_of, count_costs, measure_latency
-from kdc.slimming import SlimPlan, slim
+from kdc.slimming import SlimPlan, copy_map, student_config
 
 SD_V1 = {
     "sample_size": 64,
@@ -35,12 +35,24 @@ def time_plans(
 
     `parameters` and `macs`, the same over the teacher's (`parameter_ratio`, `mac_ratio`), and the
     columns of `measure_latency`, all candidates interleaved. `inputs` are `size`, `words` and
-    `batch_size` as in `count_costs`. A student holds its weights once more, so mind the memory.
+    `batch_size` as in `count_costs`. Students borrow the teacher's tensors, so all fit into the
+    memory of one.
     """
-    unets = {"full": unet} | {n: slim(unet, plan) for n, plan in plans.items() if n != "full"}
+    unets = {"full": unet} | {n: borrow(unet, plan) for n, plan in plans.items() if n != "full"}
     totals = {name: count_costs(one, **inputs).loc["total"] for name, one in unets.items()}
     costs = pd.DataFrame(totals).T[["parameters", "macs"]]
     shares = (costs / costs.loc["full"]).set_axis(["parameter_ratio", "mac_ratio"], axis=1)
     calls = {name: call_of(one, **inputs) for name, one in unets.items()}
     times = measure_latency(calls, rounds=rounds, warmup=1, device=unet.device)
     return costs.join(shares).join(times)
+
+
+def borrow(unet: UNet2DConditionModel, plan: str | SlimPlan) -> UNet2DConditionModel:
+    """`slim` with the teacher's own tensors instead of copies: to be called, not to be trained."""
+    theirs = dict(unet.named_parameters())
+    sources = copy_map(unet, plan)
+    with torch.device("meta"):
+        student = UNet2DConditionModel.from_config(student_config(unet, plan))
+    borrowed = {name: theirs[source] for name, source in sources.items()}
+    student.load_state_dict(borrowed, assign=True)
+    return student.eval()

@@ -137,8 +137,8 @@ def _candidates(bench: Bench, results: Path | None, settings: slimming.Settings)
     """For every candidate its plan by seed.
 
     The later searches were thought of when the first had been seen to fail with `seeds`. So what
-    the last one found is measured with fresh ones, and `kdc` and random plans beside it with both;
-    what the one between found is not measured.
+    the last one found is measured with fresh ones, and `kdc` beside it with both; what the one
+    between found is not measured.
     """
     both = (*settings.seeds, *settings.fresh_seeds)
     seeds = {"kdc": both} | {
@@ -148,7 +148,7 @@ def _candidates(bench: Bench, results: Path | None, settings: slimming.Settings)
     of_seeds = {
         name: dict.fromkeys(seeds.get(name, settings.seeds), plan) for name, plan in plans.items()
     }
-    return of_seeds | slimming.random_control(bench, slimming.budgets_of(bench), both)
+    return of_seeds | slimming.random_control(bench, slimming.budgets_of(bench), settings.seeds)
 
 
 def _latency(results, settings, folder, device) -> Path:
