@@ -29,7 +29,7 @@ def sd_unet(
 
 
 def time_plans(
-    unet: UNet2DConditionModel, plans: Mapping[str, SlimPlan], rounds: int = 10, **inputs
+    unet: UNet2DConditionModel, plans: Mapping[str, SlimPlan], rounds: int = 5, **inputs
 ) -> pd.DataFrame:
     """Costs and latency of the students that the plans cut from `unet`, the teacher in row "full".
 
