@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from kdc.data import LatentDataset, cache_latents
 from kdc.losses import DistillationLoss, FeatureTaps, LossWeights, min_snr_weight, tap_names
 from kdc.models import save_student
-from kdc.training import TrainSettings, train
+from kdc.speed import quickened, reduced, refuse_unusable, send
+from kdc.training import TrainSettings, has_bf16, train
 
 LAYOUT = ("down_block_types", "mid_block_type", "up_block_types", "layers_per_block")
 
@@ -56,6 +57,9 @@ def distill(
     seed: int = 0,
     output_dir: str | Path | None = None,
     resume: bool = False,
+    precision: str = "auto",
+    compile: bool = False,
+    gradient_checkpointing: bool = False,
     label: str = "distilling",
 ) -> pd.DataFrame:
     """Train `student` in place to draw as `teacher` does; returns the log of the loss terms.
@@ -68,6 +72,11 @@ def distill(
     bit for bit, on one CPU with the same number of threads. Teacher and student are moved to the
     device that Accelerate chose, each process's own.
 
+    `precision` is that of `TrainSettings`; with bf16 a teacher in float32 is copied to bf16 once.
+    `compile` runs both networks through `torch.compile` (minutes before the first step on a CPU,
+    then steps are shorter and hold less), `gradient_checkpointing` trades time for memory: see
+    `speed.quickened`. A compiled run rounds differently, so it is resumed only by a compiled one.
+
     Raises `ValueError` for a student whose inputs or outputs do not fit the teacher's, whose
     weights are of half precision, or that is its own teacher, and for a run that would resume from
     a checkpoint of other data, teacher, student or loss.
@@ -78,11 +87,17 @@ def distill(
     if batch_size < 1 or not 0 <= caption_dropout <= 1:
         raise ValueError("batch_size must be at least 1 and caption_dropout between 0 and 1")
     settings = TrainSettings(
-        steps, learning_rate, warmup=min(20, steps), ema_decay=ema_decay, save_every=save_every
+        steps,
+        learning_rate,
+        warmup=min(20, steps),
+        ema_decay=ema_decay,
+        precision=precision,
+        save_every=save_every,
     )
     if output_dir:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
     device = PartialState().device
+    refuse_unusable(compile, gradient_checkpointing, device)
     teacher.to(device)
     data = dataset if isinstance(dataset, LatentDataset) else cache_latents(teacher, dataset)
     criterion = DistillationLoss(weights)
@@ -93,18 +108,21 @@ def distill(
         "student": {n: str(student.config[n]) for n in LAYOUT},
         "data": fingerprint(data.mean, data.embeddings, data.caption_index),
         "teacher": fingerprint(*teacher.unet.state_dict().values()),
-    }
+    } | ({"compile": True} if compile else {})
     snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
     count = process.config.num_train_timesteps
-    taps = None
+    guide = teacher.unet
+    if weights.needs_teacher:
+        guide.eval()
+        if precision == "bf16" or (precision == "auto" and has_bf16(device)):
+            guide = reduced(guide, torch.bfloat16)
+    taps = []
     if weights.feature:
-        pairs = tap_names(student, teacher.unet)
+        pairs = tap_names(student, guide)
         taps = [
             FeatureTaps(student, [s for s, _ in pairs]),
-            FeatureTaps(teacher.unet, [t for _, t in pairs]),
+            FeatureTaps(guide, [t for _, t in pairs]),
         ]
-    if weights.needs_teacher:
-        teacher.unet.eval()
 
     def loss(model, generator):
         latents, words = data.draw(batch_size, generator, caption_dropout)
@@ -112,33 +130,39 @@ def distill(
         timesteps = torch.randint(count, (batch_size,), generator=generator)
         noisy = process.add_noise(latents, noise, timesteps)
         target = noise_target(process, latents, noise, timesteps)
-        inputs = noisy.to(device), timesteps.to(device), words.to(device)
-        predicted, guide = model(*inputs, return_dict=False)[0], None
+        inputs = [send(x, device) for x in (noisy, timesteps, words)]
+        guidance = None
         if weights.needs_teacher:
-            with torch.no_grad():
-                guide = teacher.unet(*(_like(teacher.unet, x) for x in inputs), return_dict=False)
-                guide = guide[0].float()
+            # Before the student, whose activations then are not in memory yet. Not in inference
+            # mode, which is no faster here: the loss keeps the teacher's tensors for its gradient.
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                guidance = guide(*(_like(guide, x) for x in inputs), return_dict=False)[0].float()
+        predicted = model(*inputs, return_dict=False)[0]
         task_weight = None
         if weights.min_snr:
             task_weight = min_snr_weight(
                 snr[timesteps], weights.min_snr, process.config.prediction_type
             ).to(device)
         collected = [tap.take() for tap in taps] if taps else [(), ()]
-        return criterion(predicted, target.to(device), guide, *collected, task_weight=task_weight)
-
-    try:
-        log = train(
-            student,
-            loss,
-            settings,
-            output_dir,
-            seed=seed,
-            resume=resume,
-            identity=identity,
-            label=label,
+        return criterion(
+            predicted, send(target, device), guidance, *collected, task_weight=task_weight
         )
+
+    options = {"compile": compile, "gradient_checkpointing": gradient_checkpointing}
+    try:
+        with quickened(student, guide, taps, **options):
+            log = train(
+                student,
+                loss,
+                settings,
+                output_dir,
+                seed=seed,
+                resume=resume,
+                identity=identity,
+                label=label,
+            )
     finally:
-        for tap in taps or ():
+        for tap in taps:
             tap.close()
     if output_dir and PartialState().is_main_process:
         notes = {"weights": dataclasses.asdict(weights), "steps": steps, "batch_size": batch_size}

@@ -204,3 +204,21 @@ def test_what_does_not_fit_is_refused_before_training(teacher, data):
         kdc.distill(other, teacher, data, steps=1)
     with pytest.raises(ValueError, match="batch_size"):
         run(teacher, data, steps=1, batch_size=0)
+
+
+def test_recomputing_activations_changes_no_weights(teacher, data):
+    """kdc-v2 is tapped at a transformer, whose insides run again in the backward pass."""
+    plain, _ = run(teacher, data, steps=2, plan="kdc-v2")
+    saving, _ = run(teacher, data, steps=2, plan="kdc-v2", gradient_checkpointing=True)
+    torch.testing.assert_close(weights(saving), weights(plain), rtol=0, atol=1e-6)
+    assert not saving.is_gradient_checkpointing
+
+
+def test_a_compiled_run_is_not_resumed_by_another(teacher, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
+    monkeypatch.setattr("kdc.speed.refuse_unusable", lambda *_: None)
+    monkeypatch.setattr("kdc.distillation.refuse_unusable", lambda *_: None)
+    again = {"save_every": 1, "output_dir": tmp_path, "steps": 2}
+    run(teacher, data, compile=True, **again)
+    with pytest.raises(ValueError, match="made with compile=True, this run has compile=None"):
+        run(teacher, data, resume=True, **again)
