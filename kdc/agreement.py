@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from kdc.data import LatentDataset
-from kdc.distillation import forward_process, like
+from kdc.lesson import forward_process, like
 from kdc.models import generate, with_unet
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from kdc.data import LatentDataset
-from kdc.distillation import distillation_loss
+from kdc.lesson import Lesson, forward_process
 from kdc.losses import DistillationLoss, LossWeights
 
 TERMS = ("task", "output", "soft", "feature")
@@ -52,9 +53,10 @@ def diagnose(
     a pixel share. The student is left as it is.
     """
     generator = torch.Generator().manual_seed(seed)
-    how = {"batch_size": batch_size, "caption_dropout": caption_dropout, "seed": seed}
-    with distillation_loss(student, teacher, data, weights, **how) as loss:
-        values = loss(student, generator)
+    lesson = Lesson(student, teacher.unet, forward_process(teacher), weights, seed)
+    with contextlib.closing(lesson):
+        batch = data.draw(batch_size, generator, caption_dropout)
+        values = lesson(student, *batch, generator)
         parameters = [p for p in student.parameters() if p.requires_grad]
         weighted = {n: getattr(weights, n) * values[n] for n in TERMS if n in values}
         gradients = {name: _gradient(value, parameters) for name, value in weighted.items()}

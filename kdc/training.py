@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from kdc.speed import average, refuse_infinite
+
 Terms = dict[str, Tensor]
 LossFunction = Callable[[nn.Module, torch.Generator], Terms]
 
@@ -97,7 +99,8 @@ def train(
     of a run that was never stopped. `identity` says what else must not have changed, such as the
     data or the loss, in plain values. Raises `ValueError` if that checkpoint was made with other
     settings or another identity, `FileExistsError` where a new run would mix its checkpoints with
-    those of an earlier one, and `FloatingPointError` on a loss that is not finite.
+    those of an earlier one, and `FloatingPointError` on a loss that is not finite, on an
+    accelerator up to `log_every` steps late.
     """
     accelerator = accelerator or make_accelerator(settings.precision)
     checkpoint = newest_checkpoint(output_dir) if output_dir else None
@@ -150,25 +153,29 @@ def train(
         disable=not accelerator.is_main_process,
         mininterval=2.0,
     )
+    unseen: list[Tensor] = []
     for step in bar:
+        done = step + 1
+        logs = done % settings.log_every == 0 or done == settings.steps or step == 0
+        saves = bool(output_dir) and done % settings.save_every == 0 and done < settings.steps
         with accelerator.autocast():
             terms = compute_loss(prepared, generator)
-        if not torch.isfinite(terms["loss"]):
-            raise FloatingPointError(f"{label}: the loss is {terms['loss'].item()} at step {step}")
+        unseen.append(terms["loss"].detach())
+        if logs or saves or accelerator.device.type == "cpu":
+            refuse_infinite(unseen, step, label)
         accelerator.backward(terms["loss"])
         norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if ema:
-            ema.step(parameters)
-        done = step + 1
-        if done % settings.log_every == 0 or done == settings.steps or step == 0:
+            average(ema, parameters)
+        if logs:
             row = {"step": done} | {k: v.item() for k, v in terms.items()}
             row |= {"grad_norm": float(norm), "learning_rate": schedule.get_last_lr()[0]}
             rows.append(row)
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-        if output_dir and done % settings.save_every == 0 and done < settings.steps:
+        if saves:
             state.save(Path(output_dir), done, rows, accelerator)
     if ema:
         ema.copy_to(parameters)

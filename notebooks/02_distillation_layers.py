@@ -52,7 +52,7 @@ from IPython.display import Code, display
 import kdc
 from kdc import FeatureTaps, LossWeights, figures, ledger, losses
 from kdc.budgets import settle
-from kdc.distillation import forward_process
+from kdc.lesson import forward_process
 
 started = time.perf_counter()
 table = {

@@ -7,7 +7,8 @@ import torch
 import kdc
 from kdc import LossWeights
 from kdc.diagnostics import blind_terms, diagnose
-from kdc.distillation import distillation_loss, published_recipe
+from kdc.distillation import published_recipe
+from kdc.lesson import Lesson, forward_process
 
 TERMS = ("task", "output", "soft", "feature")
 
@@ -25,8 +26,10 @@ def student(teacher):
 def whole_gradient(student, teacher, data, weights):
     """The gradient of the loss as training makes it: one backward pass."""
     student.zero_grad()
-    with distillation_loss(student, teacher, data, weights, batch_size=4) as loss:
-        loss(student, torch.Generator().manual_seed(0))["loss"].backward()
+    lesson = Lesson(student, teacher.unet, forward_process(teacher), weights)
+    generator = torch.Generator().manual_seed(0)
+    lesson(student, *data.draw(4, generator, 0.1), generator)["loss"].backward()
+    lesson.close()
     gradient = torch.cat([p.grad.flatten() for p in student.parameters()])
     student.zero_grad()
     return gradient

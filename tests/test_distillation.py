@@ -5,7 +5,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 import kdc
 from kdc import LossWeights
 from kdc.data import WorldDataset
-from kdc.distillation import distillation_loss, published_recipe
+from kdc.distillation import published_recipe
+from kdc.lesson import Lesson, forward_process
 
 
 def weights(unet):
@@ -179,10 +180,12 @@ def test_a_narrow_student_is_distilled_through_projections_that_do_not_stay(teac
     narrow = UNet2DConditionModel.from_config(config)
     names = set(narrow.state_dict())
     only = LossWeights.only("feature")
-    with distillation_loss(narrow, teacher, data, only, batch_size=2) as loss:
-        loss(narrow, torch.Generator().manual_seed(0))["loss"].backward()
-        added = dict(narrow.feature_projections.named_parameters())
-        assert added and all(p.grad.abs().sum() > 0 for p in added.values())
+    lesson = Lesson(narrow, teacher.unet, forward_process(teacher), only)
+    generator = torch.Generator().manual_seed(0)
+    lesson(narrow, *data.draw(2, generator, 0.1), generator)["loss"].backward()
+    added = dict(narrow.feature_projections.named_parameters())
+    assert added and all(p.grad.abs().sum() > 0 for p in added.values())
+    lesson.close()
     assert set(narrow.state_dict()) == names
     log = kdc.distill(narrow, teacher, data, steps=2, batch_size=2)
     assert set(narrow.state_dict()) == names and log["feature"].notna().all()
@@ -206,3 +209,21 @@ def test_the_published_recipes_are_those_of_the_audit(teacher):
     assert student.slim_plan == kdc.PLANS["kdc-v2"] and weights.feature == 0
     assert not torch.equal(student.conv_in.weight, first)
     assert (weights.soft_reduction, weights.output_gradient) == ("batchmean", False)
+
+
+def test_recomputing_activations_changes_no_weights(teacher, data):
+    """kdc-v2 is tapped at a transformer, whose insides run again in the backward pass."""
+    plain, _ = run(teacher, data, steps=2, plan="kdc-v2")
+    saving, _ = run(teacher, data, steps=2, plan="kdc-v2", gradient_checkpointing=True)
+    torch.testing.assert_close(weights(saving), weights(plain), rtol=0, atol=1e-6)
+    assert not saving.is_gradient_checkpointing
+
+
+def test_a_compiled_run_is_not_resumed_by_another(teacher, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
+    monkeypatch.setattr("kdc.speed.refuse_unusable", lambda *_: None)
+    monkeypatch.setattr("kdc.distillation.refuse_unusable", lambda *_: None)
+    again = {"save_every": 1, "output_dir": tmp_path, "steps": 2}
+    run(teacher, data, compile=True, **again)
+    with pytest.raises(ValueError, match="made with compile=True, this run has compile=None"):
+        run(teacher, data, resume=True, **again)

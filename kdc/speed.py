@@ -1,0 +1,133 @@
+"""What makes a training step waste nothing, each on its own: precision, compiling, recomputing.
+
+Nothing here changes what is computed, only in which precision or order, and all of it is undone
+when training is over: the networks are left as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def reduced(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
+    """`unet` itself where it has that precision or a lower one, else a frozen copy that has it.
+
+    Cast once; autocast would cast all weights in every step again.
+    """
+    if unet.dtype.itemsize <= dtype.itemsize:
+        return unet
+    weights = {id(p): nn.Parameter(p.detach().to(dtype), False) for p in unet.parameters()}
+    return copy.deepcopy(unet, weights)
+
+
+@contextlib.contextmanager
+def quickened(
+    student: UNet2DConditionModel,
+    teacher: UNet2DConditionModel,
+    taps: Sequence = (),
+    *,
+    compile: bool = False,
+    gradient_checkpointing: bool = False,
+) -> Iterator[None]:
+    """Both networks compiled, or the student's inner activations recomputed instead of kept.
+
+    Enter it when the taps hang in the networks already: a compiled network keeps the hooks that it
+    was compiled with. A step with `gradient_checkpointing` computes the same for less memory and
+    the time of one more forward pass of the student. Raises `ValueError` for both at once (the
+    compiler chooses by itself what to recompute) and where `torch.compile` does not work.
+    """
+    refuse_unusable(compile, gradient_checkpointing, student.device)
+    unets = (student, teacher) if compile else ()
+    recomputes = gradient_checkpointing and not student.is_gradient_checkpointing
+    try:
+        for unet in unets:
+            unet.compile(dynamic=False)
+        if recomputes:
+            student.enable_gradient_checkpointing(_recomputed_in_silence(taps))
+        yield
+    finally:
+        for unet in unets:
+            unet._compiled_call_impl = None  # what `nn.Module.compile` set
+        if recomputes:
+            student.disable_gradient_checkpointing()
+
+
+def refuse_unusable(compile: bool, gradient_checkpointing: bool, device: torch.device) -> None:
+    """Raise `ValueError` for what `quickened` cannot do."""
+    if compile and gradient_checkpointing:
+        raise ValueError(
+            "compile and gradient_checkpointing exclude each other: the compiler chooses by itself "
+            "what to recompute. Take one of them"
+        )
+    if compile:
+        try:
+            torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        except Exception as error:
+            raise ValueError(
+                f"compile=True, but torch.compile does not work on {device} here: leave it out, or "
+                f"install what is missing (on a CPU a C++ compiler). It said: {error}"
+            ) from error
+
+
+def _recomputed_in_silence(taps: Sequence):
+    """A checkpointing function for diffusers under which taps do not see recomputations.
+
+    The hooks run in them again; what those collect would outlive the step.
+    """
+
+    @contextlib.contextmanager
+    def silence():
+        before = [dict(tap._seen) for tap in taps]
+        try:
+            yield
+        finally:
+            for tap, seen in zip(taps, before, strict=True):
+                tap._seen = seen
+
+    def call(module: nn.Module, *inputs):
+        return checkpoint(
+            module,
+            *inputs,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), silence()),
+        )
+
+    return call
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor.to(device)` for which the host does not wait where the device is a GPU.
+
+    So the host draws the next batch while the GPU computes, without a thread of its own.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def average(ema: EMAModel, parameters: list[Tensor]) -> None:
+    """`ema.step` in place: that one makes a second copy of all weights on its way."""
+    ema.optimization_step += 1
+    ema.cur_decay_value = ema.get_decay(ema.optimization_step)
+    torch._foreach_lerp_(ema.shadow_params, parameters, 1 - ema.cur_decay_value)
+
+
+def refuse_infinite(unseen: list[Tensor], step: int, label: str) -> None:
+    """Look at the losses up to `step` that were not looked at yet, and forget them.
+
+    Looking makes the host wait for an accelerator, so the loop does it there a few steps at a time,
+    and always before a row is logged or a checkpoint written. Raises `FloatingPointError`.
+    """
+    for index, value in enumerate(torch.stack(unseen).tolist(), step + 1 - len(unseen)):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{label}: the loss is {value} at step {index}")
+    unseen.clear()
