@@ -5,6 +5,7 @@ from kdc.data import LatentDataset, cache_latents, load_dataset
 from kdc.distillation import distill, output_error
 from kdc.losses import DistillationLoss, FeatureTaps, LossWeights, tap_names
 from kdc.models import generate, load_student, load_teacher, save_student, with_unet
+from kdc.replay import ReplayBuffer
 from kdc.search import Budget, search_plan, sensitivity
 from kdc.slimming import PLANS, SlimPlan, copy_map, slim
 from kdc.worlds import WORLDS
@@ -17,6 +18,7 @@ __all__ = [
     "FeatureTaps",
     "LatentDataset",
     "LossWeights",
+    "ReplayBuffer",
     "SlimPlan",
     "cache_latents",
     "copy_map",
