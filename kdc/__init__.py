@@ -6,6 +6,7 @@ from kdc.distillation import distill, output_error
 from kdc.losses import DistillationLoss, FeatureTaps, LossWeights, tap_names
 from kdc.models import generate, load_student, load_teacher, save_student, with_unet
 from kdc.replay import ReplayBuffer
+from kdc.scores import ScoreMatrix
 from kdc.search import Budget, search_plan, sensitivity
 from kdc.slimming import PLANS, SlimPlan, copy_map, slim
 from kdc.worlds import WORLDS
@@ -19,6 +20,7 @@ __all__ = [
     "LatentDataset",
     "LossWeights",
     "ReplayBuffer",
+    "ScoreMatrix",
     "SlimPlan",
     "cache_latents",
     "copy_map",
