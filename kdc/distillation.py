@@ -41,6 +41,64 @@ def fingerprint(*tensors: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
+class Lesson:
+    """One step's loss terms: noise on a batch, the student's prediction and its guide's.
+
+    `guide` is the U-Net that the output, soft and feature terms of `weights` follow; it is not
+    trained, and not called where no such term is on. Call `close` when done: it removes the hooks.
+    """
+
+    def __init__(
+        self,
+        student: UNet2DConditionModel,
+        guide: UNet2DConditionModel | None,
+        process: DDPMScheduler,
+        weights: LossWeights,
+    ):
+        self.guide, self.process, self.weights = guide, process, weights
+        self.criterion, self.device = DistillationLoss(weights), PartialState().device
+        self.snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
+        self.taps = ()
+        if weights.feature:
+            pairs = tap_names(student, guide)
+            self.taps = (
+                FeatureTaps(student, [s for s, _ in pairs]),
+                FeatureTaps(guide, [t for _, t in pairs]),
+            )
+        if weights.needs_teacher:
+            guide.eval()
+
+    def __call__(
+        self, model: torch.nn.Module, latents: Tensor, words: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Terms as `DistillationLoss` names them, for latents (B, C, h, w), words (B, L, D)."""
+        process, weights, device = self.process, self.weights, self.device
+        noise = torch.randn(latents.shape, generator=generator)
+        count = process.config.num_train_timesteps
+        timesteps = torch.randint(count, (len(latents),), generator=generator)
+        noisy = process.add_noise(latents, noise, timesteps)
+        target = noise_target(process, latents, noise, timesteps)
+        inputs = noisy.to(device), timesteps.to(device), words.to(device)
+        predicted, guide = model(*inputs, return_dict=False)[0], None
+        if weights.needs_teacher:
+            with torch.no_grad():
+                guide = self.guide(*(_like(self.guide, x) for x in inputs), return_dict=False)
+                guide = guide[0].float()
+        task_weight = None
+        if weights.min_snr:
+            task_weight = min_snr_weight(
+                self.snr[timesteps], weights.min_snr, process.config.prediction_type
+            ).to(device)
+        collected = [tap.take() for tap in self.taps] if self.taps else [(), ()]
+        return self.criterion(
+            predicted, target.to(device), guide, *collected, task_weight=task_weight
+        )
+
+    def close(self) -> None:
+        for tap in self.taps:
+            tap.close()
+
+
 def distill(
     student: UNet2DConditionModel,
     teacher: StableDiffusionPipeline,
@@ -74,7 +132,7 @@ def distill(
     """
     weights = weights or LossWeights()
     process = forward_process(teacher)
-    _check_fit(student, teacher.unet, process, weights)
+    check_fit(student, teacher.unet, process, weights)
     if batch_size < 1 or not 0 <= caption_dropout <= 1:
         raise ValueError("batch_size must be at least 1 and caption_dropout between 0 and 1")
     settings = TrainSettings(
@@ -85,7 +143,6 @@ def distill(
     device = PartialState().device
     teacher.to(device)
     data = dataset if isinstance(dataset, LatentDataset) else cache_latents(teacher, dataset)
-    criterion = DistillationLoss(weights)
     identity = {
         "weights": dataclasses.asdict(weights),
         "batch_size": batch_size,
@@ -94,37 +151,10 @@ def distill(
         "data": fingerprint(data.mean, data.embeddings, data.caption_index),
         "teacher": fingerprint(*teacher.unet.state_dict().values()),
     }
-    snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
-    count = process.config.num_train_timesteps
-    taps = None
-    if weights.feature:
-        pairs = tap_names(student, teacher.unet)
-        taps = [
-            FeatureTaps(student, [s for s, _ in pairs]),
-            FeatureTaps(teacher.unet, [t for _, t in pairs]),
-        ]
-    if weights.needs_teacher:
-        teacher.unet.eval()
+    lesson = Lesson(student, teacher.unet, process, weights)
 
     def loss(model, generator):
-        latents, words = data.draw(batch_size, generator, caption_dropout)
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(count, (batch_size,), generator=generator)
-        noisy = process.add_noise(latents, noise, timesteps)
-        target = noise_target(process, latents, noise, timesteps)
-        inputs = noisy.to(device), timesteps.to(device), words.to(device)
-        predicted, guide = model(*inputs, return_dict=False)[0], None
-        if weights.needs_teacher:
-            with torch.no_grad():
-                guide = teacher.unet(*(_like(teacher.unet, x) for x in inputs), return_dict=False)
-                guide = guide[0].float()
-        task_weight = None
-        if weights.min_snr:
-            task_weight = min_snr_weight(
-                snr[timesteps], weights.min_snr, process.config.prediction_type
-            ).to(device)
-        collected = [tap.take() for tap in taps] if taps else [(), ()]
-        return criterion(predicted, target.to(device), guide, *collected, task_weight=task_weight)
+        return lesson(model, *data.draw(batch_size, generator, caption_dropout), generator)
 
     try:
         log = train(
@@ -138,8 +168,7 @@ def distill(
             label=label,
         )
     finally:
-        for tap in taps or ():
-            tap.close()
+        lesson.close()
     if output_dir and PartialState().is_main_process:
         notes = {"weights": dataclasses.asdict(weights), "steps": steps, "batch_size": batch_size}
         save_student(student, output_dir, **notes, seed=seed, learning_rate=learning_rate)
@@ -198,12 +227,13 @@ def _like(module: torch.nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(module.dtype) if tensor.is_floating_point() else tensor
 
 
-def _check_fit(
+def check_fit(
     student: UNet2DConditionModel,
     teacher: UNet2DConditionModel,
     process: DDPMScheduler,
     weights: LossWeights,
 ) -> None:
+    """Raise `ValueError` where a student cannot be trained beside that teacher; see `distill`."""
     for name in ("in_channels", "out_channels", "cross_attention_dim", "sample_size"):
         ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if ours != theirs:
