@@ -1,5 +1,6 @@
 """Slim, distil and replay: KDC-Diff re-created as a small library under a research book."""
 
+from kdc.continual import Task, run_sequence
 from kdc.costs import count_costs, measure_latency
 from kdc.data import LatentDataset, cache_latents, load_dataset
 from kdc.distillation import distill, output_error
@@ -22,6 +23,7 @@ __all__ = [
     "ReplayBuffer",
     "ScoreMatrix",
     "SlimPlan",
+    "Task",
     "cache_latents",
     "copy_map",
     "count_costs",
@@ -32,6 +34,7 @@ __all__ = [
     "load_teacher",
     "measure_latency",
     "output_error",
+    "run_sequence",
     "save_student",
     "search_plan",
     "sensitivity",

@@ -18,6 +18,7 @@ from kdc.storage import (
     columns_of,
     dequantise,
     item_bytes,
+    part,
     quantise,
     read_tensors,
     write_tensors,
@@ -221,7 +222,7 @@ class ReplayBuffer:
         A buffer that loads it holds and draws what this one would, bit for bit. Texts and settings
         are UTF-8 JSON in "header". Takes as much memory as the items do, on disk or not.
         """
-        header = {"settings": self._settings(), "held": self.held, "shapes": None, "texts": []}
+        header = {"settings": self.settings(), "held": self.held, "shapes": None, "texts": []}
         state = {"generator": self.generator.get_state(), "keeping": self._keeping.get_state()}
         if self._rows is not None:
             header |= {"shapes": self._shapes, "texts": list(self._captions.place)}
@@ -236,7 +237,8 @@ class ReplayBuffer:
         text = bytearray(json.dumps(header).encode())
         return state | {"header": torch.frombuffer(text, dtype=torch.uint8)}
 
-    def _settings(self) -> dict:
+    def settings(self) -> dict:
+        """What a buffer must share with another to load its state."""
         capacity = self.capacity if self.capacity_bytes is None else None
         names = ("policy", "dtype", "capacity_bytes")
         return {"capacity": capacity} | {name: getattr(self, name) for name in names}
@@ -247,7 +249,7 @@ class ReplayBuffer:
         Raises `ValueError` where that one had other settings.
         """
         header = _header(state)
-        if header["settings"] != self._settings():
+        if header["settings"] != self.settings():
             raise ValueError(f"the state is of a buffer with {header['settings']}, not {self}")
         self.generator.set_state(state["generator"])
         self._keeping.set_state(state["keeping"])
@@ -256,8 +258,8 @@ class ReplayBuffer:
             return
         self._allocate(header["shapes"]["latent"], header["shapes"]["embedding"])
         self.held = header["held"]
-        self._rows.write(torch.arange(self.held), _part(state, "items"))
-        self._policy.load_state_dict(_part(state, "policy"))
+        self._rows.write(torch.arange(self.held), part(state, "items"))
+        self._policy.load_state_dict(part(state, "policy"))
         uses = state["items.caption"].bincount(minlength=len(header["texts"]))
         self._captions.fill(header["texts"], state["embeddings"], uses.tolist())
 
@@ -283,8 +285,3 @@ class ReplayBuffer:
 
 def _header(state: dict[str, Tensor]) -> dict:
     return json.loads(state["header"].numpy().tobytes())
-
-
-def _part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The entries below `name`, without it."""
-    return {k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(f"{name}.")}

@@ -147,6 +147,11 @@ def read_tensors(file: str | Path, kind: str, version: str) -> dict[str, Tensor]
         raise ValueError(f"{file} is damaged or cut off: {error}") from error
 
 
+def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The entries below `name`, without it."""
+    return {k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(f"{name}.")}
+
+
 class Latents(Protocol):
     """What the buffer takes from a `kdc.LatentDataset`."""
 
