@@ -1,6 +1,7 @@
 """Slim, distil and replay: KDC-Diff re-created as a small library under a research book."""
 
 from kdc.agreement import drawing_judge, output_error
+from kdc.continual import Task, run_sequence
 from kdc.costs import count_costs, measure_latency
 from kdc.data import LatentDataset, cache_latents, load_dataset
 from kdc.diagnostics import diagnose
@@ -8,6 +9,8 @@ from kdc.distillation import distill
 from kdc.knapsack import Budget
 from kdc.losses import DistillationLoss, LossWeights
 from kdc.models import generate, load_student, load_teacher, save_student, with_unet
+from kdc.replay import ReplayBuffer
+from kdc.scores import ScoreMatrix
 from kdc.search import search_plan, sensitivity
 from kdc.slimming import PLANS, SlimPlan, copy_map, slim
 from kdc.taps import FeatureTaps, tap_names
@@ -21,7 +24,10 @@ __all__ = [
     "FeatureTaps",
     "LatentDataset",
     "LossWeights",
+    "ReplayBuffer",
+    "ScoreMatrix",
     "SlimPlan",
+    "Task",
     "cache_latents",
     "copy_map",
     "count_costs",
@@ -34,6 +40,7 @@ __all__ = [
     "load_teacher",
     "measure_latency",
     "output_error",
+    "run_sequence",
     "save_student",
     "search_plan",
     "sensitivity",

@@ -25,6 +25,7 @@ __all__ = [
     "embed_captions",
     "latents_of_captions",
     "load_dataset",
+    "sample_posterior",
     "with_captions",
 ]
 
@@ -134,11 +135,25 @@ class LatentDataset(Dataset):
         A share `dropout` of the captions is replaced by the empty one.
         """
         index = torch.randint(len(self), (count,), generator=generator)
-        spread = torch.randn((count, *self.mean.shape[1:]), generator=generator)
-        words = self.embeddings[self.caption_index[index]]
-        dropped = torch.rand(count, generator=generator) < dropout
-        words = torch.where(dropped[:, None, None], self.empty, words)
-        return self.mean[index] + self.std[index] * spread, words
+        return sample_posterior(**self[index], empty=self.empty, generator=generator, drop=dropout)
+
+
+def sample_posterior(
+    mean: Tensor,
+    std: Tensor,
+    embedding: Tensor,
+    *,
+    empty: Tensor,
+    generator: torch.Generator,
+    drop: float,
+) -> tuple[Tensor, Tensor]:
+    """Latents drawn from their posteriors, and embeddings of which a share `drop` is `empty`.
+
+    mean, std (B, C, h, w), embedding (B, L, D), empty (L, D) -> (B, C, h, w) and (B, L, D).
+    """
+    spread = torch.randn(mean.shape, generator=generator)
+    dropped = torch.rand(len(mean), generator=generator) < drop
+    return mean + std * spread, torch.where(dropped[:, None, None], empty, embedding)
 
 
 @torch.inference_mode()

@@ -99,9 +99,8 @@ def distill(
         "teacher": fingerprint(*teacher.unet.state_dict().values()),
     } | ({"compile": True} if compile else {})
     guide = teacher.unet
-    if weights.needs_teacher and (
-        precision == "bf16" or (precision == "auto" and has_bf16(device))
-    ):
+    in_bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
+    if weights.needs_teacher and in_bf16:
         guide = reduced(guide, torch.bfloat16)
     lesson = Lesson(student, guide, process, weights, seed)
 

@@ -43,7 +43,7 @@ class Lesson:
     def __init__(
         self,
         student: UNet2DConditionModel,
-        guide: UNet2DConditionModel,
+        guide: UNet2DConditionModel | None,
         process: DDPMScheduler,
         weights: LossWeights,
         seed: int = 0,

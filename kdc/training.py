@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import pandas as pd
 import torch
@@ -27,6 +28,14 @@ from kdc.speed import average, refuse_infinite
 
 Terms = dict[str, Tensor]
 LossFunction = Callable[[nn.Module, torch.Generator], Terms]
+
+
+class Companion(Protocol):
+    """State that the loss function changes; its dictionary holds tensors only."""
+
+    def state_dict(self) -> Terms: ...
+
+    def load_state_dict(self, state: Terms) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +94,7 @@ def train(
     seed: int = 0,
     resume: bool = False,
     identity: dict | None = None,
+    companion: Companion | None = None,
     accelerator: Accelerator | None = None,
     label: str = "training",
 ) -> pd.DataFrame:
@@ -97,10 +107,11 @@ def train(
     With an `output_dir`, checkpoints go to `output_dir/checkpoint-<step>`, written beside and then
     renamed; `resume` goes on from the newest one and gives, on one device, bit for bit the weights
     of a run that was never stopped. `identity` says what else must not have changed, such as the
-    data or the loss, in plain values. Raises `ValueError` if that checkpoint was made with other
-    settings or another identity, `FileExistsError` where a new run would mix its checkpoints with
-    those of an earlier one, and `FloatingPointError` on a loss that is not finite, on an
-    accelerator up to `log_every` steps late.
+    data or the loss, in plain values. What `compute_loss` changes besides is a `companion`, whose
+    state goes into the checkpoints with the rest. Raises `ValueError` if that checkpoint was made
+    with other settings or another identity, `FileExistsError` where a new run would mix its
+    checkpoints with those of an earlier one, and `FloatingPointError` on a loss that is not finite,
+    on an accelerator up to `log_every` steps late.
     """
     accelerator = accelerator or make_accelerator(settings.precision)
     checkpoint = newest_checkpoint(output_dir) if output_dir else None
@@ -137,7 +148,7 @@ def train(
             foreach=True,
         )
     made_with = dataclasses.asdict(settings) | {"seed": seed} | (identity or {})
-    state = _State(model, optimizer, schedule, ema, generator, made_with)
+    state = _State(model, optimizer, schedule, ema, generator, made_with, companion)
     rows: list[dict] = []
     start = 0
     if checkpoint:
@@ -206,6 +217,7 @@ class _State:
     ema: EMAModel | None
     generator: torch.Generator
     made_with: dict
+    companion: Companion | None
 
     def save(self, output_dir: Path, step: int, rows: list[dict], accelerator: Accelerator) -> None:
         final = output_dir / f"checkpoint-{step:07d}"
@@ -225,6 +237,8 @@ class _State:
             if self.ema:
                 shadow = {str(i): p.contiguous() for i, p in enumerate(self.ema.shadow_params)}
                 save_file(shadow, partial / "ema.safetensors")
+            if self.companion:
+                save_file(self.companion.state_dict(), partial / "companion.safetensors")
             note = {
                 "step": step,
                 "made_with": self.made_with,
@@ -267,4 +281,6 @@ class _State:
             self.ema.optimization_step = note["ema_steps"]
         own = load_file(checkpoint / f"generator-{accelerator.process_index}.safetensors")
         self.generator.set_state(own["generator"])
+        if self.companion:
+            self.companion.load_state_dict(load_file(checkpoint / "companion.safetensors"))
         return note["step"], note["rows"]

@@ -84,6 +84,43 @@ def test_a_resumed_run_gives_what_an_unbroken_one_gives(tmp_path, killed_after):
     assert log.equals(whole)
 
 
+class Draws:
+    """A companion: numbers from a generator of its own, and how many there were."""
+
+    def __init__(self):
+        self.generator, self.count = torch.Generator().manual_seed(7), 0
+
+    def next(self):
+        self.count += 1
+        return torch.rand(1, generator=self.generator)
+
+    def state_dict(self):
+        return {"generator": self.generator.get_state(), "count": torch.tensor(self.count)}
+
+    def load_state_dict(self, state):
+        self.generator.set_state(state["generator"])
+        self.count = int(state["count"])
+
+
+def test_a_companion_goes_on_with_the_run(tmp_path):
+    def run(killed_after=None, **arguments):
+        model, loss = regression()
+        draws = Draws()
+
+        def noisy(model, generator):
+            return {"loss": loss(model, generator)["loss"] * draws.next().squeeze()}
+
+        noisy = stop_after(noisy, killed_after)
+        train(model, noisy, SETTINGS, companion=draws, **arguments)
+        return weights(model), draws.count
+
+    whole, count = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(17, output_dir=tmp_path)
+    resumed, again = run(output_dir=tmp_path, resume=True)
+    assert torch.equal(resumed, whole) and again == count == 30
+
+
 def test_an_unfinished_checkpoint_is_not_used(tmp_path):
     model, loss = regression()
     with pytest.raises(KeyboardInterrupt):
