@@ -393,8 +393,8 @@ pd.concat(verdicts).map(lambda x: f"{x:.3g}" if isinstance(x, float) else x)
 #
 # Stored, the last search's plans are better than `kdc` in everything that has a verdict. The one for
 # the parameters is nearly the teacher again, and buys that with multiplications that `kdc` does not
-# spend. The one for the multiply-accumulates costs no more than `kdc` in any of the three, so it is
-# the fair winner. The first search's plan for them shows what a wrong judge does: nearer to the
+# spend. The one for the multiply-accumulates has no more of them than `kdc`, nor more
+# parameters, and takes as long within the spread: it is the fair winner. The first search's plan for them shows what a wrong judge does: nearer to the
 # teacher in error and Fréchet distance, and worse at drawing what was asked for. Against chance the
 # case is not closed. Five random plans a budget differ so much among themselves that several
 # intervals hold 0; where they do not, the search is ahead.
@@ -496,10 +496,11 @@ for name in [n for n in results.followed if n.endswith("time")]:
 # %% [markdown]
 # Stored, claim 6 holds in quality and is missed in time. The plan found for time is better than `kdc`
 # or not to be told from it, in every measure. Its predicted latency was below 0.45, its measured one
-# is not. The prediction rests on block times of an earlier day, when the same kind of machine made a
-# teacher's call in about half the time (`results/sd_blocks.json`, `results/latency.json`): arithmetic
-# had become slower and memory traffic had not, so leaving out attention saves less than it did. What
-# a plan saves depends on the machine; search on yours, with `python -m kdc slimming blocks search`.
+# is not. The prediction rests on block times of an earlier day, when a machine of the same kind made a
+# teacher's call in about half the time (`results/sd_blocks.json`, `results/latency.json`). If only
+# arithmetic became slower, leaving out attention saves less than it did; that is the likely reason,
+# and was not measured. What a plan saves depends on the machine: search on yours, with
+# `python -m kdc slimming blocks search`.
 #
 # ## What would have shown the claims false
 #
