@@ -200,9 +200,10 @@ pd.concat({name: found.terms for name, found in pulls.items()}, axis=1)
 # %%
 figures.bars({n: f.terms["share"].to_dict() for n, f in pulls.items()}, "share of the update")
 plt.show()
-for found in pulls.values():
-    figures.heat_map(found.cosines, "cosine of gradients", log_scale=False)
-    plt.show()
+names = list(pulls["corrected"].cosines)
+cosines = {n: f.cosines.reindex(index=names, columns=names) for n, f in pulls.items()}
+figures.heat_map(cosines, "cosine of gradients", log_scale=False)
+plt.show()
 
 # %%
 published = pulls["as published"].terms
