@@ -301,7 +301,6 @@ def test_attention_where_there_is_none_is_refused(attention):
     assert student_config(on_meta(SD1), "kdc")["mid_block_type"] is None
 
 
-@pytest.mark.slow
 def test_once_for_real_at_full_size():
     """860M parameters in bf16, 1.7 GB: every tensor of the student is the teacher's own."""
     teacher = on_meta(SD1).to(torch.bfloat16).to_empty(device="cpu")
