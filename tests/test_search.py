@@ -76,7 +76,7 @@ def test_a_search_can_be_held_against_the_costs_of_another_network(teacher, data
     scores = pd.Series(range(1, 13), PARTS, dtype=float)
     plan, table = search_plan(
         teacher, data, Budget(parameters=limit), costs=other, heats=((1, 1),), batch_size=2,
-        scores=scores,
+        scores=scores, judge=lambda student: 0.0,
     )  # fmt: skip
     counted = sum(p.numel() for p in kdc.slim(tiny_unet, plan).parameters())
     assert table.loc[0, "parameters"] == counted <= limit
@@ -90,6 +90,7 @@ def test_a_latency_budget_is_predicted_and_then_measured(teacher, data):
         Budget(latency=0.95),
         scores=scores,
         heats=((2, 1),),
+        judge=lambda student: 0.0,
         batch_size=2,
         words=24,
     )
