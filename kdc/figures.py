@@ -191,7 +191,7 @@ def heat_map(tables: Mapping[str, pd.DataFrame], label: str, log_scale: bool = T
     )
     values = np.concatenate([table.to_numpy().ravel() for table in tables.values()])
     scale = matplotlib.colors.LogNorm if log_scale else matplotlib.colors.Normalize
-    norm = scale(values.min(), values.max())
+    norm = scale(np.nanmin(values), np.nanmax(values))
     for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
         image = axis.imshow(table.to_numpy(), aspect="auto", cmap="viridis", norm=norm)
         axis.set_yticks(range(len(table)), table.index, fontsize=9)

@@ -196,9 +196,9 @@ plt.show()
 # %% [markdown]
 # ## What each part is worth
 #
-# Twelve parts can be left out one by one: of every stage its second layer, with the middle one of
-# its way up (`layer 0` is the outermost stage's); the transformer blocks of a stage's way down or
-# up; the mid-block; and the innermost stage. A part's **worth** is the output error of the teacher
+# Twelve parts can be left out: of every stage its second layer, with the middle one of its way up
+# (`layer 0` is the outermost stage's); the transformer blocks of a stage's way down or up; the
+# mid-block; and the innermost stage. A part's **worth** is the output error of the teacher
 # without it. It is measured in several draws, each with pictures, captions and noise of its own.
 #
 # The sampler does not follow that output, though. It calls the network with and without the caption
@@ -230,9 +230,9 @@ plt.savefig(output / "worth.png", dpi=150)
 plt.show()
 
 # %% [markdown]
-# Bars reach from the least to the largest draw; the scale is logarithmic. The bars called *this run*
-# were measured just now on a few pictures, the others are stored: six draws of 32 pictures at eight
-# timesteps. With `budget="full"` or a teacher of your own, all are measured here.
+# Black lines reach from the least to the largest draw. Bars called *this run* were measured just now
+# on a few pictures, the others are stored: six draws of 32 pictures at eight timesteps. With
+# `budget="full"` or a teacher of your own, all are measured here.
 #
 # ### At which noise level
 #
@@ -267,8 +267,7 @@ pd.DataFrame(centres | columns).loc[order[::-1]]
 # of a network which lost nothing and trained as long. Numbers below 0 are noise.
 #
 # On this teacher's latents of 16 x 16 the innermost stage sees 2 x 2
-# pixels, so do not carry its worth over to Stable Diffusion, whose innermost stage sees 8 x 8:
-# measure there, with `teacher` and `budget="full"`.
+# pixels; Stable Diffusion's sees 8 x 8, so measure there, with `teacher` and `budget="full"`.
 #
 # ## Searching
 #
@@ -339,8 +338,8 @@ for one in results.found.values():
 report.last_heats(results.searched).map("{:.3g}".format)
 
 # %% [markdown]
-# Numbers of different searches do not compare: each has a judge of its own. Where a winner's place
-# is not 1, recovery has overruled the knapsack, or the judge's word after the cut.
+# Numbers of different searches do not compare: each has its own judge. Where a winner's place is not
+# 1, recovery has overruled the knapsack, or the judge's word after the cut.
 #
 # For the parameters, first and last search agree. This teacher's small latents hardly need the inner
 # parts, and the inner parts hold the parameters: the plan leaves out the mid-block, the innermost
@@ -388,8 +387,7 @@ pd.concat(verdicts).map(lambda x: f"{x:.3g}" if isinstance(x, float) else x)
 # %% [markdown]
 # Output error and Fréchet distance are better when lower, accuracy when higher. Mind what each
 # budget does *not* hold: a plan found for its parameters may do more multiplications than `kdc` and
-# take longer, and the frontier shows where it does. Its fair rival is whatever costs as much in the
-# cost that you have to pay.
+# take longer, and the frontier shows where it does.
 #
 # Stored, the last search's plans are better than `kdc` in everything that has a verdict. The one for
 # the parameters is nearly the teacher again, and buys that with multiplications that `kdc` does not
@@ -401,10 +399,9 @@ pd.concat(verdicts).map(lambda x: f"{x:.3g}" if isinstance(x, float) else x)
 #
 # ## Full size
 #
-# What does it come to on Stable Diffusion itself? Parameters and multiply-accumulates are counted
-# live; seconds were measured on full-size networks with random weights, all candidates interleaved
-# round by round, so that a busy machine slows all alike. Bars are quartiles of the ratio. (With a
-# teacher of your own, the latency is that teacher's.)
+# Parameters and multiply-accumulates are counted live; seconds were measured on full-size networks
+# with random weights, all candidates interleaved round by round, so that a busy machine slows all
+# alike. Bars are quartiles of the ratio. (With a teacher of your own, the latency is that teacher's.)
 
 # %%
 words = {"parameters": "parameters", "macs": "multiply-accumulates"}
@@ -434,11 +431,8 @@ per_mac.rename("share of seconds / share of multiply-accumulates").round(2).to_f
 # %% [markdown]
 # Above 1, a group's multiplications are slow ones. A large convolution is one big matrix product and
 # keeps the processor busy. Attention also has to write, normalise and read a score for every pair of
-# pixels, which is memory traffic that no count of multiplications shows. So leaving out outer
-# attention saves more time than multiplications, while the named plans, which keep some in every
-# outer stage, stay near their share of them. And where many weights meet few pixels, as in the
-# mid-block, fetching the weights counts: it holds much, does little, and takes a little more time
-# than it does work. Parameters say least about time.
+# pixels, memory traffic that no count of multiplications shows. So leaving out outer attention saves
+# more time than multiplications. Parameters say least about time.
 #
 # The found plans, drawn by what they hold and how long it takes:
 
