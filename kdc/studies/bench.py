@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,14 +121,18 @@ def slug(name: str) -> str:
 
 
 def compare(
-    rows: pd.DataFrame, candidate: str, rival: str, confidence: float = 0.95
+    rows: pd.DataFrame,
+    candidate: str,
+    rival: str,
+    confidence: float = 0.95,
+    measures: Mapping[str, str] = MEASURES,
 ) -> pd.DataFrame:
     """Differences candidate - rival, paired by seed: `mean`, the ends of Student's interval, `n`.
 
     `verdict` is "better", "worse" or, where the interval holds 0 or there is one seed, "open".
     """
     table = {}
-    for measure, aim in MEASURES.items():
+    for measure, aim in measures.items():
         if measure not in rows:
             continue
         wide = rows.pivot(index="seed", columns="candidate", values=measure)

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from torchvision.io import read_image, write_png
 
 from kdc import ledger, models, worlds
 from kdc.agreement import output_error
@@ -22,8 +25,20 @@ from kdc.losses import LossWeights
 from kdc.mini.grades import balanced_prompts
 from kdc.slimming import slim
 from kdc.studies.bench import Bench, Extent, kept, prepare, score, slug
+from kdc.studies.memory import Answer, remembering
+from kdc.taps import tap_names
 
 DATA_SEED = 777  # of the pictures that the teacher makes, and of swapped captions
+SHOWN = (  # the last four show a combination that no training picture shows
+    "a red daisy on a sky background",
+    "a purple lily on a meadow background",
+    "a blue eyed butterfly on a night background",
+    "a white bordered butterfly on a sand background",
+    "a red sunflower on a night background",
+    "a yellow lily on a sky background",
+    "an orange eyed butterfly on a meadow background",
+    "a pink plain butterfly on a sand background",
+)
 DATA = ("real", "teacher-made", "swapped captions")
 
 
@@ -31,7 +46,7 @@ DATA = ("real", "teacher-made", "swapped captions")
 class Settings(Extent):
     """How much is measured. The defaults are those of the budget `standard`."""
 
-    unseen_copies: int = 6
+    unseen_copies: int = 3
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 200
     batch_size: int = 16
@@ -118,24 +133,51 @@ def pictures_of(kind: str, bench: Bench, settings: Settings) -> LatentDataset:
 
 
 def follow(
-    bench: Bench, data: LatentDataset, recipe: Recipe, seed: int, settings: Settings
-) -> tuple[dict, pd.DataFrame]:
-    """Make a student by a recipe; its scores on test pictures, and the log of its training."""
-    unet = slim(bench.teacher.unet, recipe.plan, recipe.init, seed)
-    log = distill(
-        unet,
-        bench.teacher,
-        data,
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        weights=recipe.weights,
-        learning_rate=settings.learning_rate,
-        caption_dropout=recipe.caption_dropout,
-        seed=seed,
-        label=f"seed {seed}",
-    )
+    bench: Bench,
+    data: LatentDataset,
+    recipe: Recipe,
+    seed: int,
+    settings: Settings,
+    answers: dict[str, Answer] | None = None,
+) -> tuple[UNet2DConditionModel, pd.DataFrame]:
+    """Make a student by a recipe; the student, and the log of its training.
+
+    `answers` are those of the teacher, to be shared by recipes of the same seed and data.
+    """
+    teacher = bench.teacher.unet
+    unet = slim(teacher, recipe.plan, recipe.init, seed)
+    names = [name for _, name in tap_names(slim(teacher, "kdc"), teacher, "both")]
+    with remembering(teacher, names, {} if answers is None else answers):
+        log = distill(
+            unet,
+            bench.teacher,
+            data,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            weights=recipe.weights,
+            learning_rate=settings.learning_rate,
+            caption_dropout=recipe.caption_dropout,
+            seed=seed,
+            label=f"seed {seed}",
+        )
+    return unet, log
+
+
+def judge(bench: Bench, unet: UNet2DConditionModel, seed: int) -> dict:
+    """A student's scores on test pictures."""
     row = {"output_error": output_error(unet, bench.teacher, bench.test).mean()}
-    return row | score(bench, models.with_unet(bench.teacher, unet), seed), log
+    return row | score(bench, models.with_unet(bench.teacher, unet), seed)
+
+
+def strip(pipeline: StableDiffusionPipeline, extent: Extent, seed: int = 0) -> Tensor:
+    """What a pipeline draws from `SHOWN` and one seed, side by side: (3, H, 8 W) uint8."""
+    pictures = models.generate(pipeline, list(SHOWN), seed=seed, steps=extent.sampling_steps)
+    return torch.cat(list(pictures), dim=2)
+
+
+def _as_usual(recipe: Recipe) -> bool:
+    """Whether a recipe draws its batches as most do, and so asks the teacher what they ask."""
+    return (recipe.data, recipe.caption_dropout) == ("real", Recipe().caption_dropout)
 
 
 def study(
@@ -154,14 +196,20 @@ def study(
     pictures = functools.cache(functools.partial(pictures_of, bench=bench, settings=settings))
     rows, logs = [], {}
     for seed in settings.seeds:
+        answers: dict[str, Answer] = {}  # 5 MB a step
         for name, recipe in recipes.items():
+            stem = Path(folder) / f"{slug(name)}-{seed}"
 
-            def make(recipe=recipe, seed=seed) -> dict:
-                row, log = follow(bench, pictures(recipe.data), recipe, seed, settings)
-                return {"row": row, "log": log.to_dict("list")}
+            def make(recipe=recipe, seed=seed, answers=answers, stem=stem) -> dict:
+                shared = answers if _as_usual(recipe) else {}
+                unet, log = follow(bench, pictures(recipe.data), recipe, seed, settings, shared)
+                if seed == settings.seeds[0] and bench.asked:
+                    student = models.with_unet(bench.teacher, unet)
+                    write_png(strip(student, settings), str(stem.with_suffix(".png")))
+                return {"row": judge(bench, unet, seed), "log": log.to_dict("list")}
 
             made_with = fixed | {"recipe": dataclasses.asdict(recipe), "seed": seed}
-            found = kept(Path(folder) / f"{slug(name)}-{seed}.json", made_with, make)
+            found = kept(stem.with_suffix(".json"), made_with, make)
             rows.append({"candidate": name, "seed": seed} | found["row"])
             logs.setdefault(name, []).append(found["log"])
     return pd.DataFrame(rows), logs
@@ -175,8 +223,9 @@ def run(
 ) -> Path:
     """Follow all recipes (or those of `only`) on the mini teacher; writes `distillation.json`.
 
-    With the rows and logs stand the teacher's own scores. `settings` replace those of `Settings`.
-    Raises `ValueError` for an unknown recipe.
+    With the rows and logs stand the teacher's own scores. Beside it, `distillation.png` has a strip
+    of pictures for the teacher and then for each recipe, all from the first seed. `settings`
+    replace those of `Settings`. Raises `ValueError` for an unknown recipe.
     """
     if unknown := set(only) - set(RECIPES):
         raise ValueError(f"unknown recipes {sorted(unknown)}; they are {'; '.join(RECIPES)}")
@@ -189,4 +238,8 @@ def run(
         "logs": logs,
         "teacher": [{"seed": s} | score(bench, bench.teacher, s) for s in chosen.seeds],
     }
-    return ledger.write("distillation", values, results, **vars(chosen))
+    path = ledger.write("distillation", values, results, **vars(chosen))
+    first = [Path(folder) / f"{slug(name)}-{chosen.seeds[0]}.png" for name in recipes]
+    strips = [strip(bench.teacher, chosen), *(read_image(str(file)) for file in first)]
+    write_png(torch.cat(strips, dim=1), str(path.with_suffix(".png")))
+    return path

@@ -1,0 +1,65 @@
+"""Claims, written down before they are measured, and what the rows of a study say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from kdc.studies.bench import MEASURES, compare
+
+EXPECTED = ("better", "worse", "not worse", "open")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That `candidate`, against `rival`, comes out as `expected` in `measure`.
+
+    "not worse" is found false by "worse" alone; "open" says that there is no difference to be seen,
+    and is found false by "better" and by "worse". Raises `ValueError` for another word.
+    """
+
+    text: str
+    candidate: str
+    rival: str
+    measure: str
+    expected: str = "better"
+
+    def __post_init__(self):
+        if self.expected not in EXPECTED:
+            raise ValueError(f"expected {self.expected!r}; it can be {', '.join(EXPECTED)}")
+
+    def outcome(self, verdict: str) -> str:
+        """What a verdict of `compare` means for the claim: holds, FAILS or open."""
+        if self.expected == "not worse":
+            return "FAILS" if verdict == "worse" else "holds"
+        if verdict == self.expected:
+            return "holds"
+        return "open" if verdict == "open" else "FAILS"
+
+
+def check(
+    rows: pd.DataFrame, claims: Iterable[Claim], measures: Mapping[str, str] = MEASURES
+) -> pd.DataFrame:
+    """A row for each claim: the difference candidate - rival over seeds, the verdict, the outcome.
+
+    Differences are paired by seed, with Student's 95 % interval (see `compare`). There are as many
+    chances to be wrong as there are rows: of twenty true claims of "open" one is expected to fail.
+    """
+    table = []
+    for claim in claims:
+        found = compare(rows, claim.candidate, claim.rival, measures=measures).loc[claim.measure]
+        table.append(
+            {
+                "claim": claim.text,
+                "compared": f"{claim.candidate} - {claim.rival}",
+                "in": claim.measure,
+                "expected": claim.expected,
+                "difference": f"{found['mean']:+.3g} [{found['low']:+.3g}, {found['high']:+.3g}]",
+                "seeds": found["n"],
+                "found": found["verdict"],
+                "outcome": claim.outcome(found["verdict"]),
+            }
+        )
+    return pd.DataFrame(table)

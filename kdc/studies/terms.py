@@ -1,0 +1,108 @@
+"""What chapter 02 shows of the study of distillation: its claims, and figures of what is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from torchvision.io import read_image
+
+from kdc import ledger
+from kdc.studies.bench import MEASURES
+from kdc.studies.claims import Claim
+from kdc.studies.distillation import RECIPES, SHOWN
+
+MAIN = tuple(RECIPES)[:6]  # from copied weights; the same six follow from random ones
+SINGLE = ("task", "output", "soft", "feature")
+
+
+# Written before the study ran; "the corrected loss" are the project's goals. Each line: what is
+# claimed, the recipe, its rival, the measure, and what is expected if it is not "better".
+_TERMS = """
+the output term helps | task, output | task | output_error
+the soft term helps | task, soft | task | output_error
+but less | task, soft | task, output | output_error | worse
+the feature term helps | task, feature | task | accuracy
+also from a random start | random start: task, feature | random start: task | accuracy
+the data's own noise adds nothing | without task | corrected | accuracy | open
+copied weights are a head start | task | random start: task | accuracy
+also for the whole loss | corrected | random start: corrected | accuracy
+"""
+_DEFECTS = """
+the dead output term costs | published, output mended | as published | output_error
+the summed soft term costs | published, soft mended | as published | output_error
+and costs more | published, soft mended | published, output mended | output_error
+the newest commit is worse | published, newest | as published | accuracy | worse
+"""
+_OPTIONS = """
+a sharp softmax changes nothing | temperature 0.5 | corrected | accuracy | open
+a flat softmax changes nothing | temperature 8 | corrected | accuracy | open
+attentions are better taps | taps at attentions | corrected | accuracy
+so are both | taps at both | corrected | accuracy
+raw features are worse | features raw | corrected | accuracy | worse
+no caption dropout harms guidance | no caption dropout | corrected | accuracy | worse
+more of it changes nothing | caption dropout 0.3 | corrected | accuracy | open
+the teacher's pictures reach new combinations | teacher-made | corrected | unseen
+so do swapped captions | swapped captions | without task | unseen
+"""
+
+
+def _goals() -> list[Claim]:
+    published, whole = "corrected beats as published", "the whole loss is no worse than this part"
+    starts = ("", "random start: ")
+    return [
+        *(
+            Claim(published, f"{start}corrected", f"{start}as published", measure)
+            for start in starts
+            for measure in MEASURES
+        ),
+        *(
+            Claim(whole, "corrected", part, measure, "not worse")
+            for part in (*SINGLE, *MAIN[1:4])
+            for measure in ("accuracy", "frechet", "output_error")
+        ),
+    ]
+
+
+def _read(table: str) -> list[Claim]:
+    return [
+        Claim(*(cell.strip() for cell in line.split("|"))) for line in table.split("\n") if line
+    ]
+
+
+CLAIMS = {
+    "the corrected loss": _goals(),
+    "the terms": _read(_TERMS),
+    "the defects": _read(_DEFECTS),
+    "the options": _read(_OPTIONS),
+}
+
+
+def stored(results: str | Path | None = None) -> tuple[pd.DataFrame, dict, pd.DataFrame]:
+    """The study's rows, its logs by recipe (a table a seed), and the teacher's scores by seed."""
+    values = ledger.read("distillation", results)
+    logs = {name: [pd.DataFrame(log) for log in runs] for name, runs in values["logs"].items()}
+    return pd.DataFrame(values["rows"]), logs, pd.DataFrame(values["teacher"])
+
+
+def gap_closed(rows: pd.DataFrame, teacher: pd.DataFrame, start: str = "task") -> pd.DataFrame:
+    """How much of the way from the recipe `start` to the teacher each recipe goes, by measure.
+
+    1 is the teacher, 0 is `start`, below 0 is worse than that. Means over seeds; the teacher's own
+    output error is 0.
+    """
+    present = [measure for measure in MEASURES if measure in rows]
+    means = rows.groupby("candidate", sort=False)[present].mean()
+    goal = teacher.assign(output_error=0.0)[present].mean()
+    return (means - means.loc[start]) / (goal - means.loc[start])
+
+
+def shown(results: str | Path | None = None) -> tuple[dict[str, list[np.ndarray]], tuple[str, ...]]:
+    """What the teacher and the student of every recipe draw from one seed, and the captions."""
+    picture = read_image(str(Path(results or ledger.RESULTS) / "distillation.png")).numpy()
+    side = picture.shape[2] // len(SHOWN)
+    names = ("teacher", *dict.fromkeys(stored(results)[0]["candidate"]))
+    strips = np.split(picture, picture.shape[1] // side, axis=1)
+    rows = {n: np.split(s, len(SHOWN), axis=2) for n, s in zip(names, strips, strict=True)}
+    return rows, SHOWN
