@@ -65,6 +65,14 @@ def _distillation(args) -> None:
     print(distillation.run(args.results, args.output_dir, args.only, **settings))
 
 
+def _forgetting(args) -> None:
+    from kdc.studies import sequences
+
+    settings = {} if args.seeds is None else {"seeds": tuple(args.seeds)}
+    for path in sequences.run(args.stages, args.results, args.output_dir, args.photos, **settings):
+        print(path)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kdc", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -94,6 +102,13 @@ def main(argv: list[str] | None = None) -> None:
     recipes.add_argument("--output-dir", default="outputs/distillation", help="for resuming")
     recipes.add_argument("--results", help="where to write (default: results/)")
     recipes.set_defaults(run=_distillation)
+    forgetting = commands.add_parser("forgetting", help="the study of chapter 03, writes results/")
+    forgetting.add_argument("stages", nargs="*", help="which stages (default: all but photos)")
+    forgetting.add_argument("--photos", help="a folder of pictures, for the stage photos")
+    forgetting.add_argument("--seeds", nargs="+", type=int, help="seeds (default: 0 1 2)")
+    forgetting.add_argument("--output-dir", default="outputs/forgetting", help="for resuming")
+    forgetting.add_argument("--results", help="where to write (default: results/)")
+    forgetting.set_defaults(run=_forgetting)
     args = parser.parse_args(argv)
     args.run(args)
 

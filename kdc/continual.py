@@ -14,8 +14,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from kdc.distillation import LAYOUT, check_fit, fingerprint
 from kdc.lesson import forward_process
 from kdc.losses import LossWeights
-from kdc.records import Records
-from kdc.rehearsal import Learner, in_pipeline
+from kdc.records import Counts, Records
+from kdc.rehearsal import Learner, Learnt, in_pipeline
 from kdc.replay import ReplayBuffer
 from kdc.scores import DIRECTIONS, ScoreMatrix
 from kdc.strategies import STRATEGIES, RankOneFisher, Strategy, find_strategy
@@ -27,6 +27,7 @@ __all__ = [
     "SequenceResult",
     "Strategy",
     "Task",
+    "learn_first",
     "run_sequence",
     "split_classes",
 ]
@@ -59,6 +60,7 @@ def run_sequence(
     buffer: ReplayBuffer | None = None,
     reference: Task | None = None,
     ahead: bool = True,
+    first: Learnt | None = None,
     batch_size: int = 32,
     weights: LossWeights | None = None,
     learning_rate: float = 5e-4,
@@ -80,6 +82,10 @@ def run_sequence(
     and after each, with `ahead` False only for tasks already learnt; and always for `reference`,
     what should be kept beyond the tasks. It must draw nothing random but from seeds of its own.
 
+    `first` is the student after the first task, learnt before by `learn_first` with the same
+    settings: what comes out is the same, bit for bit, and strategies that part only then learn the
+    first task but once.
+
     With an `output_dir` a sequence that was stopped anywhere goes on with `resume`, and on one CPU
     ends with the same weights and the same matrix, bit for bit. The student after each task stays
     there as `task-<t>/unet`.
@@ -95,6 +101,8 @@ def run_sequence(
     _check(every, strategy, student, teacher, weights, buffer, directions)
     if batch_size < 1 or not 0 <= caption_dropout <= 1:
         raise ValueError("batch_size must be at least 1 and caption_dropout between 0 and 1")
+    if first and (strategy.joint or strategy.source == "carry_over"):
+        raise ValueError(f"{strategy.name} learns the first task in its own way: leave first out")
     if strategy.source == "carry_over" and buffer is None:
         buffer = ReplayBuffer(policy="carry_over", dtype="float32", seed=seed)
     device = PartialState().device
@@ -116,16 +124,16 @@ def run_sequence(
         "buffer": None if buffer is None else buffer.settings(),
         "directions": dict(directions),
         "ahead": ahead,
+        "first": fingerprint(*first.weights.values()) if first else None,
     }
     fisher = RankOneFisher() if strategy.ewc else None
     records = Records(output_dir, identity, student, buffer, fisher)
     records.begin(resume)
     run = Learner(
         tasks, strategy, student, teacher, buffer, fisher, weights, settings, batch_size,
-        caption_dropout, seed,
+        caption_dropout, seed, first,
     )  # fmt: skip
-    first = -1 if ahead or reference else 0
-    for t in range(first, len(tasks)):
+    for t in range(-1 if ahead or reference else 0, len(tasks)):
         if t >= records.learnt:
             counts = run.learn(t, records)
             records.finish(t, counts)
@@ -139,6 +147,19 @@ def run_sequence(
                     )
                 records.add_score(t, k, scores)
     return _result(records, tasks, directions, reference)
+
+
+def learn_first(
+    task: Task, student: UNet2DConditionModel, teacher: StableDiffusionPipeline, **settings
+) -> Learnt:
+    """Train `student` in place on the first task of sequences, whose `first` comes of it.
+
+    `settings` are those of `run_sequence`, `steps` among them; they must be the sequences' own.
+    """
+    said = {"evaluate": lambda pipeline, task: {"none": 0.0}, "directions": {"none": "higher"}}
+    result = run_sequence([task], "finetune", student, teacher, ahead=False, **said, **settings)
+    weights = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
+    return Learnt(weights, Counts(**result.counts.to_dict("records")[0]))
 
 
 def _check(every, strategy, student, teacher, weights, buffer, directions) -> None:

@@ -178,6 +178,36 @@ def dots(
     return figure
 
 
+def lines(
+    panels: Mapping[str, Mapping[str, tuple[Sequence, Sequence]]],
+    xlabels: Sequence[str],
+    scales: Sequence[str] | None = None,
+    levels: Mapping[str, float] | None = None,
+) -> Figure:
+    """Panels of lines side by side: {title: {label: (x, y)}}, an x label for each panel.
+
+    `scales` are "log" where both axes are logarithmic, "semilogx" where x alone is, "linear" (the
+    default). `levels` draws a dotted line across the panel of that title.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.6 * len(panels), 2.9), squeeze=False, layout="constrained"
+    )
+    scales = scales or ["linear"] * len(panels)
+    for axis, (title, drawn), xlabel, scale in zip(
+        axes[0], panels.items(), xlabels, scales, strict=True
+    ):
+        for (label, (x, y)), colour in zip(drawn.items(), COLOURS * 3, strict=False):
+            axis.plot(x, y, color=colour, label=label, marker="o" if len(x) < 8 else None)
+        if levels and title in levels:
+            axis.axhline(levels[title], ls=":", color="k", label="the closed form")
+        axis.set(title=title, xlabel=xlabel)
+        axis.set_xscale("linear" if scale == "linear" else "log")
+        axis.set_yscale("log" if scale == "log" else "linear")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure
+
+
 def heat_map(tables: Mapping[str, pd.DataFrame], label: str, log_scale: bool = True) -> Figure:
     """Tables with the same rows as colours on one scale, side by side, their columns along x."""
     rows, widest = (max(table.shape[i] for table in tables.values()) for i in (0, 1))

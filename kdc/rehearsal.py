@@ -29,6 +29,14 @@ def in_pipeline(
     return with_unet(teacher, unet if unet.dtype == teacher.dtype else copy.deepcopy(unet))
 
 
+@dataclasses.dataclass(frozen=True)
+class Learnt:
+    """The student after the first task, and what that cost: see `continual.learn_first`."""
+
+    weights: dict[str, Tensor]
+    counts: Counts
+
+
 @dataclasses.dataclass
 class Learner:
     """What every task of a sequence shares, and how one of them is learnt."""
@@ -44,6 +52,7 @@ class Learner:
     batch_size: int
     dropout: float
     seed: int
+    first: Learnt | None = None
 
     def __post_init__(self):
         texts = dict.fromkeys(label for task in self.tasks for label in task.labels)
@@ -55,6 +64,11 @@ class Learner:
         process, count = forward_process(self.teacher), strategy.replayed(self.batch_size)
         started, old, source = time.perf_counter(), None, self.buffer
         generates = strategy.source == "generated" and t > 0
+        if t == 0 and self.first:
+            self.student.load_state_dict(self.first.weights)
+            counts = dataclasses.replace(self.first.counts)
+            self._take_in(t, process, counts)
+            return counts
         rehearses = generates or strategy.source == "carry_over" or bool(source)
         if generates or (rehearses and strategy.guide == "old"):
             old = copy.deepcopy(self.student).requires_grad_(False).eval()

@@ -14,18 +14,24 @@
 # matches the teacher's output and its inner features, besides the usual denoising task. What does
 # each of these terms do, and does the published code do what the paper says?
 #
-# **The claims**, each made before it is measured below.
+# **The claims**, each written down before it was measured.
 #
 # 1. In the public code the output term has **no gradient**: it is logged, and teaches nothing.
+#    *Measured here.*
 # 2. There the softened KL term is **summed over pixels** and outweighs the task term a hundredfold
-#    or more, even on small latents.
-# 3. With the same steps, data and seeds, the corrected loss leaves the student **nearer to its
-#    teacher** than the published one, and nearer than the task term alone.
+#    or more, even on small latents. *Measured here.*
+# 3. With the same steps, data and seeds, the corrected loss **beats the published one** in agreement
+#    with the teacher, in what is drawn, and in Fréchet distance. *`results/distillation.json`, three
+#    seeds; a small version here.*
+# 4. The whole corrected loss is **no worse than any part of it** alone. *The same study.*
+# 5. What each layer and each option is good for: twenty smaller claims, in tables below. *The
+#    same study.*
+# 6. The step that computes all this wastes nothing: at least twice the pictures a second of the plain
+#    loop on the mini teacher with three quarters of its memory, at full size 1.4 times in equal
+#    precision. *`results/distill_step_mini.json`, `results/distill_step_full.json`.*
 #
-# The first two are properties of the code and hold or fail exactly. The third is an experiment. At
-# the `quick` budget it runs with one seed and few steps, which is enough to see how it is done and
-# not enough to decide: run it at `standard` for that. What this page prints was measured in this
-# run. Nothing is copied from elsewhere.
+# The first two are properties of the code and hold or fail exactly. The others are experiments.
+# Claims 3, 4 and 6 were goals. The cells print what came out, negative or not.
 
 # %% tags=["parameters"]
 budget: str = "quick"  # "quick", "standard" or "full"
@@ -53,6 +59,9 @@ import kdc
 from kdc import FeatureTaps, LossWeights, figures, ledger, losses
 from kdc.budgets import settle
 from kdc.lesson import forward_process
+from kdc.studies import distillation as study
+from kdc.studies import report, terms
+from kdc.studies.claims import check
 
 started = time.perf_counter()
 table = {
@@ -231,42 +240,19 @@ print(f"which makes {ratio * 4096 / pixels:,.0f} times with the 4,096 pixels it 
 # *The feature term's scale.* Divided by the teacher's mean square, it is the same in any unit.
 
 # %%
-draw = torch.Generator().manual_seed(1)
-right, wrong = (torch.randn(8, 4, 16, 16, generator=draw) for _ in range(2))
-shift = torch.randn(8, 1, 16, 16, generator=draw)
-centred = (wrong - right) - (wrong - right).mean(dim=1, keepdim=True)
-limit = centred.square().mean().item() / 2
-temperatures, sizes = np.geomspace(0.5, 100, 20), np.geomspace(0.1, 10, 9)
-
-
-def soft(prediction, temperature=2.0):
-    return losses.soft_term(prediction, right, temperature, "mean").item()
-
-
-shared = [right + size * shift for size in sizes]
-scaled = [([size * wrong], [size * right]) for size in sizes]
-figure, axes = plt.subplots(1, 3, figsize=(11, 2.9), layout="constrained")
-axes[0].semilogx(temperatures, [soft(wrong, t) for t in temperatures], label="soft term")
-axes[0].axhline(limit, ls=":", color="k", label="the closed form")
-axes[0].set(xlabel="temperature", title="limit", ylim=(0, None))
-axes[1].loglog(sizes, [(x - right).square().mean() for x in shared], label="output term")
-axes[1].loglog(sizes, [max(soft(x), 1e-12) for x in shared], label="soft term")
-axes[1].set(xlabel="error that all channels share", title="null space")
-for kind, normalised in (("normalised", True), ("raw", False)):
-    values = [losses.feature_term(*pair, normalised) for pair in scaled]
-    axes[2].loglog(sizes, values, label=kind)
-axes[2].set(xlabel="unit of the features", title="feature term")
-for axis in axes:
-    axis.legend(fontsize=8)
+panels, limit = terms.closed_forms()
+labels = ["temperature", "error that all channels share", "unit of the features"]
+figures.lines(panels, labels, ["semilogx", "log", "log"], {"limit": limit})
 plt.show()
 
-
 # %% [markdown]
-# ## Claim 3: the experiment
+# ## The experiment, small
 #
 # Four recipes, the same slimmed start, the same batches and noise (a seed fixes both), the same
 # number of steps. The measure is fixed in advance: the mean squared difference between student and
 # teacher on **test** pictures, over a grid of timesteps, with noise that no recipe trained on.
+# At the `quick` budget this is a demonstration with one seed; the study below decides.
+
 
 # %%
 def distance_to_teacher(unet) -> float:
@@ -310,25 +296,10 @@ plt.show()
 # all recipes on equal terms.
 
 # %%
-table = pd.DataFrame(
-    {
-        name: {
-            "distance to teacher": np.mean(values),
-            "lowest": min(values),
-            "highest": max(values),
-            "of the distance right after the cut": f"{np.mean(values) / just_cut:.1%}",
-        }
-        for name, values in distances.items()
-    }
-).T
-display(table)
-mean = {name: np.mean(values) for name, values in distances.items()}
-for other in ("as published", "task alone"):
-    verdict = "holds" if mean["corrected"] < mean[other] else "FAILS"
-    print(f"Claim 3, corrected nearer than {other}: {verdict} over {len(seeds)} seed(s), "
-          f"{mean['corrected']:.4f} against {mean[other]:.4f}")  # fmt: skip
-if len(seeds) < 3:
-    print("Fewer than three seeds: this is a demonstration, not a result.")
+table = pd.DataFrame(distances, index=pd.Index(seeds, name="seed")).T
+table.assign(mean=table.mean(axis=1), left=table.mean(axis=1) / just_cut).style.format(
+    {seed: "{:.4f}" for seed in seeds} | {"mean": "{:.4f}", "left": "{:.1%}"}
+)
 
 # %% [markdown]
 # ## Pictures
@@ -347,13 +318,92 @@ figures.picture_grid(rows, prompts).savefig(output / "students.png", dpi=150)
 plt.show()
 
 # %% [markdown]
+# ## The study: what each layer is good for
+#
+# Twenty-seven recipes, three seeds, the same 200 steps of 16 pictures for every student of the
+# mini teacher. Each student is then judged by four measures: the *output error* on test pictures, as
+# above; *accuracy*, the share of 144 drawn pictures that show the asked-for colour, kind and
+# background all at once; *unseen*, the same for combinations that no training picture shows; and the
+# *Fréchet distance* to real renderings. It takes hours on two cores and is kept:
+# `python -m kdc distillation` measures it again. With a teacher of your own, or at the budget
+# `full`, it is measured here.
+
+# %%
+if budget == "full" or teacher != "mini":
+    settings = study.Settings(seeds=tuple(seeds), steps=steps, batch_size=batch_size)
+    rows, curves, goal = terms.measured(pipeline, dataset, settings, output / "study")
+else:
+    rows, curves, goal = terms.stored()
+print("the teacher:", goal.mean().drop("seed", errors="ignore").round(3).to_dict())
+report.summary(rows)
+
+# %% [markdown]
+# Means with Student's 95 % intervals over seeds. The curves of the main recipes, each the mean of
+# its seeds with their range:
+
+# %%
+main = {name: curves[name] for name in terms.MAIN}
+figures.curves(main, ["task", "output", "soft", "feature"], smooth=4).savefig(output / "curves.png")
+plt.show()
+figures.heat_map(
+    {"of the way from the task alone to the teacher": terms.gap_closed(rows, goal).clip(-1, 1)},
+    "1: the teacher, 0: the task alone, below: worse",
+    log_scale=False,
+).savefig(output / "gap.png")
+plt.show()
+
+# %% [markdown]
+# ### Claims 3 and 4
+#
+# Differences are paired by seed. A verdict needs an interval of the difference that does not hold 0;
+# "not worse" fails only where the whole is *worse* beyond that, which with three seeds is a weak
+# test: read the difference too. Accuracy is better when higher, error and distance when lower.
+
+# %%
+pd.set_option("display.max_colwidth", None, "display.max_rows", 100)
+check(rows, terms.CLAIMS["the corrected loss"])
+
+# %% [markdown]
+# ### Claim 5: terms, defects, options
+
+# %%
+pd.concat(check(rows, terms.CLAIMS[part]) for part in terms.FURTHER)
+
+# %% [markdown]
+# What each recipe draws, from the same prompts, noise and seed. No training picture shows the last
+# four combinations.
+
+# %%
+if budget != "full" and teacher == "mini":
+    drawn, asked = terms.shown()
+    figures.picture_grid(drawn, asked, scale=0.8).savefig(output / "recipes.png", dpi=150)
+    plt.show()
+
+# %% [markdown]
+# ### Claim 6: the step
+#
+# The plain loop encodes picture and caption in every step, computes in float32 and hooks every
+# block. Both loops start from the same weights and see the same pictures; they are timed round by
+# round in one process, so that a busy machine slows both.
+
+# %%
+speed = {size: ledger.read(f"distill_step_{size}") for size in ("mini", "full")}
+for size, values in speed.items():
+    for goal, found in values["goals"].items():
+        print(f"{size}, {goal}: {found['reached']:.2f} for {found['goal']}, met: {found['met']}")
+kept = ["images_per_second", "images_over_reference", "peak_over_reference", "seconds_over_floor"]
+pd.concat({k: pd.DataFrame(v["contenders"]).T.reindex(columns=kept) for k, v in speed.items()})
+
+# %% [markdown]
 # ## What would have shown the claims false
 #
-# - A bar for the published output term in the gradient figure (claim 1).
-# - A published soft term below a hundred times the task term (claim 2).
-# - A lower distance, over seeds, for the published recipe or for the task term alone (claim 3).
-#   Note what claim 3 does not say: the corrected recipe has *four* changes, and this chapter does
-#   not yet tell which one matters most.
+# - A bar for the published output term in the gradient figure (1).
+# - A published soft term below a hundred times the task term (2).
+# - A "worse" or an "open" for the corrected against the published loss (3), or a "worse" against a
+#   part of it (4).
+# - For each claim of 5, the verdict that its column "expected" excludes: the column "outcome" says
+#   FAILS where it came out so, and "open" where three seeds cannot tell.
+# - A ratio below its goal (6).
 #
 # ## Exercises
 #
@@ -361,7 +411,8 @@ plt.show()
 #    difference is explained?
 # 2. Pass `LossWeights(taps="attention")` to `kdc.diagnose`. Does the feature term point more, or
 #    less, where the output term points?
-# 3. Start from `kdc.slim(..., init="random")`. Does the feature term help more or less there?
+# 3. Give `study.Recipe` Min-SNR weights (`LossWeights(min_snr=5)`) and follow it with
+#    `study.follow`. Which timesteps gain?
 # 4. Run this chapter on your own pictures:
 #    `papermill notebooks/02_distillation_layers.ipynb out.ipynb -p dataset FOLDER -p steps 100`.
 #

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 import kdc
 from kdc import LossWeights, ReplayBuffer, Task, worlds
-from kdc.continual import STRATEGIES, Strategy, run_sequence, split_classes
+from kdc.continual import STRATEGIES, Strategy, learn_first, run_sequence, split_classes
 from kdc.data import LatentDataset
 from kdc.models import load_student
 from kdc.rehearsal import Learner
@@ -465,3 +465,22 @@ def test_what_cannot_be_run_is_refused_before_anything_is_scored(tasks, narrow):
             Strategy("wrong", **settings)
     with pytest.raises(ValueError, match="2 labels, 12 pictures"):
         Task("few", latents(), labels=["a", "b"])
+
+
+@pytest.mark.parametrize("strategy", [n for n in STRATEGIES if n not in ("joint", "carry_over")])
+def test_a_first_task_learnt_before_changes_nothing(strategy, tasks, narrow):
+    settings = dict(steps=4, batch_size=3, ema_decay=0.9, seed=1)
+    first = learn_first(tasks[0], copy.deepcopy(narrow.unet), narrow, **settings)
+    whole, expected = run(tasks[:2], strategy, narrow)
+    student, result = run(tasks[:2], strategy, narrow, first=first)
+    assert torch.equal(weights(student), weights(whole))
+    assert result.matrices == expected.matrices
+    same = [name for name in result.counts if name != "seconds"]
+    assert result.counts[same].equals(expected.counts[same])
+
+
+def test_a_first_task_of_their_own_is_not_taken_from_elsewhere(tasks, narrow):
+    first = learn_first(tasks[0], copy.deepcopy(narrow.unet), narrow, steps=1, batch_size=2)
+    for name in ("joint", "carry_over"):
+        with pytest.raises(ValueError, match=f"{name} learns the first task in its own way"):
+            run(tasks[:2], name, narrow, first=first)

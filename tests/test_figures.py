@@ -30,6 +30,16 @@ def test_curves_draw_mean_and_range_and_skip_missing_terms():
     assert len(figure.axes[0].collections) == 1 and not figure.axes[1].lines
 
 
+def test_lines_go_through_their_points_on_the_axes_that_were_asked_for():
+    panels = {"a": {"one": ([1, 2], [3, 4]), "two": ([1, 2], [5, 6])}, "b": {"one": ([1], [2])}}
+    figure = figures.lines(panels, ["x", "y"], ["semilogx", "log"], {"a": 3.5})
+    left, right = figure.axes
+    assert left.lines[1].get_xydata().tolist() == [[1, 5], [2, 6]]
+    assert left.lines[2].get_ydata() == [3.5, 3.5] and len(right.lines) == 1
+    assert (left.get_xscale(), left.get_yscale(), right.get_yscale()) == ("log", "linear", "log")
+    assert [axis.get_xlabel() for axis in figure.axes] == ["x", "y"]
+
+
 def test_bars_are_as_high_as_their_values():
     figure = figures.bars({"x": {"a": 1.0, "b": 2.0}, "y": {"a": 3.0}}, "height")
     heights = [patch.get_height() for patch in figure.axes[0].patches]

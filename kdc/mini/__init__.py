@@ -16,7 +16,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from kdc.data import load_dataset
+from kdc.data import cache_latents, load_dataset
 from kdc.distillation import distill
 from kdc.mini.autoencoder import train_autoencoder
 from kdc.mini.judges import train_classifier, train_clip, train_trunk
@@ -24,7 +24,7 @@ from kdc.mini.teacher import sampling_scheduler, train_teacher
 from kdc.models import ASSETS, load_teacher, save_student
 from kdc.slimming import slim
 
-STUDENT_PLAN = "kdc"
+STUDENT_RECIPE = "corrected"  # what `kdc.studies.terms.best` chose
 
 
 def make_autoencoder(out: Path, **settings) -> None:
@@ -65,15 +65,21 @@ def make_teacher(out: Path, **settings) -> None:
 
 
 def make_student(out: Path, steps: int = 800, batch_size: int = 16, **settings) -> None:
+    """The student by the best recipe of the study of chapter 02, with more steps and pictures."""
+    from kdc.studies.distillation import RECIPES, pictures_of  # which builds on this package
+
+    recipe = RECIPES[STUDENT_RECIPE]
     teacher = load_teacher(out.parent / "teacher" / "final")
-    student = slim(teacher.unet, STUDENT_PLAN)
-    data = load_dataset("worlds", count=settings.pop("pool", 8000))
+    student = slim(teacher.unet, recipe.plan, recipe.init)
+    real = cache_latents(teacher, load_dataset("worlds", count=settings.pop("pool", 8000)))
     distill(
         student,
         teacher,
-        data,
+        pictures_of(recipe.data, teacher, real),
         steps=steps,
         batch_size=batch_size,
+        weights=recipe.weights,
+        caption_dropout=recipe.caption_dropout,
         output_dir=out / "run",
         resume=True,
         label="student",
@@ -81,7 +87,7 @@ def make_student(out: Path, steps: int = 800, batch_size: int = 16, **settings) 
     )
     state = PartialState()
     if state.is_main_process:
-        notes = {"steps": steps, "batch_size": batch_size}
+        notes = {"recipe": STUDENT_RECIPE, "steps": steps, "batch_size": batch_size}
         save_student(student.half(), out / "new", **notes, processes=state.num_processes)
 
 

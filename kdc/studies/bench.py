@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Extent:
     pictures: int = 1600  # to train on
     test_pictures: int = 192
     copies: int = 1  # of each combination of attributes, drawn to be judged
+    thinned: int = 1  # draw but one in so many of these combinations, drawn by lot once for all
     unseen_copies: int = 0  # of each combination that no training picture shows
     sampling_steps: int = 10
 
@@ -65,6 +67,7 @@ def prepare(
     )
     known = dataset == "worlds"
     asked = balanced_prompts(extent.copies, held_out=False) if known else []
+    asked = sorted(random.Random(0).sample(asked, len(asked) // extent.thinned))
     unseen = balanced_prompts(extent.unseen_copies, held_out=True) if known else []
     reference = metrics.clip_features(renderings_of(asked, seed=3)) if asked else None
     return Bench(teacher, train, test, extent, asked, unseen, reference)

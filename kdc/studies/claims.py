@@ -44,11 +44,14 @@ def check(
 ) -> pd.DataFrame:
     """A row for each claim: the difference candidate - rival over seeds, the verdict, the outcome.
 
-    Differences are paired by seed, with Student's 95 % interval (see `compare`). There are as many
+    Claims about measures or candidates that are not in `rows` are left out. Differences are paired
+    by seed, with Student's 95 % interval (see `compare`). There are as many
     chances to be wrong as there are rows: of twenty true claims of "open" one is expected to fail.
     """
-    table = []
+    table, known = [], set(rows["candidate"])
     for claim in claims:
+        if claim.measure not in rows or not {claim.candidate, claim.rival} <= known:
+            continue
         found = compare(rows, claim.candidate, claim.rival, measures=measures).loc[claim.measure]
         table.append(
             {

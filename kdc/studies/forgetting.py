@@ -1,0 +1,218 @@
+"""What is forgotten when tasks follow one another, and what each strategy saves: rows over seeds.
+
+A trial is a strategy with its buffer. All trials of one order and seed share the student after the
+first task, but for the two that learn it in their own way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from kdc import models
+from kdc.continual import STRATEGIES, SequenceResult, Strategy, Task, learn_first, run_sequence
+from kdc.distillation import fingerprint
+from kdc.losses import LossWeights
+from kdc.rehearsal import Learnt
+from kdc.replay import ReplayBuffer
+from kdc.slimming import slim
+from kdc.studies.bench import kept, slug
+from kdc.studies.exams import Scorer, leakage
+
+SHOWN = (  # four of each world
+    "a red daisy on a sky background",
+    "a purple lily on a meadow background",
+    "a yellow rose on a night background",
+    "a white tulip on a sand background",
+    "a blue eyed butterfly on a night background",
+    "a white bordered butterfly on a sand background",
+    "an orange striped butterfly on a sky background",
+    "a red plain butterfly on a meadow background",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured. The defaults are those of the budget `standard`."""
+
+    plan: str = "kdc"
+    pictures: int = 800  # of each domain, to train on
+    test_pictures: int = 96
+    steps: int = 150  # of each domain
+    class_steps: int = 60  # of each class
+    batch_size: int = 16
+    learning_rate: float = 5e-4
+    drawn: int = 144  # for each domain
+    sampling_steps: int = 10
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuning: int = 1500  # steps in which the teacher first learns photographs
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A strategy with the buffer that it fills, if it does."""
+
+    strategy: Strategy
+    capacity: int = 64
+    policy: str = "reservoir"
+    dtype: str = "float16"
+
+    def buffer(self, seed: int) -> ReplayBuffer | None:
+        if self.strategy.source != "buffer":
+            return None
+        return ReplayBuffer(self.capacity, self.policy, self.dtype, seed=seed)
+
+
+def _with(**changed) -> Trial:
+    return dataclasses.replace(Trial(STRATEGIES["replay"]), **changed)
+
+
+def _ratio(ratio: float) -> Trial:
+    return Trial(dataclasses.replace(STRATEGIES["replay"], ratio=ratio))
+
+
+DOMAINS = {name: Trial(strategy) for name, strategy in STRATEGIES.items()}
+BUFFERS = {f"replay {n}": _with(capacity=n) for n in (4, 16, 256)}
+BUFFERS |= {f"replay {n} int8": _with(capacity=n, dtype="int8") for n in (4, 16, 64, 256)}
+RATIOS = {f"replay ratio {ratio:g}": _ratio(ratio) for ratio in (0.25, 0.5, 2.0)}
+IN_CLASSES = (
+    "finetune",
+    "carry_over",
+    "replay",
+    "replay+distil",
+    "generative_distillation",
+    "joint",
+)
+CLASSES = {name: Trial(STRATEGIES[name], capacity=48) for name in IN_CLASSES}
+CLASSES |= {
+    f"replay {policy}": _with(capacity=48, policy=policy)
+    for policy in ("class_balanced", "fifo", "herding")
+}
+STAGES: dict[str, Mapping[str, Trial]] = {
+    "domains": DOMAINS,
+    "buffers": BUFFERS,
+    "ratios": RATIOS,
+    "classes": CLASSES,
+    "photos": {
+        n: DOMAINS[n] for n in ("finetune", "carry_over", "replay", "replay+distil", "joint")
+    },
+}
+
+
+def follow(
+    tasks: Sequence[Task],
+    trial: Trial,
+    teacher: StableDiffusionPipeline,
+    scorer: Scorer,
+    settings: Settings,
+    *,
+    steps: int,
+    seed: int,
+    reference: Task | None = None,
+    first: Learnt | None = None,
+) -> tuple[SequenceResult, ReplayBuffer | None]:
+    """One sequence from a freshly cut student, with the corrected loss on new pictures."""
+    buffer = trial.buffer(seed)
+    student = slim(teacher.unet, settings.plan)
+    result = run_sequence(
+        tasks,
+        trial.strategy,
+        student,
+        teacher,
+        evaluate=scorer,
+        directions=scorer.directions,
+        buffer=buffer,
+        reference=reference,
+        first=first,
+        **training(settings, steps, seed),
+    )
+    return result, buffer
+
+
+def training(settings: Settings, steps: int, seed: int) -> dict:
+    """What every sequence is trained with, the shared first task too."""
+    return {
+        "steps": steps,
+        "batch_size": settings.batch_size,
+        "weights": LossWeights(),
+        "learning_rate": settings.learning_rate,
+        "ema_decay": 0.99,
+        "seed": seed,
+    }
+
+
+def study(
+    name: str,
+    orders: Mapping[str, Sequence[Task]],
+    trials: Mapping[str, Trial],
+    teacher: StableDiffusionPipeline,
+    settings: Settings,
+    folder: str | Path,
+    *,
+    steps: int,
+    reference: Task | None = None,
+    shown: Sequence[str] = (),
+) -> list[dict]:
+    """A row for each order, seed and trial; each is kept in `folder` as soon as it is there.
+
+    A row holds the matrices by metric, the counts by task, and where there is a buffer its
+    `leakage`. The student of the first order and seed also draws the prompts `shown`, at the end
+    and after the first task, into pictures beside the rows.
+    """
+    made_with = {k: v for k, v in dataclasses.asdict(settings).items() if k != "seeds"}
+    made_with |= {"steps": steps, "teacher": fingerprint(*teacher.unet.state_dict().values())}
+    rows = []
+    for order, tasks in orders.items():
+        for seed in settings.seeds:
+            scorer = Scorer(teacher, tasks[0], seed, settings.sampling_steps)
+            first = functools.cache(
+                functools.partial(_first, tasks[0], teacher, settings, steps, seed)
+            )
+            draws = shown if order == next(iter(orders)) and seed == settings.seeds[0] else ()
+            for label, trial in trials.items():
+                stem = Path(folder) / f"{name}-{slug(order)}-{slug(label)}-{seed}"
+
+                def make(
+                    trial=trial, seed=seed, scorer=scorer, tasks=tasks, first=first, draws=draws,
+                    stem=stem,
+                ) -> dict:  # fmt: skip
+                    own = trial.strategy.joint or trial.strategy.source == "carry_over"
+                    begun = None if own else first()
+                    result, buffer = follow(
+                        tasks, trial, teacher, scorer, settings, steps=steps, seed=seed,
+                        reference=reference, first=begun,
+                    )  # fmt: skip
+                    if draws:
+                        drawn = strip(scorer.last, draws, settings)
+                        Image.fromarray(drawn).save(stem.with_suffix(".png"))
+                    return {
+                        "matrices": {k: m.to_dict() for k, m in result.matrices.items()},
+                        "counts": result.counts.to_dict("list"),
+                        "leakage": leakage(buffer, tasks[0], scorer) if buffer else None,
+                    }
+
+                known = made_with | {"trial": dataclasses.asdict(trial), "seed": seed}
+                known |= {"order": [task.name for task in tasks]}
+                row = kept(stem.with_suffix(".json"), known, make)
+                rows.append({"candidate": label, "order": order, "seed": seed} | row)
+    return rows
+
+
+def _first(task, teacher, settings: Settings, steps: int, seed: int) -> Learnt:
+    student = slim(teacher.unet, settings.plan)
+    return learn_first(task, student, teacher, **training(settings, steps, seed))
+
+
+def strip(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], settings: Settings
+) -> np.ndarray:
+    """What a pipeline draws for prompts from one seed, side by side: (H, N W, 3) uint8."""
+    pictures = models.generate(pipeline, list(prompts), seed=0, steps=settings.sampling_steps)
+    return np.concatenate(pictures.permute(0, 2, 3, 1).numpy(), axis=1)

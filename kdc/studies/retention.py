@@ -1,0 +1,185 @@
+"""What chapter 03 shows of the study of forgetting: its claims, tables, and what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from kdc import ledger
+from kdc.scores import ScoreMatrix
+from kdc.studies.bench import interval
+from kdc.studies.claims import Claim, check
+from kdc.studies.forgetting import DOMAINS, SHOWN
+
+MEASURES = {
+    "old_accuracy": "higher",
+    "new_accuracy": "higher",
+    "forgetting_accuracy": "lower",
+    "retention_accuracy": "higher",
+    "old_output_error": "lower",
+    "new_output_error": "lower",
+    "forgetting_output_error": "lower",
+    "leakage": "lower",
+}
+PICTURES = ("new_pictures", "old_pictures", "teacher_pictures", "guide_pictures")
+PICTURES += ("sampler_pictures", "fisher_pictures")
+# Written before the study ran. Each line: what is claimed, the trial, its rival, the measure, and
+# what is expected if it is not "better".
+_CLAIMS = {
+    "domains": """
+replay saves the old | replay | finetune | old_accuracy
+one carried picture does not | carry_over | finetune | old_accuracy | open
+a penalty on the weights saves nothing | ewc | finetune | old_accuracy | open
+an old student as guide adds to replay | replay+distil | replay | old_accuracy
+it costs nothing new | replay+distil | replay | new_accuracy | not worse
+drawn pictures are worse than kept ones | generative_replay | replay | old_accuracy | worse
+a guide mends them | generative_distillation | generative_replay | old_accuracy
+then they are as good as kept ones | generative_distillation | replay | old_accuracy | not worse
+joint is the bound | replay | joint | old_accuracy | not worse
+""",
+    "buffers": """
+a tiny buffer saves less | replay 4 | replay | old_accuracy | worse
+and leaks | replay 4 | replay | leakage | worse
+a large one saves no more | replay 256 | replay | old_accuracy | open
+int8 loses nothing | replay 64 int8 | replay | old_accuracy | open
+nor does it in a tiny buffer | replay 4 int8 | replay 4 | old_accuracy | open
+""",
+    "ratios": """
+a quarter as many old pictures save less | replay ratio 0.25 | replay | old_accuracy | worse
+twice as many cost the new | replay ratio 2 | replay | new_accuracy | worse
+""",
+    "classes": """
+replay saves the old | replay | finetune | old_accuracy
+one carried picture does not | carry_over | finetune | old_accuracy | open
+balance beats first in, first out | replay class_balanced | replay fifo | old_accuracy
+herding is better than chance | replay herding | replay class_balanced | old_accuracy
+""",
+    "photos": """
+replay saves the old | replay | finetune | old_output_error
+one carried picture does not | carry_over | finetune | old_output_error | open
+""",
+}  # fmt: skip
+CLAIMS = {
+    stage: [Claim(*(c.strip() for c in line.split("|"))) for line in text.split("\n") if line]
+    for stage, text in _CLAIMS.items()
+}
+
+
+def stored(stage: str, results: str | Path | None = None) -> list[dict]:
+    """The rows of a stage; those of "buffers" and "ratios" with what they are compared to."""
+    rows = ledger.read(f"forgetting_{stage}", results)["rows"]
+    if stage in ("buffers", "ratios"):
+        known = {(row["order"], row["seed"]) for row in rows}
+        rows = rows + [
+            row
+            for row in stored("domains", results)
+            if row["candidate"] in ("finetune", "replay", "joint")
+            and (row["order"], row["seed"]) in known
+        ]
+    return rows
+
+
+def matrices(row: Mapping) -> dict[str, ScoreMatrix]:
+    """The score matrices of a row, by metric."""
+    return {name: ScoreMatrix.from_dict(values) for name, values in row["matrices"].items()}
+
+
+def table(rows: Iterable[Mapping]) -> pd.DataFrame:
+    """A line for each sequence: the measures of `MEASURES`, and what it cost.
+
+    `old_<metric>` is the final mean over all tasks but the last, `new_<metric>` the final score of
+    the last; `seed` names order and seed, by which lines are paired. `pictures` counts how often a
+    picture went through a network (forwards and backwards once), `bytes` what was kept at most.
+    """
+    lines = []
+    for row in rows:
+        line = {"candidate": row["candidate"], "seed": f"{row['order']}, {row['seed']}"}
+        for metric, matrix in matrices(row).items():
+            final = matrix.values[-1]
+            line |= {f"old_{metric}": final[:-1].mean(), f"new_{metric}": final[-1]}
+            line |= {f"{k}_{metric}": v for k, v in matrix.measures().items()}
+        counts = pd.DataFrame(row["counts"])
+        line["pictures"] = counts[list(PICTURES)].to_numpy().sum()
+        line["bytes"] = (counts["buffer_bytes"] + counts["model_bytes"]).max()
+        line["buffer_bytes"], line["seconds"] = (
+            counts["buffer_bytes"].max(),
+            counts["seconds"].sum(),
+        )
+        line["leakage"] = row["leakage"]["share"] if row.get("leakage") else np.nan
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def goals(lines: pd.DataFrame, keep: float = 0.9, lose: float = 0.05) -> pd.DataFrame:
+    """The goals of the chapter: value, Student's 95 % interval over sequences, and whether met.
+
+    `finetune` forgets (its interval lies above 0); `replay` keeps the share `keep` of what `joint`
+    reaches on the old tasks, and loses at most `lose` of accuracy on the new against `finetune`.
+    Met means that the mean reaches it; "surely" that the whole interval does.
+    """
+    wide = lines.pivot(index="seed", columns="candidate")
+    old, new = wide["old_accuracy"], wide["new_accuracy"]
+    found = {
+        "finetune forgets": (wide["forgetting_accuracy"]["finetune"], 0.0, 1),
+        f"replay keeps {keep:.0%} of joint": (old["replay"] / old["joint"], keep, 1),
+        f"replay loses at most {lose:g} on the new": (new["finetune"] - new["replay"], lose, -1),
+    }
+    out = {}
+    for name, (values, goal, sign) in found.items():
+        low, high = interval(values)
+        worst = low if sign > 0 else high
+        met = sign * (values.mean() - goal) >= 0
+        surely = sign * (worst - goal) >= 0
+        out[name] = {"value": values.mean(), "low": low, "high": high, "goal": goal}
+        out[name] |= {"met": met, "surely": surely, "sequences": len(values)}
+    return pd.DataFrame(out).T
+
+
+def check_stage(stage: str, lines: pd.DataFrame) -> pd.DataFrame:
+    """The claims of a stage and what its lines say of them; see `claims.check`."""
+    return check(lines, CLAIMS[stage], MEASURES)
+
+
+def mean_matrices(rows: Iterable[Mapping], metric: str, order: str | None = None) -> dict:
+    """The mean matrix over seeds of every trial, of one order (default: the first row's)."""
+    rows = list(rows)
+    order = order or rows[0]["order"]
+    found: dict[str, list[pd.DataFrame]] = {}
+    for row in rows:
+        if row["order"] == order:
+            found.setdefault(row["candidate"], []).append(matrices(row)[metric].to_frame())
+    return {name: sum(frames) / len(frames) for name, frames in found.items()}
+
+
+def summary(lines: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
+    """Mean and Student's 95 % interval over sequences of some columns, by trial, as text."""
+
+    def text(values: pd.Series) -> str:
+        low, high = interval(values)
+        return f"{values.mean():.3g} [{low:.3g}, {high:.3g}]"
+
+    groups = lines.groupby("candidate", sort=False)
+    return groups[list(columns)].agg(text).assign(sequences=groups.size())
+
+
+def against_bytes(lines: pd.DataFrame, column: str, dtype: str) -> tuple[list, list]:
+    """Bytes of the buffer and a column's mean, for the replay trials of one precision."""
+    ends = " int8" if dtype == "int8" else ""
+    names = [f"replay {n}{ends}" for n in (4, 16, 64, 256)]
+    names = ["replay" if name == "replay 64" else name for name in names]
+    means = lines.groupby("candidate")[["buffer_bytes", column]].mean().reindex(names).dropna()
+    return means["buffer_bytes"].tolist(), means[column].tolist()
+
+
+def shown(results: str | Path | None = None) -> tuple[dict[str, list], tuple[str, ...]]:
+    """What the teacher and in the end every strategy's student draw, and the captions."""
+    sheet = np.asarray(Image.open(Path(results or ledger.RESULTS) / "forgetting_domains.png"))
+    picture = sheet.transpose(2, 0, 1)
+    side = picture.shape[2] // len(SHOWN)
+    strips = np.split(picture, picture.shape[1] // side, axis=1)
+    names = ("teacher", *DOMAINS)
+    return {n: np.split(s, len(SHOWN), axis=2) for n, s in zip(names, strips, strict=True)}, SHOWN

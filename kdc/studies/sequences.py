@@ -1,0 +1,107 @@
+"""The stages of the study of forgetting: which tasks in which orders, and where results go."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from kdc import ledger, models, worlds
+from kdc.data import load_dataset
+from kdc.distillation import distill
+from kdc.losses import LossWeights
+from kdc.studies.bench import slug
+from kdc.studies.exams import beyond, class_tasks, domain_tasks
+from kdc.studies.forgetting import DOMAINS, SHOWN, STAGES, Settings, strip, study
+
+
+def run(
+    stages: Sequence[str] = (),
+    results: str | Path | None = None,
+    folder: str | Path = "outputs/forgetting",
+    photos: str | Path | None = None,
+    **settings,
+) -> list[Path]:
+    """Measure the stages (default: all but "photos", which needs a folder); a result file for each.
+
+    "domains", "buffers", "ratios" and "classes" use the worlds and the mini teacher; "photos" the
+    classes of the folder `photos`, half of them and then the other half, and the mini teacher after
+    it was fine-tuned on all of them. Writes `forgetting_<stage>.json`, and for the domains a sheet
+    of pictures beside it. `settings` replace those of `Settings`. Raises `ValueError` for an
+    unknown stage or a missing folder, before any work.
+    """
+    wanted = list(stages) or [name for name in STAGES if name != "photos"]
+    if unknown := set(wanted) - set(STAGES):
+        raise ValueError(f"unknown stages {sorted(unknown)}; they are {', '.join(STAGES)}")
+    if "photos" in wanted:
+        if not photos:
+            raise ValueError("the stage photos needs a folder of pictures: --photos FOLDER")
+        load_dataset(photos, "test")  # what is wrong with the folder is said at once
+    chosen, paths = Settings(**settings), []
+    for stage in wanted:
+        teacher = models.load_teacher("mini")
+        rows = _measure(stage, teacher, chosen, Path(folder), photos)
+        path = ledger.write(f"forgetting_{stage}", {"rows": rows}, results, **vars(chosen))
+        if stage == "domains":
+            _sheet(teacher, chosen, Path(folder)).save(path.with_suffix(".png"))
+        paths.append(path)
+    return paths
+
+
+def _measure(stage: str, teacher, settings: Settings, folder: Path, photos) -> list[dict]:
+    sizes = {k: getattr(settings, k) for k in ("pictures", "test_pictures", "drawn")}
+    common = dict(trials=STAGES[stage], teacher=teacher, folder=folder)
+    if stage == "classes":  # an order for every seed
+        rows = []
+        for seed in settings.seeds:
+            orders = {f"order {seed}": class_tasks(teacher, "flora", order=seed, **sizes)}
+            one = dataclasses.replace(settings, seeds=(seed,))
+            rows += study(stage, orders, settings=one, steps=settings.class_steps, **common)
+        return rows
+    if stage == "photos":
+        fine_tune(teacher, photos, settings, folder / "teacher")
+        tasks = class_tasks(teacher, photos, per_task=None, **sizes)
+        return study(stage, {"halves": tasks}, settings=settings, steps=settings.steps, **common)
+    names = tuple(worlds.WORLDS)
+    both = domain_tasks(teacher, names, **sizes)
+    orders = {f"{names[0]} first": both}
+    if stage == "domains":
+        orders[f"{names[1]} first"] = both[::-1]
+    extra = {"reference": beyond(teacher, names, both[0])}
+    extra |= {"shown": SHOWN} if stage == "domains" else {}
+    return study(stage, orders, settings=settings, steps=settings.steps, **common, **extra)
+
+
+def fine_tune(
+    teacher: StableDiffusionPipeline, photos: str | Path, settings: Settings, folder: Path
+) -> None:
+    """Teach the mini teacher the photographs, with the task term alone; it goes on where it was."""
+    size = teacher.unet.config.sample_size * teacher.vae_scale_factor
+    done = folder / "unet"
+    if done.is_dir():
+        teacher.unet.load_state_dict(models.load_student(folder, teacher).unet.state_dict())
+        return
+    distill(
+        teacher.unet,
+        teacher,
+        load_dataset(photos, "train", size),
+        steps=settings.tuning,
+        batch_size=settings.batch_size,
+        weights=LossWeights.only("task"),
+        learning_rate=settings.learning_rate,
+        output_dir=folder,
+        resume=True,
+        label="fine-tuning the teacher",
+    )
+
+
+def _sheet(teacher: StableDiffusionPipeline, settings: Settings, folder: Path) -> Image.Image:
+    """The strips of the teacher and of every strategy, one below the other."""
+    order = slug(f"{next(iter(worlds.WORLDS))} first")
+    files = [folder / f"domains-{order}-{slug(n)}-{settings.seeds[0]}.png" for n in DOMAINS]
+    strips = [strip(teacher, SHOWN, settings), *(np.asarray(Image.open(f)) for f in files)]
+    return Image.fromarray(np.concatenate(strips))

@@ -1,0 +1,41 @@
+import pandas as pd
+import pytest
+
+from kdc.studies.claims import Claim, check
+
+ROWS = pd.DataFrame(
+    {
+        "candidate": ["new"] * 3 + ["old"] * 3,
+        "seed": [0, 1, 2] * 2,
+        "accuracy": [0.8, 0.82, 0.81, 0.5, 0.51, 0.53],
+        "frechet": [5.0, 9.0, 7.0, 7.0, 6.0, 8.0],
+    }
+)
+
+
+def test_a_claim_holds_fails_or_stays_open():
+    claims = [
+        Claim("better", "new", "old", "accuracy"),
+        Claim("not worse", "new", "old", "accuracy", "not worse"),
+        Claim("no difference", "new", "old", "accuracy", "open"),
+        Claim("worse", "new", "old", "accuracy", "worse"),
+        Claim("backwards", "old", "new", "accuracy", "not worse"),
+        Claim("cannot be told", "new", "old", "frechet"),
+        Claim("and is not", "new", "old", "frechet", "open"),
+        Claim("nor worse", "new", "old", "frechet", "not worse"),
+    ]
+    table = check(ROWS, claims)
+    assert table["outcome"].tolist() == [
+        "holds", "holds", "FAILS", "FAILS", "FAILS", "open", "holds", "holds",
+    ]  # fmt: skip
+    assert table["found"].tolist() == ["better"] * 4 + ["worse"] + ["open"] * 3
+    assert table["difference"][0].startswith("+0.297 [") and set(table["seeds"]) == {3}
+
+
+def test_measures_may_be_others_and_words_are_checked():
+    table = check(ROWS, [Claim("turned", "new", "old", "accuracy")], {"accuracy": "lower"})
+    assert table["outcome"].tolist() == ["FAILS"]
+    absent = [Claim("a", "new", "older", "accuracy"), Claim("b", "new", "old", "unseen")]
+    assert check(ROWS, absent).empty
+    with pytest.raises(ValueError, match="better, worse, not worse, open"):
+        Claim("", "new", "old", "accuracy", "nicer")
