@@ -177,7 +177,7 @@ def study(
             )
             draws = shown if order == next(iter(orders)) and seed == settings.seeds[0] else ()
             for label, trial in trials.items():
-                stem = Path(folder) / f"{name}-{slug(order)}-{slug(label)}-{seed}"
+                stem = stem_of(folder, name, order, label, seed)
 
                 def make(
                     trial=trial, seed=seed, scorer=scorer, tasks=tasks, first=first, draws=draws,
@@ -205,6 +205,11 @@ def study(
     return rows
 
 
+def stem_of(folder: str | Path, name: str, order: str, label: str, seed: int) -> Path:
+    """Where a sequence's row (.json) and pictures (.png) lie, without the suffix."""
+    return Path(folder) / f"{name}-{slug(order)}-{slug(label)}-{seed}"
+
+
 def _first(task, teacher, settings: Settings, steps: int, seed: int) -> Learnt:
     student = slim(teacher.unet, settings.plan)
     return learn_first(task, student, teacher, **training(settings, steps, seed))
@@ -216,3 +221,8 @@ def strip(
     """What a pipeline draws for prompts from one seed, side by side: (H, N W, 3) uint8."""
     pictures = models.generate(pipeline, list(prompts), seed=0, steps=settings.sampling_steps)
     return np.concatenate(pictures.permute(0, 2, 3, 1).numpy(), axis=1)
+
+
+def cut(drawn: np.ndarray) -> list[np.ndarray]:
+    """The pictures (3, H, H) of a strip."""
+    return np.split(drawn.transpose(2, 0, 1), drawn.shape[1] // drawn.shape[0], axis=2)

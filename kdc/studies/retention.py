@@ -13,7 +13,7 @@ from kdc import ledger
 from kdc.scores import ScoreMatrix
 from kdc.studies.bench import interval
 from kdc.studies.claims import Claim, check
-from kdc.studies.forgetting import DOMAINS, SHOWN
+from kdc.studies.forgetting import DOMAINS, SHOWN, cut
 
 MEASURES = {
     "old_accuracy": "higher",
@@ -175,11 +175,25 @@ def against_bytes(lines: pd.DataFrame, column: str, dtype: str) -> tuple[list, l
     return means["buffer_bytes"].tolist(), means[column].tolist()
 
 
+def against_ratio(lines: pd.DataFrame) -> dict[str, tuple[list, list]]:
+    """Old and new accuracy by the number of old pictures for each new one, as lines of a panel."""
+    names = {
+        0.25: "replay ratio 0.25",
+        0.5: "replay ratio 0.5",
+        1.0: "replay",
+        2.0: "replay ratio 2",
+    }
+    means = lines.groupby("candidate")[["old_accuracy", "new_accuracy"]].mean()
+    known = {ratio: name for ratio, name in names.items() if name in means.index}
+    return {
+        label: (list(known), means.loc[list(known.values()), column].tolist())
+        for label, column in (("old task", "old_accuracy"), ("new task", "new_accuracy"))
+    }
+
+
 def shown(results: str | Path | None = None) -> tuple[dict[str, list], tuple[str, ...]]:
     """What the teacher and in the end every strategy's student draw, and the captions."""
     sheet = np.asarray(Image.open(Path(results or ledger.RESULTS) / "forgetting_domains.png"))
-    picture = sheet.transpose(2, 0, 1)
-    side = picture.shape[2] // len(SHOWN)
-    strips = np.split(picture, picture.shape[1] // side, axis=1)
     names = ("teacher", *DOMAINS)
-    return {n: np.split(s, len(SHOWN), axis=2) for n, s in zip(names, strips, strict=True)}, SHOWN
+    strips = np.split(sheet, len(names))
+    return {name: cut(drawn) for name, drawn in zip(names, strips, strict=True)}, SHOWN

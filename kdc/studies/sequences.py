@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from torch.utils.data import ConcatDataset
 
 from kdc import ledger, models, worlds
 from kdc.data import load_dataset
 from kdc.distillation import distill
 from kdc.losses import LossWeights
-from kdc.studies.bench import slug
 from kdc.studies.exams import beyond, class_tasks, domain_tasks
-from kdc.studies.forgetting import DOMAINS, SHOWN, STAGES, Settings, strip, study
+from kdc.studies.forgetting import DOMAINS, SHOWN, STAGES, Settings, stem_of, strip, study
 
 
 def run(
@@ -63,7 +63,7 @@ def _measure(stage: str, teacher, settings: Settings, folder: Path, photos) -> l
             rows += study(stage, orders, settings=one, steps=settings.class_steps, **common)
         return rows
     if stage == "photos":
-        fine_tune(teacher, photos, settings, folder / "teacher")
+        fine_tune(teacher, [photos], settings, folder / "teacher")
         tasks = class_tasks(teacher, photos, per_task=None, **sizes)
         return study(stage, {"halves": tasks}, settings=settings, steps=settings.steps, **common)
     names = tuple(worlds.WORLDS)
@@ -77,9 +77,9 @@ def _measure(stage: str, teacher, settings: Settings, folder: Path, photos) -> l
 
 
 def fine_tune(
-    teacher: StableDiffusionPipeline, photos: str | Path, settings: Settings, folder: Path
+    teacher: StableDiffusionPipeline, names: Sequence[str | Path], settings: Settings, folder: Path
 ) -> None:
-    """Teach the mini teacher the photographs, with the task term alone; it goes on where it was."""
+    """Teach the mini teacher these folders, with the task term alone; it goes on where it was."""
     size = teacher.unet.config.sample_size * teacher.vae_scale_factor
     done = folder / "unet"
     if done.is_dir():
@@ -88,7 +88,7 @@ def fine_tune(
     distill(
         teacher.unet,
         teacher,
-        load_dataset(photos, "train", size),
+        ConcatDataset([load_dataset(name, "train", size) for name in names]),
         steps=settings.tuning,
         batch_size=settings.batch_size,
         weights=LossWeights.only("task"),
@@ -101,7 +101,8 @@ def fine_tune(
 
 def _sheet(teacher: StableDiffusionPipeline, settings: Settings, folder: Path) -> Image.Image:
     """The strips of the teacher and of every strategy, one below the other."""
-    order = slug(f"{next(iter(worlds.WORLDS))} first")
-    files = [folder / f"domains-{order}-{slug(n)}-{settings.seeds[0]}.png" for n in DOMAINS]
-    strips = [strip(teacher, SHOWN, settings), *(np.asarray(Image.open(f)) for f in files)]
+    where = "domains", f"{next(iter(worlds.WORLDS))} first"
+    stems = [stem_of(folder, *where, name, settings.seeds[0]) for name in DOMAINS]
+    pictures = [np.asarray(Image.open(stem.with_suffix(".png"))) for stem in stems]
+    strips = [strip(teacher, SHOWN, settings), *pictures]
     return Image.fromarray(np.concatenate(strips))
