@@ -114,7 +114,7 @@ def clip_score(pictures: Tensor, captions: Sequence[str]) -> Tensor:
     return 100 * F.cosine_similarity(clip_features(pictures), text)
 
 
-class _Identity(nn.Module):
+class Identity(nn.Module):
     """Lets torchmetrics take features instead of pictures."""
 
     def __init__(self, width: int):
@@ -134,7 +134,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     fewest = min(len(features), len(reference))
     if fewest < 2 * width:
         raise ValueError(f"{fewest} samples for {width} dimensions: at least {2 * width} needed")
-    metric = FrechetInceptionDistance(feature=_Identity(width), normalize=False)
+    metric = FrechetInceptionDistance(feature=Identity(width), normalize=False)
     metric.set_dtype(torch.float64)
     metric.update(reference.double(), real=True)
     metric.update(features.double(), real=False)
