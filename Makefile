@@ -5,10 +5,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab mini grades slimming lock clean
+.PHONY: help book test lab mini grades slimming distillation forgetting lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The stamp makes the environment once, and again when its lists of packages change.
 .venv/.ready: requirements.lock pyproject.toml
@@ -32,8 +32,8 @@ lab: .venv/.ready ## open the notebooks in JupyterLab
 
 # glibc gives large blocks back to the system after every step and faults them in again, which costs
 # time in every training step on a CPU.
-mini slimming: export MALLOC_MMAP_MAX_ = 0
-mini slimming: export MALLOC_TRIM_THRESHOLD_ = 8000000000
+mini slimming distillation forgetting: export MALLOC_MMAP_MAX_ = 0
+mini slimming distillation forgetting: export MALLOC_TRIM_THRESHOLD_ = 8000000000
 mini: .venv/.ready ## train the embedded models from nothing and put them into the package (hours)
 	$(BIN)/python -m kdc mini --install
 
@@ -42,6 +42,13 @@ grades: .venv/.ready ## grade the embedded models again; PHOTOS=FOLDER adds the 
 
 slimming: .venv/.ready ## measure the study of chapter 01 again, write its files of results/ (hours)
 	$(BIN)/python -m kdc slimming
+
+distillation: .venv/.ready ## measure the study of chapter 02 again (hours)
+	$(BIN)/python -m kdc distillation
+
+forgetting: .venv/.ready ## measure the study of chapter 03 again (hours); PHOTOS=FOLDER adds photographs
+	$(BIN)/python -m kdc forgetting
+	$(if $(PHOTOS),$(BIN)/python -m kdc forgetting photos --photos "$(PHOTOS)")
 
 lock: ## write requirements.lock from the versions now in .venv
 	$(BIN)/python -m pip install --quiet --no-deps -e .

@@ -73,6 +73,12 @@ def _forgetting(args) -> None:
         print(path)
 
 
+def _trial(args) -> None:
+    from kdc.studies import trial
+
+    print(trial.run(args.results))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kdc", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -109,6 +115,9 @@ def main(argv: list[str] | None = None) -> None:
     forgetting.add_argument("--output-dir", default="outputs/forgetting", help="for resuming")
     forgetting.add_argument("--results", help="where to write (default: results/)")
     forgetting.set_defaults(run=_forgetting)
+    trial = commands.add_parser("trial", help="spoil pictures, see which score notices (A2)")
+    trial.add_argument("--results", help="where to write (default: results/)")
+    trial.set_defaults(run=_trial)
     args = parser.parse_args(argv)
     args.run(args)
 

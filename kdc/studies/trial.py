@@ -1,0 +1,249 @@
+"""The metrics on trial: pictures spoilt in known ways, and which score notices at which dose."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import adjust_hue, gaussian_blur
+from tqdm.auto import tqdm
+
+from kdc import ledger, metrics, worlds
+from kdc.extractors import find_extractor
+from kdc.mini.grades import balanced_prompts, renderings_of
+from kdc.perceptual import find_perceptual
+from kdc.statistics import SET_MEASURES
+
+SCORES = {
+    "fid": "lower",
+    "kid": "lower",
+    "precision": "higher",
+    "recall": "higher",
+    "clip": "higher",
+    "lpips": "lower",
+    "accuracy": "higher",
+    "leakage": "lower",
+}
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """Pictures (N, 3, H, W) uint8 with what each was asked to show.
+
+    Two other sets show the same: the `reference`, from which some faults copy, and pictures
+    `held_back`.
+    """
+
+    pictures: Tensor
+    asked: list[worlds.Attributes]
+    reference: Tensor
+    held_back: Tensor
+
+    def put(self, pictures: Tensor, asked: list | None = None) -> Exhibit:
+        return Exhibit(pictures, asked or self.asked, self.reference, self.held_back)
+
+
+Fault = Callable[[Exhibit, float, torch.Generator], Exhibit]
+
+
+def _blur(x: Exhibit, dose: float, generator: torch.Generator) -> Exhibit:
+    return x.put(gaussian_blur(x.pictures, 13, dose)) if dose else x
+
+
+def _hue(x: Exhibit, dose: float, generator: torch.Generator) -> Exhibit:
+    return x.put(adjust_hue(x.pictures, dose)) if dose else x
+
+
+def _dropped(x: Exhibit, dose: float, generator: torch.Generator) -> Exhibit:
+    """A share of the kinds is never drawn: other kinds stand in their place, rightly captioned."""
+    kinds = sorted({a.kind for a in x.asked})
+    order = torch.randperm(len(kinds), generator=generator).tolist()
+    lost = {kinds[i] for i in order[: round(dose * len(kinds))]}
+    kept = [i for i, a in enumerate(x.asked) if a.kind not in lost]
+    picks = torch.randint(len(kept), (len(x.asked),), generator=generator).tolist()
+    whole = set(kept)
+    rows = [i if i in whole else kept[picks[i]] for i in range(len(x.asked))]
+    return x.put(x.pictures[rows], [x.asked[i] for i in rows])
+
+
+def _wrong(x: Exhibit, dose: float, generator: torch.Generator) -> Exhibit:
+    """A share of the captions goes to other pictures."""
+    count = round(dose * len(x.asked))
+    rows = torch.randperm(len(x.asked), generator=generator)[:count].tolist()
+    asked = list(x.asked)
+    for here, there in zip(rows, rows[1:] + rows[:1], strict=True):
+        asked[here] = x.asked[there]
+    return x.put(x.pictures, asked)
+
+
+def _copied(x: Exhibit, dose: float, generator: torch.Generator) -> Exhibit:
+    """A share of the pictures is taken from the reference, as by a model that memorised it."""
+    count = min(round(dose * len(x.pictures)), len(x.reference))
+    pictures = x.pictures.clone()
+    pictures[:count] = x.reference[:count]
+    return x.put(pictures)
+
+
+def _same(x: Exhibit, dose: float, generator: torch.Generator) -> Exhibit:
+    """A share of the pictures is one and the same."""
+    pictures = x.pictures.clone()
+    pictures[: round(dose * len(pictures))] = x.pictures[0]
+    return x.put(pictures)
+
+
+def _resized(x: Exhibit, dose: float, generator: torch.Generator) -> Exhibit:
+    """Made smaller by a factor without a filter, as careless loaders do, and large again."""
+    if dose <= 1:
+        return x
+    size = x.pictures.shape[-2:]
+    small = F.interpolate(x.pictures.float(), scale_factor=1 / dose, mode="nearest")
+    return x.put(F.interpolate(small, size, mode="bilinear").round().to(torch.uint8))
+
+
+def _jpeg(x: Exhibit, dose: float, generator: torch.Generator) -> Exhibit:
+    """Saved as JPEG; the dose is 100 minus the quality, 0 leaves the pictures alone."""
+    if not dose:
+        return x
+    pictures = []
+    for picture in x.pictures.permute(0, 2, 3, 1).numpy():
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=round(100 - dose))
+        pictures.append(np.asarray(Image.open(file)))
+    return x.put(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
+
+
+FAULTS: dict[str, tuple[Fault, tuple[float, ...], str]] = {
+    "blur": (_blur, (0, 0.5, 1, 2, 4), "deviation of the blur in pixels"),
+    "colour shift": (_hue, (0, 0.05, 0.1, 0.2, 0.4), "turn of the hue"),
+    "mode dropping": (_dropped, (0, 0.1, 0.25, 0.5, 0.75), "share of kinds dropped"),
+    "wrong caption": (_wrong, (0, 0.1, 0.25, 0.5, 1), "share of captions exchanged"),
+    "memorised copies": (_copied, (0, 0.1, 0.25, 0.5, 1), "share of pictures copied"),
+    "one picture": (_same, (0, 0.1, 0.25, 0.5, 1), "share that is one picture"),
+    "resize": (_resized, (1, 1.33, 2, 4, 8), "factor"),
+    "jpeg": (_jpeg, (0, 20, 50, 80, 95), "100 minus the quality"),
+}
+# What each score is expected to notice at the largest dose, written before the trial was held.
+NOTICED: Mapping[str, Sequence[str]] = {
+    "blur": ("fid", "kid", "precision", "lpips", "accuracy"),
+    "colour shift": ("fid", "kid", "clip", "lpips", "accuracy"),
+    "mode dropping": ("fid", "kid", "recall"),
+    "wrong caption": ("clip", "accuracy"),
+    "memorised copies": ("leakage",),
+    "one picture": ("fid", "kid", "recall", "clip", "accuracy"),
+    "resize": ("fid", "kid", "precision", "lpips"),
+    "jpeg": ("fid", "kid", "precision", "lpips"),
+}
+
+
+def exhibit(count: int, seed: int) -> Exhibit:
+    """`count` renderings of balanced attributes, and twice as many others of the same."""
+    every = balanced_prompts(1, held_out=False)
+    rows = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
+    asked = [every[rows[i % len(every)]] for i in range(count)]
+    pictures, *others = (renderings_of(asked, base + seed) for base in (100, 200, 300))
+    return Exhibit(pictures, asked, *others)
+
+
+def judge(spoilt: Exhibit, original: Exhibit) -> dict[str, float]:
+    """All scores of spoilt pictures; LPIPS pairs them with the originals.
+
+    `leakage` is the share of pictures whose nearest neighbour, in normalised features of the
+    embedded CLIP, is in the reference and not among those held back: a half for strangers.
+    """
+    see = find_extractor("mini-clip")
+    features, reference = see(spoilt.pictures), see(original.reference)
+    scores = {name: measure(features, reference) for name, measure in SET_MEASURES.items()}
+    captions = [worlds.caption(a) for a in spoilt.asked]
+    scores["clip"] = metrics.clip_score(spoilt.pictures, captions).mean().item()
+    distance = find_perceptual("mini-lpips")
+    scores["lpips"] = distance(spoilt.pictures, original.pictures).mean().item()
+    scores["accuracy"] = metrics.attribute_accuracy(spoilt.pictures, spoilt.asked)["all"]
+    drawn, *others = (F.normalize(x) for x in (features, reference, see(original.held_back)))
+    near, far = ((drawn @ other.T).amax(dim=1) for other in others)
+    scores["leakage"] = (near > far).float().mean().item()
+    return scores
+
+
+def hold(
+    faults: Sequence[str] = (), count: int = 288, seeds: Sequence[int] = (0, 1, 2)
+) -> pd.DataFrame:
+    """A row for each fault (default: all), dose and seed, with all scores.
+
+    Raises `ValueError` for an unknown fault.
+    """
+    if unknown := set(faults) - set(FAULTS):
+        raise ValueError(f"unknown faults {sorted(unknown)}; they are {', '.join(FAULTS)}")
+    rows = []
+    todo = [(f, d, s) for s in seeds for f in faults or FAULTS for d in FAULTS[f][1]]
+    original: dict[int, Exhibit] = {}
+    for fault, dose, seed in tqdm(todo, desc="trial", mininterval=2):
+        if seed not in original:
+            original = {seed: exhibit(count, seed)}
+        generator = torch.Generator().manual_seed(seed)
+        spoilt = FAULTS[fault][0](original[seed], dose, generator)
+        rows.append({"fault": fault, "dose": dose, "seed": seed} | judge(spoilt, original[seed]))
+    return pd.DataFrame(rows)
+
+
+def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each fault and score: how much worse it got at the largest dose, in units of its spread.
+
+    The spread is the deviation over seeds of the unspoilt pictures' score, at least a thousandth of
+    the scores' range. `noticed` is a fall of more than three of them, `expected` what was written
+    down, `ok` whether they agree.
+    """
+    found = []
+    for fault, group in rows.groupby("fault", sort=False):
+        clean = group[group["dose"] == group["dose"].min()]
+        worst = group[group["dose"] == group["dose"].max()]
+        for score, aim in SCORES.items():
+            change = worst[score].mean() - clean[score].mean()
+            worse = change if aim == "lower" else -change
+            spread = clean[score].std(ddof=1) if len(clean) > 1 else 0.0
+            spread = max(spread, 1e-3 * (rows[score].max() - rows[score].min()), 1e-9)
+            noticed, expected = worse / spread > 3, score in NOTICED[fault]
+            found.append(
+                {"fault": fault, "score": score, "change": change, "spreads": worse / spread}
+                | {"noticed": noticed, "expected": expected, "ok": noticed == expected}
+            )
+    return pd.DataFrame(found)
+
+
+def bias(
+    counts: Sequence[int], width: int = 16, shift: float = 1.0, seeds: Sequence[int] = range(20)
+) -> pd.DataFrame:
+    """Fréchet distance and KID of Gaussians, equal and shifted, by the number of samples.
+
+    The true Fréchet distances are 0 for "equal" and `shift`^2 for "shifted": the means of two unit
+    Gaussians of that width differ by `shift`.
+    """
+    rows = []
+    for count in counts:
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(1000 * count + seed)
+            a, b = (
+                torch.randn(count, width, generator=generator, dtype=torch.float64)
+                for _ in range(2)
+            )
+            for name, delta in (("equal", 0.0), ("shifted", shift)):
+                moved = b.clone()
+                moved[:, 0] += delta
+                scores = {n: SET_MEASURES[n](a, moved) for n in ("fid", "kid")}
+                rows.append({"count": count, "seed": seed, "pair": name} | scores)
+    return pd.DataFrame(rows)
+
+
+def run(results: str | Path | None = None, **settings) -> Path:
+    """Hold the whole trial and write `metrics_trial.json`; `settings` are those of `hold`."""
+    rows = hold(**settings)
+    gaussians = bias((20, 32, 64, 128, 256, 512, 1024, 2048))
+    values = {"rows": rows.to_dict("records"), "gaussians": gaussians.to_dict("records")}
+    return ledger.write("metrics_trial", values, results, **settings)
