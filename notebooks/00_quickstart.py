@@ -119,7 +119,6 @@ plt.show()
 # steps with guidance, after a warm-up, the two pipelines in turn, so that whatever else the machine
 # is doing slows both. The median is shown with the range from the fastest to the slowest round.
 
-
 # %%
 def time_one(pipeline) -> float:
     start = time.perf_counter()

@@ -24,7 +24,7 @@ from kdc.mini.teacher import sampling_scheduler, train_teacher
 from kdc.models import ASSETS, load_teacher, save_student
 from kdc.slimming import slim
 
-STUDENT_RECIPE = "corrected"  # what `kdc.studies.terms.best` chose
+STUDENT_RECIPE = "corrected"  # of the shipped student; `studies.terms.best` has found a better one
 
 
 def make_autoencoder(out: Path, **settings) -> None:
@@ -65,7 +65,7 @@ def make_teacher(out: Path, **settings) -> None:
 
 
 def make_student(out: Path, steps: int = 800, batch_size: int = 16, **settings) -> None:
-    """The student by the best recipe of the study of chapter 02, with more steps and pictures."""
+    """The student by a recipe of the study of chapter 02, with more steps and pictures."""
     from kdc.studies.distillation import RECIPES, pictures_of  # which builds on this package
 
     recipe = RECIPES[STUDENT_RECIPE]

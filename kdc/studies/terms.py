@@ -109,8 +109,7 @@ def measured(
 def best(rows: pd.DataFrame) -> str:
     """The recipe of the plan "kdc" with the lowest rank, averaged over the measures.
 
-    Ranks are those of means over seeds. The rule was fixed before the study ran; the shipped
-    student is made by what it chooses.
+    Ranks are those of means over seeds. The rule was fixed before the study ran.
     """
     names = [name for name in rows["candidate"].unique() if RECIPES[name].plan == "kdc"]
     present = [measure for measure in MEASURES if measure in rows]
