@@ -244,6 +244,7 @@ labels = ["temperature", "error that all channels share", "unit of the features"
 figures.lines(panels, labels, ["semilogx", "log", "log"], {"limit": limit})
 plt.show()
 
+
 # %% [markdown]
 # ## The experiment, small
 #
@@ -251,7 +252,6 @@ plt.show()
 # number of steps. The measure is fixed in advance: the mean squared difference between student and
 # teacher on **test** pictures, over a grid of timesteps, with noise that no recipe trained on.
 # At the `quick` budget this is a demonstration with one seed; the study below decides.
-
 
 # %%
 def distance_to_teacher(unet) -> float:
