@@ -11,13 +11,14 @@ import pandas as pd
 from accelerate import PartialState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from kdc.distillation import LAYOUT, check_fit, fingerprint
+from kdc.distillation import LAYOUT, check_fit
 from kdc.lesson import forward_process
 from kdc.losses import LossWeights
 from kdc.records import Counts, Records
 from kdc.rehearsal import Learner, Learnt, in_pipeline
 from kdc.replay import ReplayBuffer
 from kdc.scores import DIRECTIONS, ScoreMatrix
+from kdc.storage import fingerprint
 from kdc.strategies import STRATEGIES, RankOneFisher, Strategy, find_strategy
 from kdc.tasks import Task, split_classes
 from kdc.training import TrainSettings
@@ -101,7 +102,7 @@ def run_sequence(
     _check(every, strategy, student, teacher, weights, buffer, directions)
     if batch_size < 1 or not 0 <= caption_dropout <= 1:
         raise ValueError("batch_size must be at least 1 and caption_dropout between 0 and 1")
-    if first and (strategy.joint or strategy.source == "carry_over"):
+    if first and strategy.begins_its_own_way:
         raise ValueError(f"{strategy.name} learns the first task in its own way: leave first out")
     if strategy.source == "carry_over" and buffer is None:
         buffer = ReplayBuffer(policy="carry_over", dtype="float32", seed=seed)

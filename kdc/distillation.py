@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import pandas as pd
 import torch
 from accelerate import PartialState
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdc.data import LatentDataset, cache_latents
@@ -19,17 +17,10 @@ from kdc.losses import LossWeights
 from kdc.models import save_student
 from kdc.slimming import slim
 from kdc.speed import quickened, reduced, refuse_unusable
+from kdc.storage import fingerprint
 from kdc.training import TrainSettings, has_bf16, train
 
 LAYOUT = ("down_block_types", "mid_block_type", "up_block_types", "layers_per_block")
-
-
-def fingerprint(*tensors: Tensor) -> str:
-    """A short hash of the tensors' bytes, by which a run knows its data and teacher again."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def distill(

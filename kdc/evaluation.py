@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 
 from kdc import metrics, worlds
 from kdc.data import load_dataset
-from kdc.distillation import fingerprint
-from kdc.extractors import Extractor, check_pictures, find_extractor
+from kdc.extractors import Extractor, find_extractor
 from kdc.models import generate
 from kdc.perceptual import find_perceptual
 from kdc.statistics import SET_MEASURES, floor, student_interval
+from kdc.storage import fingerprint
 
 DIRECTIONS = {
     "accuracy": "higher",
@@ -113,7 +113,7 @@ def evaluate(
     per_picture: dict[str, Tensor] = {}
     by_seed: dict[str, list[float]] = {}
     if "accuracy" in possible:
-        right = [_shows(batch, asked) for batch in pictures]
+        right = [metrics.shown_attributes(batch, asked)["all"] for batch in pictures]
         per_picture["accuracy"] = torch.stack(right).float()
     if "clip" in possible:
         with torch.inference_mode():
@@ -211,8 +211,8 @@ def _features_of(reference, see: Extractor, pipeline) -> Tensor:
         reference = load_dataset(reference, "test", size)
     if not isinstance(reference, Tensor):
         signed = torch.stack([reference[i]["image"] for i in range(len(reference))])
-        reference = ((signed.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8)
-    check_pictures(reference)
+        reference = metrics.as_bytes(signed)
+    metrics.check_pictures(reference)
     if reference.shape[-2:] != (size, size):
         raise ValueError(
             f"reference pictures are {tuple(reference.shape[-2:])}, the pipeline draws {size} x "
@@ -228,11 +228,6 @@ def _same_count(real: Tensor, count: int) -> Tensor:
     """As many rows of the reference as there are pictures of one seed, always the same ones."""
     rows = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     return real[rows[:count]]
-
-
-def _shows(pictures: Tensor, asked: Sequence[worlds.Attributes]) -> Tensor:
-    found, target = metrics.predicted_attributes(pictures), metrics.labels_of(list(asked))
-    return torch.stack([found[name] == target[name] for name in target]).all(dim=0)
 
 
 def _checksum(name: str, judge) -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdc import metrics
-from kdc.distillation import fingerprint
+from kdc.storage import fingerprint
 
 BATCH = 64
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -42,7 +42,7 @@ class Extractor:
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """Raises `ValueError` for anything but uint8 pictures, `RuntimeError` in training mode."""
-        check_pictures(pictures)
+        metrics.check_pictures(pictures)
         if self.model.training:
             raise RuntimeError(f"the extractor {self.name} is in training mode: call .eval() on it")
         device = next(self.model.parameters()).device
@@ -51,30 +51,11 @@ class Extractor:
         return torch.cat(parts)
 
 
-def check_pictures(pictures: Tensor) -> None:
-    """Raise `ValueError` for what is not a batch of uint8 pictures, and say how to make it one."""
-    if pictures.ndim != 4 or pictures.shape[1] != 3:
-        raise ValueError(f"expected pictures (N, 3, H, W), got shape {tuple(pictures.shape)}")
-    if pictures.dtype != torch.uint8:
-        seen = (
-            f"[{pictures.min().item():.3g}, {pictures.max().item():.3g}]" if len(pictures) else ""
-        )
-        raise ValueError(
-            f"expected uint8 pictures in 0..255, got {pictures.dtype} in {seen}: from [0, 1] make "
-            "them with (x * 255 + 0.5).to(torch.uint8)"
-        )
-
-
 def _mini_clip() -> Extractor:
-    model, tokenizer = metrics.mini_clip()
-
-    def read(texts: Sequence[str]) -> Tensor:
-        words = _tokens(tokenizer, texts)
-        hidden = model.text_model(input_ids=words.input_ids).pooler_output
-        return model.text_projection(hidden)
-
+    model, _ = metrics.mini_clip()
     width = model.config.projection_dim
-    return Extractor("mini-clip", width, model, metrics.clip_features, read)
+    see, read = metrics.clip_features, metrics.clip_text_features
+    return Extractor("mini-clip", width, model, see, read)
 
 
 def _clip_vit_b16() -> Extractor:
@@ -89,7 +70,7 @@ def _clip_vit_b16() -> Extractor:
         return model.visual_projection(hidden)
 
     def read(texts: Sequence[str]) -> Tensor:
-        words = _tokens(tokenizer, texts).to(model.device)
+        words = metrics.pad_tokens(tokenizer, texts).to(model.device)
         hidden = model.text_model(**words).pooler_output
         return model.text_projection(hidden)
 
@@ -147,13 +128,3 @@ def _normalised(pictures: Tensor, size: int, statistics) -> Tensor:
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in statistics)
     return (x - mean) / std
-
-
-def _tokens(tokenizer, texts: Sequence[str]):
-    return tokenizer(
-        list(texts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )

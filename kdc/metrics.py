@@ -58,11 +58,27 @@ def mini_lpips() -> lpips.LPIPS:
     return metric.eval()
 
 
-def _signed(pictures: Tensor, size: int = 64) -> Tensor:
-    if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
-        raise ValueError(
-            f"expected uint8 pictures (N, 3, H, W), got {pictures.dtype} {tuple(pictures.shape)}"
+def as_bytes(signed: Tensor) -> Tensor:
+    """Pictures in [-1, 1] (values outside are clipped) as uint8, on the CPU."""
+    return ((signed.float().cpu().clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8)
+
+
+def check_pictures(pictures: Tensor) -> None:
+    """Raise `ValueError` for what is not a batch of uint8 pictures, and say how to make it one."""
+    if pictures.ndim != 4 or pictures.shape[1] != 3:
+        raise ValueError(f"expected uint8 pictures (N, 3, H, W), got shape {tuple(pictures.shape)}")
+    if pictures.dtype != torch.uint8:
+        seen = (
+            f"[{pictures.min().item():.3g}, {pictures.max().item():.3g}]" if len(pictures) else ""
         )
+        raise ValueError(
+            f"expected uint8 pictures in 0..255, got {pictures.dtype} in {seen}: from [0, 1] make "
+            "them with (x * 255 + 0.5).to(torch.uint8)"
+        )
+
+
+def _signed(pictures: Tensor, size: int = 64) -> Tensor:
+    check_pictures(pictures)
     x = pictures.float() / 127.5 - 1
     if x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
@@ -77,15 +93,19 @@ def predicted_attributes(pictures: Tensor) -> dict[str, Tensor]:
     return {name: torch.cat([p[name] for p in parts]).argmax(dim=1) for name in parts[0]}
 
 
-def attribute_accuracy(pictures: Tensor, asked: Sequence[worlds.Attributes]) -> dict[str, float]:
-    """Share of pictures that show the asked-for colour, kind, background, and all three at once."""
+def shown_attributes(pictures: Tensor, asked: Sequence[worlds.Attributes]) -> dict[str, Tensor]:
+    """Whether each picture shows the asked-for colour, kind, background, and "all": (N,) bool."""
     if len(pictures) != len(asked):
         raise ValueError(f"{len(pictures)} pictures for {len(asked)} attributes")
     found, target = predicted_attributes(pictures), labels_of(list(asked))
     right = {name: found[name] == target[name] for name in target}
-    scores = {name: hits.float().mean().item() for name, hits in right.items()}
-    scores["all"] = torch.stack(list(right.values())).all(dim=0).float().mean().item()
-    return scores
+    return right | {"all": torch.stack(list(right.values())).all(dim=0)}
+
+
+def attribute_accuracy(pictures: Tensor, asked: Sequence[worlds.Attributes]) -> dict[str, float]:
+    """Share of pictures that show the asked-for colour, kind, background, and all three at once."""
+    right = shown_attributes(pictures, asked)
+    return {name: hits.float().mean().item() for name, hits in right.items()}
 
 
 @torch.inference_mode()
@@ -100,18 +120,27 @@ def clip_features(pictures: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def clip_score(pictures: Tensor, captions: Sequence[str]) -> Tensor:
-    """100 times the cosine of picture and caption in the mini CLIP's space, (N,)."""
+def clip_text_features(captions: Sequence[str]) -> Tensor:
+    """Mini-CLIP features of captions, (N, 64), not normalised."""
     model, tokenizer = mini_clip()
-    words = tokenizer(
+    words = pad_tokens(tokenizer, captions)
+    return model.text_projection(model.text_model(input_ids=words.input_ids).pooler_output)
+
+
+def pad_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]):
+    """The tokenizer's own padded batch of captions, each as long as its text encoder reads."""
+    return tokenizer(
         list(captions),
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     )
-    text = model.text_projection(model.text_model(input_ids=words.input_ids).pooler_output)
-    return 100 * F.cosine_similarity(clip_features(pictures), text)
+
+
+def clip_score(pictures: Tensor, captions: Sequence[str]) -> Tensor:
+    """100 times the cosine of picture and caption in the mini CLIP's space, (N,)."""
+    return 100 * F.cosine_similarity(clip_features(pictures), clip_text_features(captions))
 
 
 class Identity(nn.Module):
@@ -139,12 +168,3 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     metric.update(reference.double(), real=True)
     metric.update(features.double(), real=False)
     return metric.compute().item()
-
-
-@torch.inference_mode()
-def lpips_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mini-LPIPS of paired pictures, (N,)."""
-    if a.shape != b.shape:
-        raise ValueError(f"pictures differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
-    pairs = zip(a.split(BATCH), b.split(BATCH), strict=True)
-    return torch.cat([mini_lpips()(_signed(x), _signed(y)).flatten() for x, y in pairs])

@@ -9,8 +9,8 @@ import lpips
 import torch
 from torch import Tensor
 
-from kdc.distillation import fingerprint
 from kdc.metrics import BATCH, mini_lpips
+from kdc.storage import fingerprint
 
 NETS = {"lpips-alex": "alex", "lpips-vgg": "vgg"}
 

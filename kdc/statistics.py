@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -83,6 +84,18 @@ def floor(
         rows = torch.randperm(len(reference), generator=generator)[: 2 * count]
         values.append(measure(reference[rows[:count]], reference[rows[count:]]))
     return float(np.mean(values)), float(np.std(values, ddof=1))
+
+
+def share_nearer(features: Tensor, one: Tensor, other: Tensor) -> float:
+    """The share of features (N, d) whose nearest neighbour, by cosine, is in `one` and not `other`.
+
+    Both are sets (M, d) of equal size; a half is what strangers of both have.
+    """
+    if len(one) != len(other):
+        raise ValueError(f"sets of equal size are needed, not {len(one)} and {len(other)}")
+    drawn, *sets = (F.normalize(x, dim=1) for x in (features, one, other))
+    near, far = ((drawn @ rows.T).amax(dim=1) for rows in sets)
+    return (near > far).float().mean().item()
 
 
 def student_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:

@@ -61,6 +61,11 @@ class Strategy:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
 
+    @property
+    def begins_its_own_way(self) -> bool:
+        """Whether it learns even the first task unlike plain fine-tuning."""
+        return self.joint or self.source == "carry_over"
+
     def replayed(self, batch_size: int) -> int:
         """Old pictures that go with a batch of new ones."""
         if self.source is None:

@@ -32,7 +32,7 @@ def test_curves_draw_mean_and_range_and_skip_missing_terms():
 
 def test_lines_go_through_their_points_on_the_axes_that_were_asked_for():
     panels = {"a": {"one": ([1, 2], [3, 4]), "two": ([1, 2], [5, 6])}, "b": {"one": ([1], [2])}}
-    figure = figures.lines(panels, ["x", "y"], ["semilogx", "log"], {"a": 3.5})
+    figure = figures.lines(panels, ["x", "y"], ["semilogx", "log"], {"a": ("goal", 3.5)})
     left, right = figure.axes
     assert left.lines[1].get_xydata().tolist() == [[1, 5], [2, 6]]
     assert left.lines[2].get_ydata() == [3.5, 3.5] and len(right.lines) == 1

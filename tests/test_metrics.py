@@ -6,6 +6,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from kdc import metrics, worlds
 from kdc.mini.grades import balanced_prompts, renderings_of
+from kdc.perceptual import find_perceptual
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +57,14 @@ def test_lpips_is_the_packages_arithmetic_on_our_trunk(renderings):
         for f, g in zip(*layers, strict=True):
             f, g = (x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in (f, g))
             by_hand = by_hand + (f - g).square().sum(1).mean(dim=(1, 2))
-    assert torch.allclose(metrics.lpips_distance(a, b), by_hand, rtol=1e-3)
+    assert torch.allclose(find_perceptual("mini-lpips")(a, b), by_hand, rtol=1e-3)
 
 
 def test_lpips_grows_with_the_distortion(renderings):
     pictures = renderings[0][:32]
-    assert metrics.lpips_distance(pictures, pictures).abs().max() < 1e-6
+    assert find_perceptual("mini-lpips")(pictures, pictures).abs().max() < 1e-6
     distances = [
-        metrics.lpips_distance(pictures, gaussian_blur(pictures, 9, sigma)).mean().item()
+        find_perceptual("mini-lpips")(pictures, gaussian_blur(pictures, 9, sigma)).mean().item()
         for sigma in (0.5, 1.0, 2.0)
     ]
     assert 0 < distances[0] < distances[1] < distances[2]
@@ -78,4 +79,4 @@ def test_wrong_ranges_and_sizes_are_refused(renderings):
     with pytest.raises(ValueError, match="attributes"):
         metrics.attribute_accuracy(pictures[:2], shown[:3])
     with pytest.raises(ValueError, match="shape"):
-        metrics.lpips_distance(pictures[:2], pictures[:3])
+        find_perceptual("mini-lpips")(pictures[:2], pictures[:3])

@@ -16,7 +16,7 @@ def shown():
 
 @pytest.mark.parametrize("fault", trial.FAULTS)
 def test_no_dose_spoils_nothing_and_the_largest_does(fault, shown):
-    spoil, doses, _ = trial.FAULTS[fault]
+    spoil, doses = trial.FAULTS[fault]
     few = trial.Exhibit(*(getattr(shown, f.name)[:24] for f in dataclasses.fields(shown)))
     before = few.pictures.clone()
     clean = spoil(few, doses[0], torch.Generator().manual_seed(0))

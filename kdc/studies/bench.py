@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
-from scipy import stats
 
 from kdc import metrics, models, worlds
 from kdc.data import LatentDataset, cache_latents, load_dataset
 from kdc.mini.grades import balanced_prompts, renderings_of
+from kdc.statistics import student_interval
 
 MEASURES = {
     "output_error": "lower",
@@ -140,7 +141,7 @@ def compare(
             continue
         wide = rows.pivot(index="seed", columns="candidate", values=measure)
         difference = (wide[candidate] - wide[rival]).dropna()
-        low, high = interval(difference, confidence)
+        low, high = student_interval(difference, confidence)
         good = high < 0 if aim == "lower" else low > 0
         bad = low > 0 if aim == "lower" else high < 0
         verdict = "better" if good else "worse" if bad else "open"
@@ -149,9 +150,15 @@ def compare(
     return pd.DataFrame(table).T
 
 
-def interval(values: pd.Series, confidence: float = 0.95) -> tuple[float, float]:
-    """Student's interval of the mean of some values; NaN below two of them."""
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.sem()
-    return values.mean() - half, values.mean() + half
+def strip(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], steps: int, seed: int = 0
+) -> np.ndarray:
+    """What a pipeline draws for prompts from one seed, side by side: (H, N W, 3) uint8."""
+    pictures = models.generate(pipeline, list(prompts), seed=seed, steps=steps)
+    return np.concatenate(pictures.permute(0, 2, 3, 1).numpy(), axis=1)
+
+
+def cut(sheet: np.ndarray, names: Sequence[str], columns: int) -> dict[str, list[np.ndarray]]:
+    """The pictures (3, H, W) of strips that lie one below the other, one for each name."""
+    strips = np.split(sheet.transpose(2, 0, 1), len(names), axis=1)
+    return {n: np.split(one, columns, axis=2) for n, one in zip(names, strips, strict=True)}

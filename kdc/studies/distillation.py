@@ -20,11 +20,12 @@ from PIL import Image
 from kdc import ledger, models, worlds
 from kdc.agreement import output_error
 from kdc.data import LatentDataset, latents_of_captions, with_captions
-from kdc.distillation import distill, fingerprint
+from kdc.distillation import distill
 from kdc.losses import LossWeights
 from kdc.mini.grades import balanced_prompts
 from kdc.slimming import slim
-from kdc.studies.bench import Bench, Extent, kept, prepare, score, slug
+from kdc.storage import fingerprint
+from kdc.studies.bench import Bench, Extent, kept, prepare, score, slug, strip
 from kdc.studies.memory import Answer, remembering
 from kdc.taps import tap_names
 
@@ -174,12 +175,6 @@ def judge(bench: Bench, unet: UNet2DConditionModel, seed: int) -> dict:
     return row | score(bench, models.with_unet(bench.teacher, unet), seed)
 
 
-def strip(pipeline: StableDiffusionPipeline, extent: Extent, seed: int = 0) -> np.ndarray:
-    """What a pipeline draws from `SHOWN` and one seed, side by side: (H, 8 W, 3) uint8."""
-    pictures = models.generate(pipeline, list(SHOWN), seed=seed, steps=extent.sampling_steps)
-    return np.concatenate(pictures.permute(0, 2, 3, 1).numpy(), axis=1)
-
-
 def _as_usual(recipe: Recipe) -> bool:
     """Whether a recipe draws its batches as most do, and so asks the teacher what they ask."""
     return (recipe.data, recipe.caption_dropout) == ("real", Recipe().caption_dropout)
@@ -213,7 +208,9 @@ def study(
                 unet, log = follow(bench, pictures(recipe.data), recipe, seed, settings, shared)
                 if seed == settings.seeds[0] and bench.asked:
                     student = models.with_unet(bench.teacher, unet)
-                    Image.fromarray(strip(student, settings)).save(stem.with_suffix(".png"))
+                    Image.fromarray(strip(student, SHOWN, settings.sampling_steps)).save(
+                        stem.with_suffix(".png")
+                    )
                 return {"row": judge(bench, unet, seed), "log": log.to_dict("list")}
 
             made_with = fixed | {"recipe": dataclasses.asdict(recipe), "seed": seed}
@@ -248,6 +245,9 @@ def run(
     }
     path = ledger.write("distillation", values, results, **vars(chosen))
     first = [Path(folder) / f"{slug(name)}-{chosen.seeds[0]}.png" for name in recipes]
-    strips = [strip(bench.teacher, chosen), *(np.asarray(Image.open(file)) for file in first)]
+    strips = [
+        strip(bench.teacher, SHOWN, chosen.sampling_steps),
+        *(np.asarray(Image.open(file)) for file in first),
+    ]
     Image.fromarray(np.concatenate(strips)).save(path.with_suffix(".png"))
     return path

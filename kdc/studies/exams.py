@@ -17,9 +17,10 @@ from kdc import metrics, models, worlds
 from kdc.agreement import output_error
 from kdc.continual import Task
 from kdc.data import LatentDataset, cache_latents, load_dataset
-from kdc.distillation import fingerprint
 from kdc.mini.grades import renderings_of
 from kdc.replay import ReplayBuffer
+from kdc.statistics import share_nearer
+from kdc.storage import fingerprint
 from kdc.studies.memory import Answer, remembering
 from kdc.tasks import split_classes
 
@@ -181,7 +182,7 @@ def _world_exam(
 def _features(real: Tensor) -> Tensor | None:
     if len(real) < ENOUGH:
         return None
-    return metrics.clip_features(((real.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8))
+    return metrics.clip_features(metrics.as_bytes(real))
 
 
 def _repeated(captions: Sequence[str], count: int) -> list[str]:
@@ -196,7 +197,8 @@ def leakage(buffer: ReplayBuffer, task: Task, scorer: Scorer) -> dict[str, float
 
     Each drawing looks for its nearest picture, in normalised features of the embedded CLIP, among
     the decoded items of the task and as many pictures held back. `share` is how many find it in the
-    buffer: a half where nothing leaks. None where the buffer holds nothing of the task any more.
+    buffer: a half where nothing leaks. Items that later tasks pushed out are not seen. None where
+    the buffer holds nothing of the task any more.
     """
     items = buffer.items()
     mean = items["mean"][items["task"] == 0]
@@ -209,13 +211,8 @@ def leakage(buffer: ReplayBuffer, task: Task, scorer: Scorer) -> dict[str, float
     def seen(latents: Tensor) -> Tensor:
         parts = latents.to(vae.device, vae.dtype).split(64)
         real = torch.cat([vae.decode(x / vae.config.scaling_factor).sample for x in parts])
-        pictures = ((real.float().cpu().clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8)
-        return torch.nn.functional.normalize(metrics.clip_features(pictures))
+        return metrics.clip_features(metrics.as_bytes(real))
 
-    drawn = torch.nn.functional.normalize(metrics.clip_features(scorer.drawn[task.name]))
-    near = [(drawn @ seen(x[:count]).T).amax(dim=1) for x in (mean, other)]
-    return {
-        "share": (near[0] > near[1]).float().mean().item(),
-        "items": count,
-        "drawn": len(drawn),
-    }
+    drawn = metrics.clip_features(scorer.drawn[task.name])
+    share = share_nearer(drawn, seen(mean[:count]), seen(other[:count]))
+    return {"share": share, "items": count, "drawn": len(drawn)}

@@ -12,18 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from kdc import models
 from kdc.continual import STRATEGIES, SequenceResult, Strategy, Task, learn_first, run_sequence
-from kdc.distillation import fingerprint
 from kdc.losses import LossWeights
 from kdc.rehearsal import Learnt
 from kdc.replay import ReplayBuffer
 from kdc.slimming import slim
-from kdc.studies.bench import kept, slug
+from kdc.storage import fingerprint
+from kdc.studies.bench import kept, slug, strip
 from kdc.studies.exams import Scorer, leakage
 
 SHOWN = (  # four of each world
@@ -163,8 +161,8 @@ def study(
     """A row for each order, seed and trial; each is kept in `folder` as soon as it is there.
 
     A row holds the matrices by metric, the counts by task, and where there is a buffer its
-    `leakage`. The student of the first order and seed also draws the prompts `shown`, at the end
-    and after the first task, into pictures beside the rows.
+    `leakage`. The student of the first order and seed in the end also draws the prompts `shown`,
+    into pictures beside the rows.
     """
     made_with = {k: v for k, v in dataclasses.asdict(settings).items() if k != "seeds"}
     made_with |= {"steps": steps, "teacher": fingerprint(*teacher.unet.state_dict().values())}
@@ -183,14 +181,13 @@ def study(
                     trial=trial, seed=seed, scorer=scorer, tasks=tasks, first=first, draws=draws,
                     stem=stem,
                 ) -> dict:  # fmt: skip
-                    own = trial.strategy.joint or trial.strategy.source == "carry_over"
-                    begun = None if own else first()
+                    begun = None if trial.strategy.begins_its_own_way else first()
                     result, buffer = follow(
                         tasks, trial, teacher, scorer, settings, steps=steps, seed=seed,
                         reference=reference, first=begun,
                     )  # fmt: skip
                     if draws:
-                        drawn = strip(scorer.last, draws, settings)
+                        drawn = strip(scorer.last, draws, settings.sampling_steps)
                         Image.fromarray(drawn).save(stem.with_suffix(".png"))
                     return {
                         "matrices": {k: m.to_dict() for k, m in result.matrices.items()},
@@ -213,16 +210,3 @@ def stem_of(folder: str | Path, name: str, order: str, label: str, seed: int) ->
 def _first(task, teacher, settings: Settings, steps: int, seed: int) -> Learnt:
     student = slim(teacher.unet, settings.plan)
     return learn_first(task, student, teacher, **training(settings, steps, seed))
-
-
-def strip(
-    pipeline: StableDiffusionPipeline, prompts: Sequence[str], settings: Settings
-) -> np.ndarray:
-    """What a pipeline draws for prompts from one seed, side by side: (H, N W, 3) uint8."""
-    pictures = models.generate(pipeline, list(prompts), seed=0, steps=settings.sampling_steps)
-    return np.concatenate(pictures.permute(0, 2, 3, 1).numpy(), axis=1)
-
-
-def cut(drawn: np.ndarray) -> list[np.ndarray]:
-    """The pictures (3, H, H) of a strip."""
-    return np.split(drawn.transpose(2, 0, 1), drawn.shape[1] // drawn.shape[0], axis=2)

@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from kdc.distillation import fingerprint
+from kdc.storage import fingerprint
 
 Answer = tuple[Tensor, dict[str, Tensor]]
 
@@ -27,8 +27,8 @@ def remembering(
     Kept are its output and those of the submodules called `names`; an answer from memory is handed
     to the forward hooks of these submodules as well, so that taps see what they would have seen.
     Bit for bit the same as computing again. For calls without gradients and with
-    `return_dict=False` only. A hook on another submodule would see nothing: it raises
-    `RuntimeError`.
+    `return_dict=False` only; others raise `RuntimeError`, and so does a hook on another submodule,
+    which would see nothing.
     """
     compute, modules = unet.forward, dict(unet.named_modules())
 
@@ -36,7 +36,8 @@ def remembering(
         return output[0] if isinstance(output, tuple) else output
 
     def ask(sample: Tensor, timestep: Tensor, words: Tensor, return_dict: bool) -> tuple[Tensor]:
-        assert not torch.is_grad_enabled() and not return_dict
+        if torch.is_grad_enabled() or return_dict:
+            raise RuntimeError("only calls without gradients and with return_dict=False")
         key = fingerprint(sample, timestep, words)
         if key in answers:
             output, seen = answers[key]

@@ -14,8 +14,9 @@ from kdc import ledger
 from kdc.costs import count_costs
 from kdc.search import sensitivity
 from kdc.slimming import SlimPlan, find_plan, slim, source_of
+from kdc.statistics import student_interval
 from kdc.studies import full_size, slimming, stages
-from kdc.studies.bench import MEASURES, Bench, compare, interval, prepare, score
+from kdc.studies.bench import MEASURES, Bench, compare, prepare, score
 
 
 @dataclass
@@ -152,15 +153,15 @@ def comparisons(rows: pd.DataFrame, found: Iterable[str]) -> dict[str, pd.DataFr
     return tables
 
 
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
+def summary(rows: pd.DataFrame, measures: Iterable[str] = tuple(MEASURES)) -> pd.DataFrame:
     """Mean and Student's 95 % interval over seeds of every measure, by candidate, as text."""
 
     def text(values: pd.Series) -> str:
-        low, high = interval(values)
+        low, high = student_interval(values)
         return f"{values.mean():.3g} [{low:.3g}, {high:.3g}]"
 
     groups = rows.groupby("candidate", sort=False)
-    present = [measure for measure in MEASURES if measure in rows]
+    present = [measure for measure in measures if measure in rows]
     return groups[present].agg(text).assign(seeds=groups.size())
 
 

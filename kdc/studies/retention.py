@@ -11,9 +11,10 @@ from PIL import Image
 
 from kdc import ledger
 from kdc.scores import ScoreMatrix
-from kdc.studies.bench import interval
+from kdc.statistics import student_interval
+from kdc.studies.bench import cut
 from kdc.studies.claims import Claim, check
-from kdc.studies.forgetting import DOMAINS, SHOWN, cut
+from kdc.studies.forgetting import DOMAINS, SHOWN
 
 MEASURES = {
     "old_accuracy": "higher",
@@ -130,7 +131,7 @@ def goals(lines: pd.DataFrame, keep: float = 0.9, lose: float = 0.05) -> pd.Data
     }
     out = {}
     for name, (values, goal, sign) in found.items():
-        low, high = interval(values)
+        low, high = student_interval(values)
         worst = low if sign > 0 else high
         met = sign * (values.mean() - goal) >= 0
         surely = sign * (worst - goal) >= 0
@@ -153,17 +154,6 @@ def mean_matrices(rows: Iterable[Mapping], metric: str, order: str | None = None
         if row["order"] == order:
             found.setdefault(row["candidate"], []).append(matrices(row)[metric].to_frame())
     return {name: sum(frames) / len(frames) for name, frames in found.items()}
-
-
-def summary(lines: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
-    """Mean and Student's 95 % interval over sequences of some columns, by trial, as text."""
-
-    def text(values: pd.Series) -> str:
-        low, high = interval(values)
-        return f"{values.mean():.3g} [{low:.3g}, {high:.3g}]"
-
-    groups = lines.groupby("candidate", sort=False)
-    return groups[list(columns)].agg(text).assign(sequences=groups.size())
 
 
 def against_bytes(lines: pd.DataFrame, column: str, dtype: str) -> tuple[list, list]:
@@ -194,6 +184,4 @@ def against_ratio(lines: pd.DataFrame) -> dict[str, tuple[list, list]]:
 def shown(results: str | Path | None = None) -> tuple[dict[str, list], tuple[str, ...]]:
     """What the teacher and in the end every strategy's student draw, and the captions."""
     sheet = np.asarray(Image.open(Path(results or ledger.RESULTS) / "forgetting_domains.png"))
-    names = ("teacher", *DOMAINS)
-    strips = np.split(sheet, len(names))
-    return {name: cut(drawn) for name, drawn in zip(names, strips, strict=True)}, SHOWN
+    return cut(sheet, ("teacher", *DOMAINS), len(SHOWN)), SHOWN

@@ -15,8 +15,9 @@ from kdc import ledger, models, worlds
 from kdc.data import load_dataset
 from kdc.distillation import distill
 from kdc.losses import LossWeights
+from kdc.studies.bench import strip
 from kdc.studies.exams import beyond, class_tasks, domain_tasks
-from kdc.studies.forgetting import DOMAINS, SHOWN, STAGES, Settings, stem_of, strip, study
+from kdc.studies.forgetting import DOMAINS, SHOWN, STAGES, Settings, stem_of, study
 
 
 def run(
@@ -81,10 +82,6 @@ def fine_tune(
 ) -> None:
     """Teach the mini teacher these folders, with the task term alone; it goes on where it was."""
     size = teacher.unet.config.sample_size * teacher.vae_scale_factor
-    done = folder / "unet"
-    if done.is_dir():
-        teacher.unet.load_state_dict(models.load_student(folder, teacher).unet.state_dict())
-        return
     distill(
         teacher.unet,
         teacher,
@@ -104,5 +101,5 @@ def _sheet(teacher: StableDiffusionPipeline, settings: Settings, folder: Path) -
     where = "domains", f"{next(iter(worlds.WORLDS))} first"
     stems = [stem_of(folder, *where, name, settings.seeds[0]) for name in DOMAINS]
     pictures = [np.asarray(Image.open(stem.with_suffix(".png"))) for stem in stems]
-    strips = [strip(teacher, SHOWN, settings), *pictures]
+    strips = [strip(teacher, SHOWN, settings.sampling_steps), *pictures]
     return Image.fromarray(np.concatenate(strips))

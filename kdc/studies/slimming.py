@@ -20,11 +20,12 @@ from diffusers import UNet2DConditionModel
 from kdc import models
 from kdc.agreement import drawing_judge, output_error
 from kdc.costs import count_costs
-from kdc.distillation import distill, fingerprint
+from kdc.distillation import distill
 from kdc.knapsack import Budget, cost_every_subset, random_plans
 from kdc.parts import plan_without
 from kdc.search import Judge, recovered_worth, search_plan, sensitivity
 from kdc.slimming import PLANS, SlimPlan, find_plan, slim
+from kdc.storage import fingerprint
 from kdc.studies.bench import Bench, Extent, kept, score, slug
 
 SEARCH_SEED = 1000

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from kdc import ledger, losses
-from kdc.studies.bench import MEASURES, prepare, score
+from kdc.studies.bench import MEASURES, cut, prepare, score
 from kdc.studies.claims import Claim
 from kdc.studies.distillation import RECIPES, SHOWN, Settings, study
 
@@ -132,13 +132,9 @@ def gap_closed(rows: pd.DataFrame, teacher: pd.DataFrame, start: str = "task") -
 
 def shown(results: str | Path | None = None) -> tuple[dict[str, list[np.ndarray]], tuple[str, ...]]:
     """What the teacher and the student of every recipe draw from one seed, and the captions."""
-    picture = np.asarray(Image.open(Path(results or ledger.RESULTS) / "distillation.png"))
-    picture = picture.transpose(2, 0, 1)
-    side = picture.shape[2] // len(SHOWN)
+    sheet = np.asarray(Image.open(Path(results or ledger.RESULTS) / "distillation.png"))
     names = ("teacher", *dict.fromkeys(stored(results)[0]["candidate"]))
-    strips = np.split(picture, picture.shape[1] // side, axis=1)
-    rows = {n: np.split(s, len(SHOWN), axis=2) for n, s in zip(names, strips, strict=True)}
-    return rows, SHOWN
+    return cut(sheet, names, len(SHOWN)), SHOWN
 
 
 def closed_forms(seed: int = 1) -> tuple[dict[str, dict], float]:

@@ -20,7 +20,7 @@ from kdc import ledger, metrics, worlds
 from kdc.extractors import find_extractor
 from kdc.mini.grades import balanced_prompts, renderings_of
 from kdc.perceptual import find_perceptual
-from kdc.statistics import SET_MEASURES
+from kdc.statistics import SET_MEASURES, share_nearer
 
 SCORES = {
     "fid": "lower",
@@ -120,15 +120,17 @@ def _jpeg(x: Exhibit, dose: float, generator: torch.Generator) -> Exhibit:
     return x.put(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
 
 
-FAULTS: dict[str, tuple[Fault, tuple[float, ...], str]] = {
-    "blur": (_blur, (0, 0.5, 1, 2, 4), "deviation of the blur in pixels"),
-    "colour shift": (_hue, (0, 0.05, 0.1, 0.2, 0.4), "turn of the hue"),
-    "mode dropping": (_dropped, (0, 0.1, 0.25, 0.5, 0.75), "share of kinds dropped"),
-    "wrong caption": (_wrong, (0, 0.1, 0.25, 0.5, 1), "share of captions exchanged"),
-    "memorised copies": (_copied, (0, 0.1, 0.25, 0.5, 1), "share of pictures copied"),
-    "one picture": (_same, (0, 0.1, 0.25, 0.5, 1), "share that is one picture"),
-    "resize": (_resized, (1, 1.33, 2, 4, 8), "factor"),
-    "jpeg": (_jpeg, (0, 20, 50, 80, 95), "100 minus the quality"),
+# The doses: pixels of deviation, turns of the hue, shares of kinds, captions and pictures, a
+# factor, and 100 minus the quality.
+FAULTS: dict[str, tuple[Fault, tuple[float, ...]]] = {
+    "blur": (_blur, (0, 0.5, 1, 2, 4)),
+    "colour shift": (_hue, (0, 0.05, 0.1, 0.2, 0.4)),
+    "mode dropping": (_dropped, (0, 0.1, 0.25, 0.5, 0.75)),
+    "wrong caption": (_wrong, (0, 0.1, 0.25, 0.5, 1)),
+    "memorised copies": (_copied, (0, 0.1, 0.25, 0.5, 1)),
+    "one picture": (_same, (0, 0.1, 0.25, 0.5, 1)),
+    "resize": (_resized, (1, 1.33, 2, 4, 8)),
+    "jpeg": (_jpeg, (0, 20, 50, 80, 95)),
 }
 # What each score is expected to notice at the largest dose, written before the trial was held.
 NOTICED: Mapping[str, Sequence[str]] = {
@@ -166,9 +168,7 @@ def judge(spoilt: Exhibit, original: Exhibit) -> dict[str, float]:
     distance = find_perceptual("mini-lpips")
     scores["lpips"] = distance(spoilt.pictures, original.pictures).mean().item()
     scores["accuracy"] = metrics.attribute_accuracy(spoilt.pictures, spoilt.asked)["all"]
-    drawn, *others = (F.normalize(x) for x in (features, reference, see(original.held_back)))
-    near, far = ((drawn @ other.T).amax(dim=1) for other in others)
-    scores["leakage"] = (near > far).float().mean().item()
+    scores["leakage"] = share_nearer(features, reference, see(original.held_back))
     return scores
 
 

@@ -1,9 +1,9 @@
-"""Arrays in, matplotlib figures out. Imports no other module of the library."""
+"""Tables as bars, dots, colours and trade-offs."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -11,118 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-COLOURS = ("#33658a", "#c8553d", "#588b5b", "#8e5aa8", "#d99b2b", "#4a4a4a", "#c76f9b")
-
-
-def _as_image(picture) -> np.ndarray:
-    """(3, H, W) uint8, or (3, H, W) float in [-1, 1], to an (H, W, 3) image."""
-    array = np.asarray(picture)
-    if array.dtype != np.uint8:
-        array = ((np.clip(array, -1, 1) + 1) * 127.5 + 0.5).astype(np.uint8)
-    return array.transpose(1, 2, 0)
-
-
-def picture_grid(
-    rows: Mapping[str, Sequence],
-    captions: Sequence[str] | None = None,
-    scale: float = 1.25,
-    title: str | None = None,
-) -> Figure:
-    """Named rows of pictures (3, H, W), with a caption above each column."""
-    columns = max(len(pictures) for pictures in rows.values())
-    figure, axes = plt.subplots(
-        len(rows),
-        columns,
-        figsize=(columns * scale + 1.2, len(rows) * scale + (0.5 if captions else 0.1)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        for axis in line:
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        for axis, picture in zip(line, pictures, strict=False):
-            axis.imshow(_as_image(picture), interpolation="nearest")
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
-    for axis, caption in zip(axes[0], captions or (), strict=False):
-        axis.set_title(_wrap(caption, 16), fontsize=7)
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return figure
-
-
-def _wrap(text: str, width: int) -> str:
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(line) + len(word) + 1 > width:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    return "\n".join([*lines, line])
-
-
-def curves(
-    logs: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]],
-    terms: Sequence[str],
-    smooth: int = 1,
-    log_scale: bool = True,
-) -> Figure:
-    """One panel a term, one line a run; several logs of a run become a mean with its range."""
-    figure, axes = plt.subplots(
-        1, len(terms), figsize=(3.1 * len(terms), 2.7), squeeze=False, layout="constrained"
-    )
-    for axis, term in zip(axes[0], terms, strict=True):
-        for (name, runs), colour in zip(logs.items(), COLOURS * 3, strict=False):
-            runs = [runs] if isinstance(runs, pd.DataFrame) else runs
-            lines = [r.set_index("step")[term] for r in runs if term in r]
-            if not lines:
-                continue
-            table = pd.concat(lines, axis=1).rolling(smooth, min_periods=1).mean()
-            axis.plot(table.index, table.mean(axis=1), color=colour, label=name, lw=1.5)
-            if table.shape[1] > 1:
-                low, high = table.min(axis=1), table.max(axis=1)
-                axis.fill_between(table.index, low, high, color=colour, alpha=0.2, lw=0)
-        axis.set(title=term, xlabel="step")
-        if log_scale and axis.lines:
-            axis.set_yscale("log")
-        axis.grid(alpha=0.3)
-    if len(logs) > 1:
-        handles, labels = max(
-            (a.get_legend_handles_labels() for a in axes[0]), key=lambda x: len(x[0])
-        )
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(4, len(logs)), fontsize=8
-        )
-    return figure
-
-
-def bars(
-    values: Mapping[str, Mapping[str, float]],
-    ylabel: str,
-    log_scale: bool = False,
-    errors: Mapping[str, Mapping[str, float]] | None = None,
-) -> Figure:
-    """Groups of bars: {group: {bar: value}}, the bars of one name in one colour."""
-    names = list(dict.fromkeys(name for group in values.values() for name in group))
-    figure, axis = plt.subplots(
-        figsize=(max(4.5, 0.45 * len(names) * len(values) + 2), 3), layout="constrained"
-    )
-    width = 0.8 / len(names)
-    for index, (name, colour) in enumerate(zip(names, COLOURS * 3, strict=False)):
-        heights = [group.get(name, np.nan) for group in values.values()]
-        error = [errors[g].get(name, 0) for g in values] if errors else None
-        places = np.arange(len(values)) + (index - (len(names) - 1) / 2) * width
-        axis.bar(places, heights, width * 0.92, color=colour, label=name, yerr=error)
-    axis.set_xticks(range(len(values)), list(values))
-    axis.set_ylabel(ylabel)
-    if log_scale:
-        axis.set_yscale("log")
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
-    if len(names) > 1:
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return figure
+from kdc.figures.colours import COLOURS
 
 
 def spread_bars(draws: Mapping[str, pd.DataFrame], xlabel: str, log_scale: bool = True) -> Figure:
@@ -178,36 +67,6 @@ def dots(
     return figure
 
 
-def lines(
-    panels: Mapping[str, Mapping[str, tuple[Sequence, Sequence]]],
-    xlabels: Sequence[str],
-    scales: Sequence[str] | None = None,
-    levels: Mapping[str, float] | None = None,
-) -> Figure:
-    """Panels of lines side by side: {title: {label: (x, y)}}, an x label for each panel.
-
-    `scales` are "log" where both axes are logarithmic, "semilogx" where x alone is, "linear" (the
-    default). `levels` draws a dotted line across the panel of that title.
-    """
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.6 * len(panels), 2.9), squeeze=False, layout="constrained"
-    )
-    scales = scales or ["linear"] * len(panels)
-    for axis, (title, drawn), xlabel, scale in zip(
-        axes[0], panels.items(), xlabels, scales, strict=True
-    ):
-        for (label, (x, y)), colour in zip(drawn.items(), COLOURS * 3, strict=False):
-            axis.plot(x, y, color=colour, label=label, marker="o" if len(x) < 8 else None)
-        if levels and title in levels:
-            axis.axhline(levels[title], ls=":", color="k", label="the closed form")
-        axis.set(title=title, xlabel=xlabel)
-        axis.set_xscale("linear" if scale == "linear" else "log")
-        axis.set_yscale("log" if scale == "log" else "linear")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    return figure
-
-
 def heat_map(tables: Mapping[str, pd.DataFrame], label: str, log_scale: bool = True) -> Figure:
     """Tables with the same rows as colours on one scale, side by side, their columns along x."""
     rows, widest = (max(table.shape[i] for table in tables.values()) for i in (0, 1))
@@ -225,7 +84,9 @@ def heat_map(tables: Mapping[str, pd.DataFrame], label: str, log_scale: bool = T
     for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
         image = axis.imshow(table.to_numpy(), aspect="auto", cmap="viridis", norm=norm)
         axis.set_yticks(range(len(table)), table.index, fontsize=9)
-        axis.set_xticks(range(table.shape[1]), table.columns, fontsize=8)
+        texts = [str(name) for name in table.columns]
+        turn = 90 if sum(map(len, texts)) > 5 * len(texts) else 0  # else they would touch
+        axis.set_xticks(range(len(texts)), texts, fontsize=8, rotation=turn)
         axis.set_xlabel(table.columns.name)
         axis.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, label=label)

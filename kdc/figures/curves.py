@@ -1,0 +1,106 @@
+"""Lines and bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kdc.figures.colours import COLOURS
+
+
+def curves(
+    logs: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]],
+    terms: Sequence[str],
+    smooth: int = 1,
+    log_scale: bool = True,
+) -> Figure:
+    """One panel a term, one line a run; several logs of a run become a mean with its range."""
+    figure, axes = plt.subplots(
+        1, len(terms), figsize=(3.1 * len(terms), 2.7), squeeze=False, layout="constrained"
+    )
+    for axis, term in zip(axes[0], terms, strict=True):
+        for (name, runs), colour in zip(logs.items(), COLOURS * 3, strict=False):
+            runs = [runs] if isinstance(runs, pd.DataFrame) else runs
+            lines = [r.set_index("step")[term] for r in runs if term in r]
+            if not lines:
+                continue
+            table = pd.concat(lines, axis=1).rolling(smooth, min_periods=1).mean()
+            axis.plot(table.index, table.mean(axis=1), color=colour, label=name, lw=1.5)
+            if table.shape[1] > 1:
+                low, high = table.min(axis=1), table.max(axis=1)
+                axis.fill_between(table.index, low, high, color=colour, alpha=0.2, lw=0)
+        axis.set(title=term, xlabel="step")
+        if log_scale and axis.lines:
+            axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    if len(logs) > 1:
+        handles, labels = max(
+            (a.get_legend_handles_labels() for a in axes[0]), key=lambda x: len(x[0])
+        )
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(4, len(logs)), fontsize=8
+        )
+    return figure
+
+
+def bars(
+    values: Mapping[str, Mapping[str, float]],
+    ylabel: str,
+    log_scale: bool = False,
+    errors: Mapping[str, Mapping[str, float]] | None = None,
+) -> Figure:
+    """Groups of bars: {group: {bar: value}}, the bars of one name in one colour."""
+    names = list(dict.fromkeys(name for group in values.values() for name in group))
+    figure, axis = plt.subplots(
+        figsize=(max(4.5, 0.45 * len(names) * len(values) + 2), 3), layout="constrained"
+    )
+    width = 0.8 / len(names)
+    for index, (name, colour) in enumerate(zip(names, COLOURS * 3, strict=False)):
+        heights = [group.get(name, np.nan) for group in values.values()]
+        error = [errors[g].get(name, 0) for g in values] if errors else None
+        places = np.arange(len(values)) + (index - (len(names) - 1) / 2) * width
+        axis.bar(places, heights, width * 0.92, color=colour, label=name, yerr=error)
+    axis.set_xticks(range(len(values)), list(values))
+    axis.set_ylabel(ylabel)
+    if log_scale:
+        axis.set_yscale("log")
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    if len(names) > 1:
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
+
+
+def lines(
+    panels: Mapping[str, Mapping[str, tuple[Sequence, Sequence]]],
+    xlabels: Sequence[str],
+    scales: Sequence[str] | None = None,
+    levels: Mapping[str, tuple[str, float]] | None = None,
+) -> Figure:
+    """Panels of lines side by side: {title: {label: (x, y)}}, an x label for each panel.
+
+    `scales` are "log" where both axes are logarithmic, "semilogx" where x alone is, "linear" (the
+    default). `levels` {title: (label, y)} draws a dotted line across a panel.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.6 * len(panels), 2.9), squeeze=False, layout="constrained"
+    )
+    scales = scales or ["linear"] * len(panels)
+    for axis, (title, drawn), xlabel, scale in zip(
+        axes[0], panels.items(), xlabels, scales, strict=True
+    ):
+        for (label, (x, y)), colour in zip(drawn.items(), COLOURS * 3, strict=False):
+            axis.plot(x, y, color=colour, label=label, marker="o" if len(x) < 8 else None)
+        if levels and title in levels:
+            label, y = levels[title]
+            axis.axhline(y, ls=":", color="k", label=label)
+        axis.set(title=title, xlabel=xlabel)
+        axis.set_xscale("linear" if scale == "linear" else "log")
+        axis.set_yscale("log" if scale == "log" else "linear")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure
