@@ -169,8 +169,8 @@ def main(argv: list[str] | None = None) -> None:
     rounds = args.rounds or SIZES[args.size]["rounds"]
     batch_size = args.batch_size or SIZES[args.size]["batch_size"]
     warnings.filterwarnings("ignore", category=FutureWarning)
-    setup = getattr(setups, args.size)(device)
     if args.peak_of:
+        setup = getattr(setups, args.size)(device)
         one = start([args.peak_of], setup, batch_size, rounds + 1)[args.peak_of]
         one.step()  # the optimiser's state, and what is compiled
         peaks = [peak_of_step(one.step, device) for _ in range(rounds)]
@@ -180,22 +180,25 @@ def main(argv: list[str] | None = None) -> None:
     names = ["reference", "ours"] + ["compiled"] * args.compile
     if args.size == "mini":
         names = ["reference", "other seed", "ours"] + names[2:] + ["checkpointed"]
+    bf16 = has_bf16(device)
+    peak_of = functools.partial(peak, args.size, device=args.device, batch_size=batch_size)
+    measured = [name for name in names if name != "other seed"] + ["chosen"] * bf16
+    # Before the race, so that the race, which takes longest, is written down as soon as it is over.
+    peaks = {name: peak_of(name) for name in measured}
+
+    setup = getattr(setups, args.size)(device)
     values = {"size": args.size, "batch_size": batch_size, "rounds": rounds, "names": NAMES}
     values["floor"] = floors(setup, device, batch_size)
     times, curves = race(names, setup, device, batch_size, rounds)
     values["contenders"] = as_ratios(times, batch_size)
     if args.size == "mini":
         values["curves"] = compare_curves(curves)
-    values["chosen_precision"] = "bf16" if has_bf16(device) else "float32"
-    measured = [name for name in names if name != "other seed"]
-    if has_bf16(device):
+    values["chosen_precision"] = "bf16" if bf16 else "float32"
+    if bf16:
         again, _ = race(["reference", "chosen"], setup, device, batch_size, rounds)
         values["contenders"]["chosen"] = as_ratios(again, batch_size)["chosen"]
-        measured.append("chosen")
-    del setup
-    peak_of = functools.partial(peak, args.size, device=args.device, batch_size=batch_size)
-    for name in measured:
-        values["contenders"][name] |= {f"{k}_bytes": v for k, v in peak_of(name).items()}
+    for name, bytes_ in peaks.items():
+        values["contenders"][name] |= {f"{k}_bytes": v for k, v in bytes_.items()}
     report(values, GOALS[args.size])
     settings = {"rounds": rounds, "batch_size": batch_size, "threads": args.threads}
     path = ledger.write(f"distill_step_{args.size}", values, args.results, **settings)

@@ -6,8 +6,10 @@ where neither has them that is an error: a score is never silently computed by a
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,8 +93,27 @@ def _dinov2() -> Extractor:
 def _inception_v3() -> Extractor:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval()
+    with _tensors_only():
+        model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval()
     return Extractor("inception-v3", 2048, model, lambda pictures: model(pictures)[0])
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Inside, files in PyTorch's own format are read by the unpickler that knows tensors alone.
+
+    The weights of the published Inception network exist in no other format, and torch-fidelity
+    would read them with the one that runs whatever code a file holds.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 EXTRACTORS: dict[str, Callable[[], Extractor]] = {

@@ -60,7 +60,7 @@ from kdc.budgets import settle
 from kdc.lesson import forward_process
 from kdc.studies import distillation as study
 from kdc.studies import report, terms
-from kdc.studies.claims import check
+from kdc.studies.claims import check, laid_out
 
 started = time.perf_counter()
 table = {
@@ -296,9 +296,8 @@ plt.show()
 
 # %%
 table = pd.DataFrame(distances, index=pd.Index(seeds, name="seed")).T
-table.assign(mean=table.mean(axis=1), left=table.mean(axis=1) / just_cut).style.format(
-    {seed: "{:.4f}" for seed in seeds} | {"mean": "{:.4f}", "left": "{:.1%}"}
-)
+mean = table.mean(axis=1)
+table.assign(mean=mean, **{"of that after the cut": mean / just_cut}).round(4)
 
 # %% [markdown]
 # ## Pictures
@@ -361,13 +360,13 @@ plt.show()
 # %%
 pd.set_option("display.max_colwidth", None, "display.max_rows", 100)
 against = report.compare(rows, "as published", "task")["verdict"]
-display(check(rows, terms.CLAIMS["the corrected loss"]))
+display(laid_out(check(rows, terms.CLAIMS["the corrected loss"])))
 print("as published against the task alone:", against.to_dict())
 
 # %% [markdown]
 # From copied weights the corrected loss is ahead of the published one in every measure, and no part of
-# it is ahead of the whole. Against the task alone the published loss gains nothing: the first line below
-# the table. Most of the gain is the feature term's: with the task alone beside it, it comes
+# it is ahead of the whole. Against the task alone the published loss gains nothing: see the line below the
+# table. Most of the gain is the feature term's: with the task alone beside it, it comes
 # near the whole. From *random* weights 200 steps are too few for anyone to draw what is asked for.
 # There the accuracies lie near chance, and only error and distance tell recipes apart.
 #
@@ -375,7 +374,7 @@ print("as published against the task alone:", against.to_dict())
 
 # %%
 print("the best recipe of the plan kdc, by its mean rank over the measures:", terms.best(rows))
-pd.concat(check(rows, terms.CLAIMS[part]) for part in terms.FURTHER)
+laid_out(pd.concat(check(rows, terms.CLAIMS[part]) for part in terms.FURTHER))
 
 # %% [markdown]
 # The defect that costs is the summed soft term. Mending it alone (`published, soft mended`: the mean

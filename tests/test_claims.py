@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from kdc.studies.claims import Claim, check
+from kdc.studies.claims import Claim, check, laid_out
 
 ROWS = pd.DataFrame(
     {
@@ -30,6 +30,13 @@ def test_a_claim_holds_fails_or_stays_open():
     ]  # fmt: skip
     assert table["found"].tolist() == ["better"] * 4 + ["worse"] + ["open"] * 3
     assert table["difference"][0].startswith("+0.297 [") and set(table["seeds"]) == {3}
+
+
+def test_a_table_for_the_eye_says_a_claim_once():
+    claims = [Claim("ahead", "new", "old", m) for m in ("accuracy", "frechet")]
+    table = laid_out(check(ROWS, claims))
+    assert table.index.nlevels == 3 and list(table) == ["expected", "difference", "outcome"]
+    assert table.to_html().count("ahead") == 1
 
 
 def test_measures_may_be_others_and_words_are_checked():

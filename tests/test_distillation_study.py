@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kdc
+import kdc.recipes
 from kdc import LossWeights
 from kdc.mini.grades import balanced_prompts
 from kdc.studies import distillation as study
@@ -38,19 +39,19 @@ def test_the_recipes_differ_and_change_one_thing_at_a_time():
     assert recipes["corrected"].weights == LossWeights()
     assert recipes["random start: as published"].weights == LossWeights.as_published()
     with pytest.raises(ValueError, match="real, teacher-made, swapped captions"):
-        study.Recipe(data="invented")
+        kdc.recipes.Recipe(data="invented")
 
 
 def test_swapped_captions_and_made_pictures_reach_the_combinations_never_trained(bench):
     rare = {kdc.worlds.caption(a) for a in balanced_prompts(1, held_out=True)}
-    swapped = study.pictures_of("swapped captions", bench.teacher, bench.train)
+    swapped = kdc.recipes.pictures_of("swapped captions", bench.teacher, bench.train)
     assert torch.equal(swapped.mean, bench.train.mean)
     shown = {swapped.captions[i] for i in swapped.caption_index.tolist()}
     assert len(shown) > 10 and not rare & set(bench.train.captions)
     with pytest.MonkeyPatch.context() as patch:
         some = balanced_prompts(1, held_out=True)[:3]
-        patch.setattr(study, "balanced_prompts", lambda copies, held_out: some if held_out else [])
-        made = study.pictures_of("teacher-made", bench.teacher, bench.train, made=1, steps=1)
+        patch.setattr(kdc.recipes, "every_combination", lambda: some)
+        made = kdc.recipes.pictures_of("teacher-made", bench.teacher, bench.train, made=1, steps=1)
     assert set(made.captions) == {kdc.worlds.caption(a) for a in some} and set(made.captions) < rare
     assert made.mean.shape == (3, 4, 16, 16) and not made.std.any()
 

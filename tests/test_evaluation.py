@@ -1,4 +1,6 @@
 import dataclasses
+import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -108,6 +110,30 @@ def test_an_extractor_that_cannot_be_had_is_an_error_and_never_another(monkeypat
     monkeypatch.setattr(perceptual.lpips, "LPIPS", broken)
     with pytest.raises(RuntimeError, match="'lpips-alex' cannot be loaded"):
         perceptual.find_perceptual("lpips-alex")
+
+
+def test_no_code_of_a_foreign_file_is_run(tmp_path, monkeypatch):
+    """torch-fidelity reads its weights without a restriction; here no file can run code."""
+    ran = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (ran,)
+
+    file = tmp_path / "weights.pth"
+    torch.save({"bomb": Bomb()}, file)
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    inception = "torch_fidelity.feature_extractor_inceptionv3"
+    monkeypatch.setattr(
+        f"{inception}.load_state_dict_from_url",
+        lambda *a, **k: torch.load(file, weights_only=False),
+    )
+    extractors.find_extractor.cache_clear()
+    with pytest.raises(RuntimeError, match="'inception-v3' cannot be loaded"):
+        extractors.find_extractor("inception-v3")
+    assert not ran.exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    torch.load(file, weights_only=False)  # outside the file would have run
+    assert ran.exists()
 
 
 def test_features_of_a_reference_are_computed_once_for_its_content(teacher, real, monkeypatch):

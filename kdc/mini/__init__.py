@@ -22,6 +22,7 @@ from kdc.mini.autoencoder import train_autoencoder
 from kdc.mini.judges import train_classifier, train_clip, train_trunk
 from kdc.mini.teacher import sampling_scheduler, train_teacher
 from kdc.models import ASSETS, load_teacher, save_student
+from kdc.recipes import RECIPES, pictures_of
 from kdc.slimming import slim
 
 STUDENT_RECIPE = "corrected"  # of the shipped student; `studies.terms.best` has found a better one
@@ -66,8 +67,6 @@ def make_teacher(out: Path, **settings) -> None:
 
 def make_student(out: Path, steps: int = 800, batch_size: int = 16, **settings) -> None:
     """The student by a recipe of the study of chapter 02, with more steps and pictures."""
-    from kdc.studies.distillation import RECIPES, pictures_of  # which builds on this package
-
     recipe = RECIPES[STUDENT_RECIPE]
     teacher = load_teacher(out.parent / "teacher" / "final")
     student = slim(teacher.unet, recipe.plan, recipe.init)

@@ -68,7 +68,8 @@ def prepare(
     )
     known = dataset == "worlds"
     asked = balanced_prompts(extent.copies, held_out=False) if known else []
-    asked = sorted(random.Random(0).sample(asked, len(asked) // extent.thinned))
+    if extent.thinned > 1:  # else the order stays, by which pictures and noise belong together
+        asked = sorted(random.Random(0).sample(asked, len(asked) // extent.thinned))
     unseen = balanced_prompts(extent.unseen_copies, held_out=True) if known else []
     reference = metrics.clip_features(renderings_of(asked, seed=3)) if asked else None
     return Bench(teacher, train, test, extent, asked, unseen, reference)

@@ -39,6 +39,18 @@ class Claim:
         return "open" if verdict == "open" else "FAILS"
 
 
+def read_claims(table: str) -> list[Claim]:
+    """A claim for each line "text | candidate | rival | measure | expected", the last if it is not
+    "better"."""
+    return [Claim(*(cell.strip() for cell in x.split("|"))) for x in table.split("\n") if x]
+
+
+def laid_out(table: pd.DataFrame) -> pd.DataFrame:
+    """What `check` gives for the eye: equal claims said once, without what the rest implies."""
+    rows = table.drop(columns=["seeds", "found"])
+    return rows.set_index(["claim", "compared", "in"])
+
+
 def check(
     rows: pd.DataFrame, claims: Iterable[Claim], measures: Mapping[str, str] = MEASURES
 ) -> pd.DataFrame:

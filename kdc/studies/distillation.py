@@ -1,7 +1,4 @@
-"""What each distillation term is good for: recipes after equal steps on equal data, over seeds.
-
-A recipe is everything that may differ between two students; the rest is the same for all of them.
-"""
+"""What each distillation term is good for: recipes after equal steps on equal data, over seeds."""
 
 from __future__ import annotations
 
@@ -13,23 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from kdc import ledger, models, worlds
+from kdc import ledger, models
 from kdc.agreement import output_error
-from kdc.data import LatentDataset, latents_of_captions, with_captions
+from kdc.data import LatentDataset
 from kdc.distillation import distill
-from kdc.losses import LossWeights
-from kdc.mini.grades import balanced_prompts
+from kdc.recipes import RECIPES, Recipe, pictures_of
 from kdc.slimming import slim
 from kdc.storage import fingerprint
 from kdc.studies.bench import Bench, Extent, kept, prepare, score, slug, strip
 from kdc.studies.memory import Answer, remembering
 from kdc.taps import tap_names
 
-DATA_SEED = 777  # of the pictures that the teacher makes, and of swapped captions
 SHOWN = (  # the last four show a combination that no training picture shows
     "a red daisy on a sky background",
     "a purple lily on a meadow background",
@@ -40,7 +34,6 @@ SHOWN = (  # the last four show a combination that no training picture shows
     "an orange eyed butterfly on a meadow background",
     "a pink plain butterfly on a sand background",
 )
-DATA = ("real", "teacher-made", "swapped captions")
 
 
 @dataclass(frozen=True)
@@ -54,88 +47,6 @@ class Settings(Extent):
     batch_size: int = 16
     learning_rate: float = 5e-4
     made: int = 4  # pictures that the teacher makes of each combination, never-trained ones too
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one student is made. `data` is one of `DATA`, the other fields are those of `distill`."""
-
-    weights: LossWeights = LossWeights()
-    plan: str = "kdc"
-    init: str = "copy"
-    caption_dropout: float = 0.1
-    data: str = "real"
-
-    def __post_init__(self):
-        if self.data not in DATA:
-            raise ValueError(f"unknown data {self.data!r}; it can be {', '.join(DATA)}")
-
-
-def _terms() -> dict[str, LossWeights]:
-    """The losses of the main comparison: the task, one term more, all terms, as published."""
-    return {
-        "task": LossWeights.only("task"),
-        "task, output": LossWeights.only("task", "output"),
-        "task, soft": LossWeights.only("task", "soft"),
-        "task, feature": LossWeights.only("task", "feature"),
-        "corrected": LossWeights(),
-        "as published": LossWeights.as_published(),
-    }
-
-
-def _options() -> dict[str, Recipe]:
-    """Changes of the corrected loss, one at a time, from copied weights."""
-    change = functools.partial(dataclasses.replace, LossWeights())
-    published = functools.partial(dataclasses.replace, LossWeights.as_published())
-    no_task = change(task=0.0)
-    return {
-        "output": Recipe(LossWeights.only("output")),
-        "soft": Recipe(LossWeights.only("soft")),
-        "feature": Recipe(LossWeights.only("feature")),
-        "without task": Recipe(no_task),
-        "temperature 0.5": Recipe(change(temperature=0.5)),
-        "temperature 8": Recipe(change(temperature=8.0)),
-        "taps at attentions": Recipe(change(taps="attention")),
-        "taps at both": Recipe(change(taps="both")),
-        "features raw": Recipe(change(feature_normalised=False)),
-        "no caption dropout": Recipe(caption_dropout=0.0),
-        "teacher-made": Recipe(data="teacher-made"),
-        "swapped captions": Recipe(no_task, data="swapped captions"),
-        "published, output mended": Recipe(published(output_gradient=True)),
-        "published, soft mended": Recipe(published(soft=0.1, soft_reduction="mean")),
-        "published, newest": Recipe(LossWeights.as_published(newest=True), "kdc-v2", "random"),
-    }
-
-
-RECIPES: dict[str, Recipe] = {
-    **{name: Recipe(weights) for name, weights in _terms().items()},
-    **{f"random start: {n}": Recipe(w, init="random") for n, w in _terms().items()},
-    **_options(),
-}
-
-
-def pictures_of(
-    kind: str,
-    pipeline: StableDiffusionPipeline,
-    real: LatentDataset,
-    *,
-    made: int = Settings.made,
-    steps: int = Settings.sampling_steps,
-) -> LatentDataset:
-    """The training data of one kind of `DATA`.
-
-    The teacher makes, and swapped captions are drawn from, all combinations of attributes, also
-    those that no real training picture shows.
-    """
-    if kind == "real":
-        return real
-    every = balanced_prompts(1, held_out=False) + balanced_prompts(1, held_out=True)
-    captions = [worlds.caption(one) for one in every]
-    if kind == "teacher-made":
-        return latents_of_captions(pipeline, captions * made, DATA_SEED, steps=steps)
-    generator = torch.Generator().manual_seed(DATA_SEED)
-    drawn = torch.randint(len(captions), (len(real),), generator=generator).tolist()
-    return with_captions(real, pipeline, [captions[i] for i in drawn])
 
 
 def follow(

@@ -11,9 +11,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from kdc import ledger, losses
+from kdc.recipes import RECIPES
 from kdc.studies.bench import MEASURES, cut, prepare, score
-from kdc.studies.claims import Claim
-from kdc.studies.distillation import RECIPES, SHOWN, Settings, study
+from kdc.studies.claims import Claim, read_claims
+from kdc.studies.distillation import SHOWN, Settings, study
 
 MAIN = tuple(RECIPES)[:6]  # from copied weights; the same six follow from random ones
 SINGLE = ("task", "output", "soft", "feature")
@@ -66,17 +67,11 @@ def _goals() -> list[Claim]:
     ]
 
 
-def _read(table: str) -> list[Claim]:
-    return [
-        Claim(*(cell.strip() for cell in line.split("|"))) for line in table.split("\n") if line
-    ]
-
-
 CLAIMS = {
     "the corrected loss": _goals(),
-    "the terms": _read(_TERMS),
-    "the defects": _read(_DEFECTS),
-    "the options": _read(_OPTIONS),
+    "the terms": read_claims(_TERMS),
+    "the defects": read_claims(_DEFECTS),
+    "the options": read_claims(_OPTIONS),
 }
 FURTHER = tuple(CLAIMS)[1:]
 
