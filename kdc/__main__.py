@@ -79,6 +79,13 @@ def _trial(args) -> None:
     print(trial.run(args.results))
 
 
+def _evaluation(args) -> None:
+    from kdc.studies import headline
+
+    for path in headline.run(args.results, args.output_dir, args.stages):
+        print(path)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kdc", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -118,6 +125,11 @@ def main(argv: list[str] | None = None) -> None:
     trial = commands.add_parser("trial", help="spoil pictures, see which score notices (A2)")
     trial.add_argument("--results", help="where to write (default: results/)")
     trial.set_defaults(run=_trial)
+    evaluation = commands.add_parser("evaluation", help="the study of chapter 04")
+    evaluation.add_argument("stages", nargs="*", help="which stages (default: all)")
+    evaluation.add_argument("--output-dir", default="outputs/evaluation", help="for resuming")
+    evaluation.add_argument("--results", help="where to write (default: results/)")
+    evaluation.set_defaults(run=_evaluation)
     args = parser.parse_args(argv)
     args.run(args)
 

@@ -25,6 +25,7 @@ from kdc.training import TrainSettings
 
 __all__ = [
     "STRATEGIES",
+    "Evaluate",
     "SequenceResult",
     "Strategy",
     "Task",

@@ -64,6 +64,9 @@ def _options() -> dict[str, Recipe]:
         "swapped captions": Recipe(no_task, data="swapped captions"),
         "published, output mended": Recipe(published(output_gradient=True)),
         "published, soft mended": Recipe(published(soft=0.1, soft_reduction="mean")),
+        "published, both mended": Recipe(
+            published(output_gradient=True, soft=0.1, soft_reduction="mean")
+        ),
         "published, newest": Recipe(LossWeights.as_published(newest=True), "kdc-v2", "random"),
     }
 

@@ -88,8 +88,8 @@ class Learner:
             counts.new_pictures += self.batch_size
             counts.teacher_pictures += self.batch_size * self.weights.needs_teacher
             if rehearsal and len(source):
-                past = _draw(source, count)
-                past = rehearsal(model, *self._posterior(past, generator), generator)
+                past, aside = _draw(source, count), _aside(generator)
+                past = rehearsal(model, *self._posterior(past, aside), aside)
                 counts.old_pictures += count
                 counts.guide_pictures += count * old_weights.needs_teacher
                 share = count / (self.batch_size + count)
@@ -190,6 +190,16 @@ class Learner:
             return lesson(self.student, latents, words, generator)["loss"]
 
         return loss
+
+
+def _aside(generator: torch.Generator) -> torch.Generator:
+    """A generator for old pictures, seeded by the state of that of new ones, which stays as it is.
+
+    So the same new pictures, noise and timesteps come with every strategy.
+    """
+    copied = torch.Generator()
+    copied.set_state(generator.get_state())
+    return torch.Generator().manual_seed(torch.randint(2**62, (), generator=copied).item())
 
 
 def _draw(source: ReplayBuffer, count: int) -> dict:

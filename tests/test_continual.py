@@ -218,6 +218,29 @@ def test_a_fine_tuned_task_is_plain_distillation(tasks, narrow):
     assert torch.equal(weights(student), weights(other))
 
 
+def test_every_strategy_sees_the_same_new_pictures(tasks, narrow, monkeypatch):
+    """Noise, timesteps and pictures of the second task, as the student is shown them."""
+    seen, compute = {}, type(narrow.unet).forward
+
+    def watching(unet, sample, timestep, *arguments, **named):
+        if torch.is_grad_enabled() and unet is not narrow.unet:
+            seen[name].append((sample.detach().clone(), timestep))
+        return compute(unet, sample, timestep, *arguments, **named)
+
+    for name in ("finetune", "replay", "replay+distil", "generative_distillation"):
+        seen[name] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(type(narrow.unet), "forward", watching)
+            run(tasks[:2], name, narrow)
+    alone = seen.pop("finetune")
+    assert len(alone) == 8
+    for name, calls in seen.items():
+        with_old = calls[4:]
+        assert len(with_old) == 8, name
+        for (new, t), (other, u) in zip(alone[4:], with_old[::2], strict=True):
+            assert torch.equal(new, other) and torch.equal(t, u), name
+
+
 def test_old_and_new_pictures_count_by_their_number(tasks, narrow, tmp_path):
     """The first step of the second task by hand: 3 new and 6 old pictures, noise and all."""
     strategy = dataclasses.replace(QUICK["replay"], ratio=2.0)
@@ -228,7 +251,7 @@ def test_old_and_new_pictures_count_by_their_number(tasks, narrow, tmp_path):
     g, data = torch.Generator().manual_seed(1001 * 1009), tasks[1].train
     alphas = DDPMScheduler.from_config(narrow.scheduler.config).alphas_cumprod
 
-    def error(mean, std, embedding):
+    def error(mean, std, embedding, g=g):
         latent = mean + std * torch.randn(mean.shape, generator=g)
         dropped = torch.rand(len(mean), generator=g) < 0.1
         embedding[dropped] = 0
@@ -240,8 +263,10 @@ def test_old_and_new_pictures_count_by_their_number(tasks, narrow, tmp_path):
         return (guess - noise).square().mean().item()
 
     new = error(**data[torch.randint(12, (3,), generator=g)])
-    old = buffer.sample(6)
-    old = error(old["mean"], old["std"], old["embedding"])
+    old, aside = buffer.sample(6), torch.Generator()
+    aside.set_state(g.get_state())  # old pictures draw from a generator that g's state seeds
+    aside.manual_seed(torch.randint(2**62, (), generator=aside).item())
+    old = error(old["mean"], old["std"], old["embedding"], aside)
     assert row["new_loss"] == pytest.approx(new, rel=1e-4)
     assert row["old_loss"] == row["old_task"] == pytest.approx(old, rel=1e-4)
     assert row["loss"] == pytest.approx(new / 3 + 2 * old / 3, rel=1e-4)

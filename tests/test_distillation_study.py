@@ -82,6 +82,11 @@ def test_a_remembered_teacher_teaches_what_it_would_have_said(bench, monkeypatch
         with pytest.raises(RuntimeError, match="mid_block has a hook"):
             unet(latents, torch.tensor([5]), words, return_dict=False)
         tap.close()
+        with remembering(unet, [], inner := {}):  # one around another: both remember
+            unet(latents, torch.tensor([6]), words, return_dict=False)
+        unet(latents, torch.tensor([7]), words, return_dict=False)
+        assert len(inner) == 1 and len(answers) == 3
+    assert "forward" not in vars(unet)
 
 
 def test_pictures_of_every_recipe_come_from_one_seed_and_lie_beside_the_rows(
@@ -105,7 +110,7 @@ def test_pictures_of_every_recipe_come_from_one_seed_and_lie_beside_the_rows(
 
 def test_every_claim_compares_recipes_that_are_followed():
     rows = [c for claims in terms.CLAIMS.values() for c in claims]
-    assert len(rows) == 49 and all({c.candidate, c.rival} <= set(study.RECIPES) for c in rows)
+    assert len(rows) == 52 and all({c.candidate, c.rival} <= set(study.RECIPES) for c in rows)
     used = {name for claim in rows for name in (claim.candidate, claim.rival)}
     left = set(study.RECIPES) - used
     assert not {name for name in left if "random start" not in name}, left

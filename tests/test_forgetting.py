@@ -73,6 +73,18 @@ def test_a_folder_makes_two_halves_or_a_task_for_each_folder(teacher, photos):
     assert set(task.prompts) == set(task.train.captions) and task.test.reference is None
 
 
+def test_two_tasks_by_one_text(teacher, photos):
+    def names(dataset):
+        return [task.name for task in exams.tasks_of(teacher, dataset, **SIZES)]
+
+    assert names("worlds") == ["flora", "lepidoptera"]
+    assert names(f"lepidoptera then {photos / 'train'}") == ["lepidoptera", "train"]
+    halves = exams.tasks_of(teacher, photos, **SIZES)
+    assert [len(set(task.train.captions)) for task in halves] == [2, 2]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        names("flora then nowhere/at/all")
+
+
 def test_a_student_is_drawn_from_once_and_lacking_metrics_are_nan(both, teacher, monkeypatch):
     calls = []
     scorer = exams.Scorer(teacher, both[0], seed=0, steps=1)
@@ -147,7 +159,10 @@ def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, 
     assert lines.set_index("candidate")["bytes"].loc["replay"].min() > 0
     assert len(retention.table(retention.stored("buffers", tmp_path))) == 4
     pictures, captions = retention.shown(tmp_path)
-    assert list(pictures) == ["teacher", "finetune", "replay", "joint"] and len(captions) == 8
+    assert (
+        list(pictures) == ["teacher", "after the first task", *small["domains"]]
+        and len(captions) == 8
+    )
     assert (folder / "teacher" / "unet").is_dir()
     photo = retention.stored("photos", tmp_path)[0]
     assert set(photo["matrices"]) == {"output_error"} and photo["leakage"] is None

@@ -68,6 +68,16 @@ def test_a_verdict_needs_three_spreads():
     assert not table.loc["kid", "noticed"] and not table.loc["kid", "ok"]
 
 
+def test_scaled_scores_are_best_at_one_and_worst_at_nought():
+    rows = pd.DataFrame({"fault": "blur", "dose": [0, 1, 2], "seed": 0})
+    for score, aim in trial.SCORES.items():
+        rows[score] = [9.0, 5.0, 1.0] if aim == "higher" else [1.0, 5.0, 9.0]
+    table = trial.scaled(rows)
+    for score in trial.SCORES:
+        assert table[score].tolist() == [1.0, 0.5, 0.0]
+    assert rows["fid"].tolist() == [1.0, 5.0, 9.0]
+
+
 def test_the_bias_falls_with_the_count_and_kid_has_none():
     rows = trial.bias((40, 160, 640), seeds=range(12))
     means = rows.groupby(["pair", "count"])[["fid", "kid"]].mean()

@@ -1,7 +1,7 @@
 """Arrays in, matplotlib figures out. Imports no other module of the library."""
 
 from kdc.figures.colours import COLOURS
-from kdc.figures.curves import bars, curves, lines
+from kdc.figures.curves import bars, curves, doses, lines
 from kdc.figures.pictures import picture_grid
 from kdc.figures.tables import dots, heat_map, spread_bars, trade_offs
 
@@ -9,6 +9,7 @@ __all__ = [
     "COLOURS",
     "bars",
     "curves",
+    "doses",
     "dots",
     "heat_map",
     "lines",

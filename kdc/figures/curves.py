@@ -104,3 +104,40 @@ def lines(
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     return figure
+
+
+def doses(rows: pd.DataFrame, scores: Sequence[str], columns: int = 4) -> Figure:
+    """Dose-response curves: a panel for each value of `fault`, in it a line for each score.
+
+    `rows` has the columns `fault`, `dose` and the scores, all on one scale; several rows of a dose
+    become their mean with their range. Doses are drawn at equal distances.
+    """
+    faults = list(dict.fromkeys(rows["fault"]))
+    lines_ = -(-len(faults) // columns)
+    figure, axes = plt.subplots(
+        lines_,
+        min(columns, len(faults)),
+        figsize=(2.9 * min(columns, len(faults)), 2.4 * lines_ + 0.6),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    for axis in axes.flat[len(faults) :]:
+        axis.set_axis_off()
+    for axis, fault in zip(axes.flat, faults, strict=False):
+        groups = rows[rows["fault"] == fault].groupby("dose")
+        for index, score in enumerate(scores):
+            colour, style = COLOURS[index % len(COLOURS)], "-:"[index // len(COLOURS) % 2]
+            mean = groups[score].mean()
+            places = np.arange(len(mean))
+            axis.plot(places, mean, style, color=colour, label=score, marker="o", ms=3)
+            axis.fill_between(
+                places, groups[score].min(), groups[score].max(), color=colour, alpha=0.2, lw=0
+            )
+        axis.set_xticks(places, [f"{dose:g}" for dose in mean.index], fontsize=8)
+        axis.set_title(fault, fontsize=10)
+        axis.set_xlabel("dose", fontsize=8)
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(scores), fontsize=8)
+    return figure

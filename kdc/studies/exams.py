@@ -161,6 +161,21 @@ def class_tasks(
     return done
 
 
+def tasks_of(teacher: StableDiffusionPipeline, dataset: str | Path, **sizes: int) -> list[Task]:
+    """Two tasks by one text.
+
+    "worlds" are flora and then lepidoptera; "A then B" two worlds or folders of pictures, one after
+    the other; a world or folder alone is half of its classes and then the other half. `sizes` are
+    `pictures`, `test_pictures` and `drawn`.
+    """
+    names = tuple(worlds.WORLDS) if dataset == "worlds" else str(dataset).split(" then ")
+    if len(names) == 1:
+        return class_tasks(teacher, names[0], per_task=None, **sizes)
+    for name in names:  # what is wrong with any of them is said before the first is encoded
+        load_dataset(name, "test")
+    return domain_tasks(teacher, names, **sizes)
+
+
 def beyond(teacher: StableDiffusionPipeline, names: Sequence[str], like: Task) -> Task:
     """What the teacher knows beyond the tasks: combinations that no training picture shows."""
     asked = [a for name in names for a in worlds.world(name).combinations(held_out=True)]

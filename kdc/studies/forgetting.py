@@ -12,17 +12,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from kdc.continual import STRATEGIES, SequenceResult, Strategy, Task, learn_first, run_sequence
-from kdc.losses import LossWeights
+from kdc.continual import (
+    STRATEGIES,
+    Evaluate,
+    SequenceResult,
+    Strategy,
+    Task,
+    learn_first,
+    run_sequence,
+)
+from kdc.mini import STUDENT_RECIPE
+from kdc.recipes import RECIPES
 from kdc.rehearsal import Learnt
 from kdc.replay import ReplayBuffer
 from kdc.slimming import slim
 from kdc.storage import fingerprint
 from kdc.studies.bench import kept, slug, strip
 from kdc.studies.exams import Scorer, leakage
+from kdc.studies.memory import Answer, remembering
+from kdc.taps import tap_names
 
 SHOWN = (  # four of each world
     "a red daisy on a sky background",
@@ -42,12 +54,13 @@ class Settings:
 
     plan: str = "kdc"
     pictures: int = 800  # of each domain, to train on
-    test_pictures: int = 96
-    steps: int = 150  # of each domain
-    class_steps: int = 60  # of each class
-    batch_size: int = 16
+    test_pictures: int = 64
+    recipe: str = STUDENT_RECIPE  # of `kdc.recipes`, whose loss teaches new pictures
+    steps: int = 80  # of each domain
+    class_steps: int = 40  # of each class
+    batch_size: int = 8
     learning_rate: float = 5e-4
-    drawn: int = 144  # for each domain
+    drawn: int = 72  # for each domain
     sampling_steps: int = 10
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning: int = 1500  # steps in which the teacher first learns photographs
@@ -78,8 +91,8 @@ def _ratio(ratio: float) -> Trial:
 
 DOMAINS = {name: Trial(strategy) for name, strategy in STRATEGIES.items()}
 BUFFERS = {f"replay {n}": _with(capacity=n) for n in (4, 16, 256)}
-BUFFERS |= {f"replay {n} int8": _with(capacity=n, dtype="int8") for n in (4, 16, 64, 256)}
-RATIOS = {f"replay ratio {ratio:g}": _ratio(ratio) for ratio in (0.25, 0.5, 2.0)}
+BUFFERS |= {f"replay {n} int8": _with(capacity=n, dtype="int8") for n in (4, 64)}
+RATIOS = {f"replay ratio {ratio:g}": _ratio(ratio) for ratio in (0.25, 2.0)}
 IN_CLASSES = (
     "finetune",
     "carry_over",
@@ -108,7 +121,8 @@ def follow(
     tasks: Sequence[Task],
     trial: Trial,
     teacher: StableDiffusionPipeline,
-    scorer: Scorer,
+    evaluate: Evaluate,
+    directions: Mapping[str, str],
     settings: Settings,
     *,
     steps: int,
@@ -116,7 +130,7 @@ def follow(
     reference: Task | None = None,
     first: Learnt | None = None,
 ) -> tuple[SequenceResult, ReplayBuffer | None]:
-    """One sequence from a freshly cut student, with the corrected loss on new pictures."""
+    """One sequence from a freshly cut student, with the recipe's loss on new pictures."""
     buffer = trial.buffer(seed)
     student = slim(teacher.unet, settings.plan)
     result = run_sequence(
@@ -124,8 +138,8 @@ def follow(
         trial.strategy,
         student,
         teacher,
-        evaluate=scorer,
-        directions=scorer.directions,
+        evaluate=evaluate,
+        directions=directions,
         buffer=buffer,
         reference=reference,
         first=first,
@@ -139,7 +153,7 @@ def training(settings: Settings, steps: int, seed: int) -> dict:
     return {
         "steps": steps,
         "batch_size": settings.batch_size,
-        "weights": LossWeights(),
+        "weights": RECIPES[settings.recipe].weights,
         "learning_rate": settings.learning_rate,
         "ema_decay": 0.99,
         "seed": seed,
@@ -161,8 +175,8 @@ def study(
     """A row for each order, seed and trial; each is kept in `folder` as soon as it is there.
 
     A row holds the matrices by metric, the counts by task, and where there is a buffer its
-    `leakage`. The student of the first order and seed in the end also draws the prompts `shown`,
-    into pictures beside the rows.
+    `leakage`. The student of the first order and seed also draws the prompts `shown` after each
+    task, into a sheet of strips beside the rows.
     """
     made_with = {k: v for k, v in dataclasses.asdict(settings).items() if k != "seeds"}
     made_with |= {"steps": steps, "teacher": fingerprint(*teacher.unet.state_dict().values())}
@@ -173,22 +187,32 @@ def study(
             first = functools.cache(
                 functools.partial(_first, tasks[0], teacher, settings, steps, seed)
             )
+            answers: dict[str, Answer] = {}  # the teacher's, on new pictures alike for all trials
             draws = shown if order == next(iter(orders)) and seed == settings.seeds[0] else ()
             for label, trial in trials.items():
                 stem = stem_of(folder, name, order, label, seed)
 
                 def make(
                     trial=trial, seed=seed, scorer=scorer, tasks=tasks, first=first, draws=draws,
-                    stem=stem,
+                    stem=stem, answers=answers,
                 ) -> dict:  # fmt: skip
-                    begun = None if trial.strategy.begins_its_own_way else first()
-                    result, buffer = follow(
-                        tasks, trial, teacher, scorer, settings, steps=steps, seed=seed,
-                        reference=reference, first=begun,
-                    )  # fmt: skip
-                    if draws:
-                        drawn = strip(scorer.last, draws, settings.sampling_steps)
-                        Image.fromarray(drawn).save(stem.with_suffix(".png"))
+                    strips = []
+
+                    def evaluate(pipeline, asked):
+                        if draws and asked is tasks[0]:
+                            strips.append(strip(pipeline, draws, settings.sampling_steps))
+                        return scorer(pipeline, asked)
+
+                    with remembering(teacher.unet, _tapped(teacher, settings), answers):
+                        begun = None if trial.strategy.begins_its_own_way else first()
+                        result, buffer = follow(
+                            tasks, trial, teacher, evaluate, scorer.directions, settings,
+                            steps=steps, seed=seed, reference=reference, first=begun,
+                        )  # fmt: skip
+                    if draws:  # all but the first, which the student drew before the first task
+                        sheet = Image.fromarray(np.concatenate(strips[1:]))
+                        stem.parent.mkdir(parents=True, exist_ok=True)
+                        sheet.save(stem.with_suffix(".png"))
                     return {
                         "matrices": {k: m.to_dict() for k, m in result.matrices.items()},
                         "counts": result.counts.to_dict("list"),
@@ -205,6 +229,11 @@ def study(
 def stem_of(folder: str | Path, name: str, order: str, label: str, seed: int) -> Path:
     """Where a sequence's row (.json) and pictures (.png) lie, without the suffix."""
     return Path(folder) / f"{name}-{slug(order)}-{slug(label)}-{seed}"
+
+
+def _tapped(teacher: StableDiffusionPipeline, settings: Settings) -> list[str]:
+    taps = RECIPES[settings.recipe].weights.taps
+    return [name for _, name in tap_names(slim(teacher.unet, settings.plan), teacher.unet, taps)]
 
 
 def _first(task, teacher, settings: Settings, steps: int, seed: int) -> Learnt:

@@ -30,6 +30,7 @@ def remembering(
     `return_dict=False` only; others raise `RuntimeError`, and so does a hook on another submodule,
     which would see nothing.
     """
+    outer = vars(unet).get("forward")  # of another memory around this one
     compute, modules = unet.forward, dict(unet.named_modules())
 
     def first(output):
@@ -66,4 +67,7 @@ def remembering(
     try:
         yield
     finally:
-        del unet.forward
+        if outer is None:
+            del unet.forward
+        else:
+            unet.forward = outer

@@ -167,7 +167,6 @@ def against_ratio(lines: pd.DataFrame) -> dict[str, tuple[list, list]]:
     """Old and new accuracy by the number of old pictures for each new one, as lines of a panel."""
     names = {
         0.25: "replay ratio 0.25",
-        0.5: "replay ratio 0.5",
         1.0: "replay",
         2.0: "replay ratio 2",
     }
@@ -180,6 +179,9 @@ def against_ratio(lines: pd.DataFrame) -> dict[str, tuple[list, list]]:
 
 
 def shown(results: str | Path | None = None) -> tuple[dict[str, list], tuple[str, ...]]:
-    """What the teacher and in the end every strategy's student draw, and the captions."""
+    """What the teacher draws, the student after the first task, and in the end every strategy's.
+
+    All from one seed; the second value are the captions.
+    """
     sheet = np.asarray(Image.open(Path(results or ledger.RESULTS) / "forgetting_domains.png"))
-    return cut(sheet, ("teacher", *DOMAINS), len(SHOWN)), SHOWN
+    return cut(sheet, ("teacher", "after the first task", *DOMAINS), len(SHOWN)), SHOWN

@@ -97,9 +97,9 @@ def fine_tune(
 
 
 def _sheet(teacher: StableDiffusionPipeline, settings: Settings, folder: Path) -> Image.Image:
-    """The strips of the teacher and of every strategy, one below the other."""
+    """Strips, one below the other: see `retention.shown`."""
     where = "domains", f"{next(iter(worlds.WORLDS))} first"
     stems = [stem_of(folder, *where, name, settings.seeds[0]) for name in DOMAINS]
-    pictures = [np.asarray(Image.open(stem.with_suffix(".png"))) for stem in stems]
-    strips = [strip(teacher, SHOWN, settings.sampling_steps), *pictures]
-    return Image.fromarray(np.concatenate(strips))
+    halves = [np.split(np.asarray(Image.open(s.with_suffix(".png"))), 2) for s in stems]
+    strips = [strip(teacher, SHOWN, settings.sampling_steps), halves[0][0]]
+    return Image.fromarray(np.concatenate([*strips, *(after for _, after in halves)]))

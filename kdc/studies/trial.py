@@ -217,6 +217,15 @@ def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def scaled(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with every score turned so that higher is better and scaled to its range, 0 to 1."""
+    out = rows.copy()
+    for score, aim in SCORES.items():
+        values = rows[score] if aim == "higher" else -rows[score]
+        out[score] = (values - values.min()) / max(values.max() - values.min(), 1e-12)
+    return out
+
+
 def bias(
     counts: Sequence[int], width: int = 16, shift: float = 1.0, seeds: Sequence[int] = range(20)
 ) -> pd.DataFrame:

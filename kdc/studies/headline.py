@@ -1,0 +1,238 @@
+"""The last comparison: teacher and students on every score, their time, and how few steps do.
+
+Which number of steps is the fastest that is good enough is chosen on one seed; what is reported of
+it is drawn from others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from diffusers import StableDiffusionPipeline
+
+from kdc import ledger, metrics, models, worlds
+from kdc.comparison import compare, retraining
+from kdc.evaluation import Scores, evaluate
+from kdc.mini.grades import balanced_prompts, renderings_of
+from kdc.models import load_student, load_teacher, save_student
+from kdc.storage import fingerprint
+from kdc.studies import distillation
+from kdc.studies.bench import Bench, kept, prepare, slug
+from kdc.studies.distillation import RECIPES, follow
+from kdc.timing import fastest_within, time_calls, time_pictures, with_scheduler
+
+SHIPPED = "shipped student"
+RIVALS = ("corrected", "as published")  # of the best recipe, after equal steps
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured. The defaults are those of the budget `standard`."""
+
+    recipes: tuple[str, ...] = ("published, both mended", *RIVALS)
+    training_steps: int = 200
+    trainings: tuple[int, ...] = (0, 1, 2)  # seeds of students after equal steps
+    steps: tuple[int, ...] = (4, 6, 8, 12, 16, 25, 50)
+    schedulers: tuple[str, ...] = ("dpm++", "ddim")
+    goal_steps: int = 50  # the teacher's, with the first scheduler
+    drawn: int = 144
+    references: int = 288
+    choosing: int = 100  # the seed on which steps are chosen
+    seeds: tuple[int, ...] = (0, 1, 2)  # those on which everything is reported
+    table_steps: int = 10  # for students after equal steps, and for the teacher beside them
+    batch_sizes: tuple[int, ...] = (1, 8)
+    rounds: int = 7
+
+
+def asked_for(count: int) -> list[worlds.Attributes]:
+    """`count` combinations that were trained on, evenly spread over both worlds."""
+    every = balanced_prompts(1, held_out=False)
+    return [every[i * len(every) // count] for i in range(count)]
+
+
+def pipelines(teacher: StableDiffusionPipeline) -> dict[str, StableDiffusionPipeline]:
+    """The two whose time is measured."""
+    return {"teacher": teacher, SHIPPED: load_student("mini", teacher)}
+
+
+def trained(
+    teacher: StableDiffusionPipeline, settings: Settings, folder: Path
+) -> dict[str, list[StableDiffusionPipeline]]:
+    """Students of each recipe after equal steps, one a seed; kept below `folder`."""
+    bench: Bench | None = None
+    study = distillation.Settings(steps=settings.training_steps)
+    students: dict[str, list] = {name: [] for name in settings.recipes}
+    for seed in settings.trainings:
+        answers: dict = {}
+        for name in settings.recipes:
+            where = folder / f"{slug(name)}-{seed}-{settings.training_steps}"
+            if not (where / "unet").is_dir():
+                bench = bench or prepare(teacher, study)
+                unet, _ = follow(bench, bench.train, RECIPES[name], seed, study, answers)
+                save_student(unet, where, recipe=name, seed=seed)
+            students[name].append(load_student(where, teacher))
+    return students
+
+
+def sweep(
+    candidates: Mapping[str, StableDiffusionPipeline], settings: Settings, folder: Path
+) -> pd.DataFrame:
+    """Accuracy and CLIP score by pipeline, scheduler and steps, on the seed for choosing."""
+    asked, rows = asked_for(settings.drawn), []
+    captions = [worlds.caption(a) for a in asked]
+    for name, pipeline in candidates.items():
+        print_of = fingerprint(*pipeline.unet.state_dict().values())
+        for scheduler in settings.schedulers:
+            other = with_scheduler(pipeline, scheduler)
+            for steps in settings.steps:
+
+                def make(other=other, steps=steps) -> dict:
+                    pictures = models.generate(other, captions, seed=settings.choosing, steps=steps)
+                    clip = metrics.clip_score(pictures, captions).mean().item()
+                    return {
+                        "accuracy": metrics.attribute_accuracy(pictures, asked)["all"],
+                        "clip": clip,
+                    }
+
+                made_with = {"seed": settings.choosing, "drawn": settings.drawn, "unet": print_of}
+                file = folder / f"sweep-{slug(name)}-{slug(scheduler)}-{steps}.json"
+                row = kept(file, made_with, make)
+                rows.append({"pipeline": name, "scheduler": scheduler, "steps": steps} | row)
+    return pd.DataFrame(rows)
+
+
+def timed(
+    candidates: Mapping[str, StableDiffusionPipeline], settings: Settings
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Seconds a picture, all settings interleaved; and seconds of a call of each U-Net.
+
+    The time of a step hardly depends on the scheduler, so the first one is timed. `ratio` is over
+    the teacher at `goal_steps`.
+    """
+    steps = (settings.goal_steps, *(s for s in settings.steps if s != settings.goal_steps))
+    prompt = worlds.caption(asked_for(1)[0])
+    first = {n: with_scheduler(p, settings.schedulers[0]) for n, p in candidates.items()}
+    table = time_pictures(
+        first, prompt, steps=steps, batch_sizes=settings.batch_sizes, rounds=settings.rounds
+    )
+    return table, time_calls(first, settings.batch_sizes, rounds=3 * settings.rounds)
+
+
+def choose(drawn: pd.DataFrame, times: pd.DataFrame, settings: Settings) -> dict[str, dict]:
+    """For each pipeline the fastest setting within 5 % of the teacher's accuracy, if there is one.
+
+    The teacher's is that at `goal_steps`, on the seed for choosing.
+    """
+    one = times[times["batch_size"] == settings.batch_sizes[0]]
+    rows = drawn.merge(one[["pipeline", "steps", "median", "ratio"]], on=["pipeline", "steps"])
+    goal = rows[(rows["pipeline"] == "teacher") & (rows["steps"] == settings.goal_steps)]
+    goal = goal[goal["scheduler"] == settings.schedulers[0]]["accuracy"].item()
+    found = {}
+    for name, group in rows.groupby("pipeline", sort=False):
+        best = fastest_within(group, goal)
+        if best is not None:
+            found[name] = best.to_dict()
+    return found
+
+
+def scored(
+    pipeline: StableDiffusionPipeline,
+    teacher: StableDiffusionPipeline,
+    settings: Settings,
+    steps: int,
+) -> Scores:
+    """`evaluate` with all scores, on the seeds that are reported."""
+    asked = asked_for(settings.drawn)
+    every = balanced_prompts(1, held_out=False)
+    reference = renderings_of((every * 2)[: settings.references], seed=5)
+    return evaluate(
+        pipeline,
+        [worlds.caption(a) for a in asked],
+        reference,
+        asked=asked,
+        teacher=None if pipeline is teacher else teacher,
+        seeds=settings.seeds,
+        steps=steps,
+    )
+
+
+def run(
+    results: str | Path | None = None,
+    folder: str | Path = "outputs/evaluation",
+    stages: Sequence[str] = (),
+    **settings,
+) -> list[Path]:
+    """Measure the stages (default: all three); a result file for each.
+
+    "timing" writes `evaluation_timing.json` and wants a quiet machine; "steps" the sweep and the
+    headline, `evaluation_steps.json`, which needs the timing; "table" `evaluation_table.json`, the
+    students after equal steps and the shipped one. `settings` replace those of `Settings`. Raises
+    `ValueError` for an unknown stage.
+    """
+    known = {"timing": _timing, "steps": _steps, "table": _table}
+    if unknown := set(stages) - set(known):
+        raise ValueError(f"unknown stages {sorted(unknown)}; they are {', '.join(known)}")
+    chosen, teacher = Settings(**settings), load_teacher("mini")
+    plain, paths = dataclasses.asdict(chosen), []
+    for name in stages or known:
+        values = known[name](teacher, chosen, Path(folder), results)
+        paths.append(ledger.write(f"evaluation_{name}", values, results, **plain))
+    return paths
+
+
+def _timing(teacher, settings: Settings, folder: Path, results) -> dict:
+    pictures, calls = timed(pipelines(teacher), settings)
+    return {"pictures": pictures.to_dict("records"), "calls": calls.to_dict("records")}
+
+
+def _steps(teacher, settings: Settings, folder: Path, results) -> dict:
+    candidates = pipelines(teacher)
+    drawn = sweep(candidates, settings, folder)
+    times = pd.DataFrame(ledger.read("evaluation_timing", results)["pictures"])
+    chosen = choose(drawn, times, settings)
+    goal = scored(teacher, teacher, settings, settings.goal_steps)
+    values = {"sweep": drawn.to_dict("records"), "chosen": chosen, "tables": {}, "compared": {}}
+    values["tables"]["teacher"] = _plain(goal.table)
+    for name, setting in chosen.items():
+        other = with_scheduler(candidates[name], setting["scheduler"])
+        if name == "teacher" and setting["steps"] == settings.goal_steps:
+            continue
+        found = scored(other, other, settings, int(setting["steps"]))
+        label = f"{name}, {setting['scheduler']}, {setting['steps']} steps"
+        values["tables"][label] = _plain(found.table)
+        same = dataclasses.replace(
+            found, drawn_with=goal.drawn_with
+        )  # steps differ, as they should
+        values["compared"][label] = _plain(compare(same, goal))
+    return values
+
+
+def _table(teacher, settings: Settings, folder: Path, results) -> dict:
+    students = trained(teacher, settings, folder / "students")
+    steps = settings.table_steps
+    goal = scored(teacher, teacher, settings, steps)
+    shipped = scored(pipelines(teacher)[SHIPPED], teacher, settings, steps)
+    tables = {"teacher": _plain(goal.table), SHIPPED: _plain(shipped.table)}
+    every = {
+        name: [scored(one, teacher, settings, steps) for one in group]
+        for name, group in students.items()
+    }
+    compared = {f"{SHIPPED} - teacher": _plain(compare(shipped, goal))}
+    first = settings.recipes[0]
+    for name, found in every.items():
+        for seed, one in zip(settings.trainings, found, strict=True):
+            tables[f"{name}, {seed}"] = _plain(one.table)
+        compared[f"{name} - teacher"] = _plain(compare(found[0], goal))
+        if name != first:
+            compared[f"{first} - {name}"] = _plain(compare(every[first][0], found[0]))
+    spreads = {name: _plain(retraining(found)) for name, found in every.items()}
+    return {"tables": tables, "compared": compared, "retraining": spreads}
+
+
+def _plain(table: pd.DataFrame) -> dict:
+    """A table with its row names, for a ledger; NaN becomes None."""
+    return table.astype(object).where(table.notna(), None).to_dict("index")

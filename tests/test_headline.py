@@ -1,0 +1,107 @@
+import dataclasses
+import json
+
+import pandas as pd
+import pytest
+
+import kdc
+from kdc import ledger, timing
+from kdc.studies import headline
+from kdc.studies.headline import Settings
+
+TINY = Settings(
+    recipes=("as published", "corrected"), training_steps=1, trainings=(0, 1), steps=(1, 2),
+    schedulers=("dpm++", "ddim"), goal_steps=2, drawn=8, references=16, seeds=(0, 1),
+    table_steps=1, batch_sizes=(1, 2), rounds=2,
+)  # fmt: skip
+
+
+def test_prompts_are_spread_over_both_worlds():
+    asked = headline.asked_for(8)
+    assert len(set(asked)) == 8 and len({a.world for a in asked}) == 2
+    assert len(set(headline.asked_for(144))) == 144
+
+
+def rows(**accuracy):
+    return pd.DataFrame(
+        [
+            {"pipeline": name, "scheduler": "dpm++", "steps": steps, "accuracy": a, "clip": 1.0}
+            for name, values in accuracy.items()
+            for steps, a in values.items()
+        ]
+    )
+
+
+def times(**seconds):
+    return pd.DataFrame(
+        [
+            {"pipeline": name, "steps": steps, "batch_size": 1, "median": s, "ratio": s / 10}
+            for name, values in seconds.items()
+            for steps, s in values.items()
+        ]
+    )
+
+
+def test_the_fastest_setting_near_the_teacher_at_its_many_steps_is_chosen():
+    drawn = rows(teacher={1: 0.5, 2: 1.0}, student={1: 0.949, 2: 0.95})
+    chosen = headline.choose(
+        drawn, times(teacher={1: 5.0, 2: 10.0}, student={1: 1.0, 2: 2.0}), TINY
+    )
+    assert chosen["student"]["steps"] == 2 and chosen["student"]["ratio"] == 0.2
+    assert chosen["teacher"]["steps"] == 2
+    none = headline.choose(
+        rows(teacher={2: 1.0}, student={1: 0.9}), times(teacher={2: 9.0}, student={1: 1.0}), TINY
+    )
+    assert list(none) == ["teacher"]
+
+
+def test_the_stages_write_what_the_chapter_reads(teacher, tmp_path, monkeypatch):
+    small = {"pictures": 24, "test_pictures": 8}
+    defaults = headline.distillation.Settings
+    monkeypatch.setattr(
+        headline.distillation, "Settings", lambda **s: defaults(**small, batch_size=2, **s)
+    )
+    settings = dataclasses.asdict(TINY)
+    with pytest.raises(ValueError, match="unknown stages"):
+        headline.run(tmp_path, tmp_path / "rows", ["speed"])
+    paths = headline.run(tmp_path, tmp_path / "rows", **settings)
+    assert [path.stem for path in paths] == [
+        "evaluation_timing", "evaluation_steps", "evaluation_table"
+    ]  # fmt: skip
+    timed = pd.DataFrame(ledger.read("evaluation_timing", tmp_path)["pictures"])
+    assert len(timed) == 8 and timed.loc[0, ["pipeline", "steps", "ratio"]].tolist() == [
+        "teacher", 2, 1.0
+    ]  # fmt: skip
+    steps = ledger.read("evaluation_steps", tmp_path)
+    assert len(steps["sweep"]) == 8 and "teacher" in steps["tables"]
+    for label in steps["compared"]:
+        assert label in steps["tables"] and set(steps["compared"][label]["clip"]) == {
+            "difference", "p", "verdict"
+        }  # fmt: skip
+    table = ledger.read("evaluation_table", tmp_path)
+    assert set(table["tables"]) == {
+        "teacher", headline.SHIPPED, "as published, 0", "as published, 1", "corrected, 0",
+        "corrected, 1",
+    }  # fmt: skip
+    assert "as published - corrected" in table["compared"]
+    assert table["retraining"]["corrected"]["accuracy"]["retraining"] >= 0
+    assert "NaN" not in (tmp_path / "evaluation_table.json").read_text()
+    json.loads((tmp_path / "evaluation_table.json").read_text())
+
+    def never(*arguments, **settings):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(headline, "follow", never)
+    monkeypatch.setattr(headline.models, "generate", never)
+    again = headline.sweep(headline.pipelines(teacher), TINY, tmp_path / "rows")
+    assert again.to_dict("records") == steps["sweep"]
+    assert len(headline.trained(teacher, TINY, tmp_path / "rows" / "students")["corrected"]) == 2
+
+
+def test_a_setting_of_another_sampler_draws_other_pictures(teacher):
+    prompt = ["a red daisy on a sky background"]
+    plain, other = (
+        kdc.generate(timing.with_scheduler(teacher, name), prompt, steps=3)
+        for name in ("dpm++", "ddim")
+    )
+    assert not (plain == other).all()
