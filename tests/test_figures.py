@@ -107,3 +107,19 @@ def test_a_family_has_one_mark_and_a_name_one_colour():
     assert look["a: x"][0] == look["a: y"][0] != look["b: x"][0]
     assert look["a: x"][1] == look["b: x"][1] != look["a: y"][1]
     assert look["hand"][0] == "o"
+
+
+def test_doses_draw_a_panel_a_fault_and_a_line_a_score():
+    rows = pd.DataFrame(
+        [
+            {"fault": fault, "dose": dose, "fid": dose + seed, "clip": 1 - dose}
+            for fault in ("blur", "jpeg", "hue")
+            for dose in (0, 2)
+            for seed in (0, 1)
+        ]
+    )
+    figure = figures.doses(rows, ["fid", "clip"], columns=2)
+    shown = [axis for axis in figure.axes if axis.get_title()]
+    assert [axis.get_title() for axis in shown] == ["blur", "jpeg", "hue"]
+    assert shown[0].lines[0].get_ydata().tolist() == [0.5, 2.5]
+    assert [text.get_text() for text in shown[0].get_xticklabels()] == ["0", "2"]

@@ -41,7 +41,7 @@ def headline_table(steps: Mapping) -> pd.DataFrame:
         table = pd.DataFrame(scores).T
         row = {"times as fast": speed.get(label, 1.0)}
         for name in SHOWN:
-            if name in table.index and table.loc[name, "value"] is not None:
+            if name in table.index and pd.notna(table.loc[name, "value"]):
                 row[name] = table.loc[name, "value"]
         for name in ("accuracy", "clip"):
             if label in steps["compared"]:
@@ -90,7 +90,7 @@ def equal_steps(table: Mapping) -> pd.DataFrame:
         columns[label] = {
             name: f"{scores.loc[name, 'value']:.3g} ± {scores.loc[name, 'spread']:.1g}"
             for name in SHOWN
-            if name in scores.index and scores.loc[name, "value"] is not None
+            if name in scores.index and pd.notna(scores.loc[name, "value"])
         }
     for label, spread in table["retraining"].items():
         columns[label] = {
@@ -99,7 +99,7 @@ def equal_steps(table: Mapping) -> pd.DataFrame:
         }
     floors = pd.DataFrame(table["tables"]["teacher"]).T["floor"]
     columns["real against real"] = {
-        name: f"{value:.3g}" for name, value in floors.items() if value is not None
+        name: f"{value:.3g}" for name, value in floors.items() if pd.notna(value)
     }
     return pd.DataFrame(columns).reindex(SHOWN).fillna("")
 

@@ -1,0 +1,119 @@
+"""What chapter 04 says of stored numbers, on numbers made up so that the answer is known."""
+
+import pandas as pd
+import pytest
+
+from kdc import ledger
+from kdc.studies import standings
+from kdc.studies.headline import SHIPPED
+
+LABEL = f"{SHIPPED}, ddim, 4 steps"
+
+
+def scores(accuracy, clip, fid=1.0):
+    values = {"accuracy": accuracy, "clip": clip, "fid": fid, "diversity": None}
+    return {
+        name: {
+            "value": value,
+            "spread": 0.1,
+            "samples": 144,
+            "floor": 0.5 if name == "fid" else None,
+        }
+        for name, value in values.items()
+    }
+
+
+def verdict(text, p=0.5, difference=-0.5):
+    return {"difference": difference, "p": p, "verdict": text}
+
+
+def steps(accuracy=0.95, ratio=0.2, clip="not distinguishable"):
+    rows = [("teacher", 50, 1.0), (SHIPPED, 4, accuracy)]
+    return {
+        "sweep": [
+            {"pipeline": n, "scheduler": "ddim", "steps": s, "accuracy": a, "clip": 90.0}
+            for n, s, a in rows
+        ],
+        "chosen": {SHIPPED: {"scheduler": "ddim", "steps": 4, "ratio": ratio}},
+        "tables": {"teacher": scores(1.0, 90), LABEL: scores(accuracy, 89.5)},
+        "compared": {LABEL: {"accuracy": verdict("worse"), "clip": verdict(clip)}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, [True, True, True]),
+        ({"ratio": 0.21}, [False, True, True]),
+        ({"accuracy": 0.94}, [True, False, True]),
+        ({"clip": "worse"}, [True, True, False]),
+    ],
+)
+def test_each_goal_is_met_or_missed_by_its_own_number(changed, expected):
+    found = standings.goals(steps(**changed))
+    assert [met for met, _ in found.values()] == expected
+    assert LABEL in next(iter(found.values()))[1]
+
+
+def test_without_a_setting_that_is_good_enough_the_claim_fails():
+    none = steps() | {"chosen": {"teacher": {"scheduler": "ddim", "steps": 4, "ratio": 0.1}}}
+    assert [met for met, _ in standings.goals(none).values()] == [False]
+
+
+def test_the_headline_table_has_speed_scores_and_verdicts():
+    table = standings.headline_table(steps())
+    assert table.loc["times as fast"].tolist() == [1.0, 5.0]
+    assert table.loc["accuracy", LABEL] == 0.95 and table.loc["clip: verdict", LABEL]
+    assert "diversity" not in table.index
+
+
+def test_the_frontier_has_the_time_of_each_setting():
+    clock = [
+        {"pipeline": n, "steps": s, "batch_size": b, "median": m, "ratio": m / 5}
+        for n, s, m in (("teacher", 50, 5.0), (SHIPPED, 4, 1.0))
+        for b in (1, 8)
+    ]
+    rows = standings.frontier(steps(), {"pictures": clock})
+    assert rows["median"].tolist() == [5.0, 1.0] and len(rows) == 2
+    assert standings.curves_of(rows, "accuracy")[f"{SHIPPED}, ddim"] == ([1.0], [0.95])
+
+
+def table():
+    return {
+        "tables": {"teacher": scores(1.0, 90), SHIPPED: scores(0.97, 89, fid=3.0)},
+        "retraining": {
+            "corrected": {"accuracy": {"mean": 0.8, "retraining": 0.02, "sampling": 0.01}}
+        },
+        "compared": {f"{SHIPPED} - teacher": {"accuracy": verdict("worse", p=0.01)}},
+    }
+
+
+def test_spreads_of_retraining_and_sampling_stand_apart():
+    shown = standings.equal_steps(table())
+    assert shown.loc["accuracy", "corrected"] == "0.8 ± (0.02, 0.01)"
+    assert shown.loc["accuracy", "teacher"] == "1 ± 0.1" and shown.loc["recall", "teacher"] == ""
+    assert shown.loc["fid", "real against real"] == "0.5"
+    assert standings.verdicts(table()).iloc[0, 0] == "worse (p = 0.010)"
+
+
+def test_plans_have_scores_and_full_size_costs():
+    rows = standings.plans()
+    assert {"bk-base", "kdc", "kdc-v2", "bk-tiny", "found: macs"} <= set(rows["candidate"])
+    assert not any(name.startswith("random") for name in rows["candidate"])
+    kdc = rows[rows["candidate"] == "kdc"]
+    assert kdc["parameter_ratio"].iloc[0] == pytest.approx(482_346_884 / 859_520_964)
+    assert rows["latency_ratio"].notna().all()
+
+
+def test_the_paper_stands_beside_counts_that_compare_and_scores_that_do_not(monkeypatch):
+    real = ledger.read
+    monkeypatch.setattr(
+        ledger,
+        "read",
+        lambda name, r=None: table() if name == "evaluation_table" else real(name, r),
+    )
+    shown = standings.beside_the_paper()
+    counts = shown[shown["comparable"].str.startswith("yes")]
+    assert (counts["published"] == counts["ours"]).all() and len(counts) == 2
+    assert shown["comparable"].str.startswith("no").sum() == 3
+    assert isinstance(shown, pd.DataFrame) and "3.0 (teacher 1.0)" in shown["ours"].tolist()
