@@ -1,6 +1,11 @@
 import copy
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -32,14 +37,15 @@ def latents(count=12, seed=0, captions=("a red rose", "a blue tulip")):
     )
 
 
-@pytest.fixture(scope="module")
-def tasks():
+def three_tasks():
     words = [("a red rose", "a blue tulip"), ("a pink lily",), ("a white poppy", "a red poppy")]
     return [Task(f"task {i}", latents(seed=i, captions=w)) for i, w in enumerate(words)]
 
 
-@pytest.fixture
-def narrow(teacher):
+tasks = pytest.fixture(three_tasks, scope="module")
+
+
+def narrowed(teacher):
     """The mini teacher's pipeline around a U-Net of two narrow stages, which is quick to train."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -55,6 +61,9 @@ def narrow(teacher):
             norm_num_groups=4,
         )
     return kdc.with_unet(teacher, unet)
+
+
+narrow = pytest.fixture(narrowed)
 
 
 def weights(unet):
@@ -438,6 +447,34 @@ def test_classes_become_tasks():
     ):
         with pytest.raises(ValueError, match=message):
             split_classes(data, kind, **settings)
+
+
+def killed_at(step, folder):
+    """What the process below runs: it is killed, by a signal that nobody can catch."""
+    original, calls = Learner._new, []
+
+    def new(self, *arguments):
+        calls.append(1)
+        if len(calls) > step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *arguments)
+
+    Learner._new = new
+    run(three_tasks(), "replay", narrowed(kdc.load_teacher("mini", device="cpu")),
+        output_dir=folder)  # fmt: skip
+
+
+def test_a_killed_process_goes_on_as_if_nothing_had_happened(tasks, narrow, tmp_path):
+    code = f"from tests.test_continual import killed_at; killed_at(7, {str(tmp_path)!r})"
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    dead = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(kdc.__file__).parents[1], env=os.environ | threads
+    )
+    assert dead.returncode == -signal.SIGKILL and not (tmp_path / "task-2").exists()
+    whole, expected = run(tasks, "replay", narrow)
+    resumed, result = run(tasks, "replay", narrow, output_dir=tmp_path, resume=True)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert result.matrices == expected.matrices
 
 
 def test_resume_refuses_another_experiment_and_a_new_run_an_old_folder(tasks, narrow, tmp_path):

@@ -1,4 +1,6 @@
 import dataclasses
+import inspect
+import json
 
 import numpy as np
 import pandas as pd
@@ -7,8 +9,9 @@ import torch
 
 import kdc
 import kdc.recipes
-from kdc import LossWeights
+from kdc import LossWeights, mini
 from kdc.mini.grades import balanced_prompts
+from kdc.models import ASSETS
 from kdc.studies import distillation as study
 from kdc.studies import terms
 from kdc.studies.bench import MEASURES, prepare
@@ -178,3 +181,13 @@ def test_a_stopped_study_goes_on_and_keeps_logs(bench, tmp_path, monkeypatch):
     assert logs["task"][0]["step"] == [1] and logs["task"][0]["task"] != logs["task"][1]["task"]
     with pytest.raises(ValueError, match="other settings"):
         study.study(bench, dataclasses.replace(TINY, steps=2), tmp_path, recipes)
+
+
+def test_the_shipped_student_is_of_the_best_recipe_of_the_stored_study():
+    rows, _, _ = terms.stored()
+    assert len(rows) == 3 * len(study.RECIPES)
+    assert mini.STUDENT_RECIPE == terms.best(rows)
+    notes = json.loads((ASSETS / "mini-student" / "kdc.json").read_text())
+    assert notes["recipe"] == mini.STUDENT_RECIPE
+    steps = inspect.signature(mini.make_student).parameters["steps"].default
+    assert notes["steps"] == steps

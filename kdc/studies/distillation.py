@@ -91,6 +91,12 @@ def _as_usual(recipe: Recipe) -> bool:
     return (recipe.data, recipe.caption_dropout) == ("real", Recipe().caption_dropout)
 
 
+def _fixed(bench: Bench, settings: Settings) -> dict:
+    """What all rows of a folder share."""
+    fixed = {k: v for k, v in dataclasses.asdict(settings).items() if k != "seeds"}
+    return fixed | {"teacher": fingerprint(*bench.teacher.unet.state_dict().values())}
+
+
 def study(
     bench: Bench,
     settings: Settings,
@@ -102,8 +108,7 @@ def study(
     Each is kept in `folder` as soon as it is there and read back by a later call, so a study that
     was stopped goes on. Raises `ValueError` where `folder` holds rows of other settings.
     """
-    fixed = {k: v for k, v in dataclasses.asdict(settings).items() if k != "seeds"}
-    fixed["teacher"] = fingerprint(*bench.teacher.unet.state_dict().values())
+    fixed = _fixed(bench, settings)
     makes = {"made": settings.made, "steps": settings.sampling_steps}
     pictures = functools.cache(
         functools.partial(pictures_of, pipeline=bench.teacher, real=bench.train, **makes)
@@ -149,11 +154,12 @@ def run(
     bench = prepare(models.load_teacher("mini"), chosen)
     recipes = {name: recipe for name, recipe in RECIPES.items() if not only or name in only}
     rows, logs = study(bench, chosen, folder, recipes)
-    values = {
-        "rows": rows.to_dict("records"),
-        "logs": logs,
-        "teacher": [{"seed": s} | score(bench, bench.teacher, s) for s in chosen.seeds],
-    }
+    goal = []
+    for seed in chosen.seeds:
+        file, made_with = Path(folder) / f"teacher-{seed}.json", _fixed(bench, chosen)
+        found = kept(file, made_with, functools.partial(score, bench, bench.teacher, seed))
+        goal.append({"seed": seed} | found)
+    values = {"rows": rows.to_dict("records"), "logs": logs, "teacher": goal}
     path = ledger.write("distillation", values, results, **vars(chosen))
     first = [Path(folder) / f"{slug(name)}-{chosen.seeds[0]}.png" for name in recipes]
     strips = [
