@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab mini grades slimming distillation forgetting lock clean
+.PHONY: help book test lab mini grades slimming distillation forgetting trial evaluation lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,15 +25,16 @@ book: .venv/.ready ## run every notebook at the quick budget and build the HTML 
 test: .venv/.ready ## lint, unit tests, every notebook at the quick budget, the strict book build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lab: .venv/.ready ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
 
 # glibc gives large blocks back to the system after every step and faults them in again, which costs
 # time in every training step on a CPU.
-mini slimming distillation forgetting: export MALLOC_MMAP_MAX_ = 0
-mini slimming distillation forgetting: export MALLOC_TRIM_THRESHOLD_ = 8000000000
+STUDIES := mini slimming distillation forgetting trial evaluation
+$(STUDIES): export MALLOC_MMAP_MAX_ = 0
+$(STUDIES): export MALLOC_TRIM_THRESHOLD_ = 8000000000
 mini: .venv/.ready ## train the embedded models from nothing and put them into the package (hours)
 	$(BIN)/python -m kdc mini --install
 
@@ -49,6 +50,12 @@ distillation: .venv/.ready ## measure the study of chapter 02 again (hours)
 forgetting: .venv/.ready ## measure the study of chapter 03 again (hours); PHOTOS=FOLDER adds photographs
 	$(BIN)/python -m kdc forgetting
 	$(if $(PHOTOS),$(BIN)/python -m kdc forgetting photos --photos "$(PHOTOS)")
+
+trial: .venv/.ready ## hold the trial of the metrics, appendix A2, again (minutes)
+	$(BIN)/python -m kdc trial
+
+evaluation: .venv/.ready ## measure the study of chapter 04 again (an hour)
+	$(BIN)/python -m kdc evaluation
 
 lock: ## write requirements.lock from the versions now in .venv
 	$(BIN)/python -m pip install --quiet --no-deps -e .

@@ -59,12 +59,12 @@ from kdc.studies import buffers, exams, forgetting, report, retention, sequences
 from kdc.studies.claims import laid_out
 
 started = time.perf_counter()
-few = ["finetune", "carry_over", "replay", "joint"]
+few = ["finetune", "replay", "joint"]
 every = list(forgetting.DOMAINS)
-small = {"pictures": 240, "test_pictures": 32, "drawn": 24, "tuning": 300}
+small = {"pictures": 240, "test_pictures": 16, "drawn": 12, "tuning": 300}
 usual = {"pictures": 800, "test_pictures": 64, "drawn": 72, "tuning": 1500}
 table = {
-    "quick": {"steps": 25, "batch_size": 8, "seeds": [0], "trials": few, "rate": 5e-4, **small},
+    "quick": {"steps": 20, "batch_size": 8, "seeds": [0], "trials": few, "rate": 5e-4, **small},
     "standard": {"steps": 80, "batch_size": 8, "seeds": [0, 1, 2], "trials": every, "rate": 5e-4,
                  **usual},
     "full": {"steps": 5000, "batch_size": 32, "seeds": [0, 1, 2], "trials": every, "rate": 5e-5,

@@ -37,7 +37,8 @@ import torch
 import kdc
 from kdc import figures, ledger, worlds
 from kdc.budgets import settle
-from kdc.statistics import SET_MEASURES
+from kdc.extractors import find_extractor
+from kdc.statistics import SET_MEASURES, floor
 from kdc.studies import trial
 
 started = time.perf_counter()
@@ -150,13 +151,13 @@ except ValueError as error:
 # so few pictures, not that nothing is there.
 
 # %%
-see = kdc.extractors.find_extractor("mini-clip")
-every = trial.exhibit(512, seed=7)
+see = find_extractor("mini-clip")
+every = trial.exhibit(384, seed=7)
 features = torch.cat([see(every.pictures), see(every.reference)])
 floors = {}
-for count in (64, 128, 256, 512):
+for count in (48, 96, 192, 384):
     floors[count] = {
-        name: "{:.3f} ± {:.3f}".format(*kdc.statistics.floor(measure, features, count, draws=5))
+        name: "{:.3f} ± {:.3f}".format(*floor(measure, features, count, draws=5))
         for name, measure in SET_MEASURES.items()
     }
 pd.DataFrame(floors).T.rename_axis("real against real, pictures")

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # the tests, and the notebooks they run, need no GPU
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each has its share of the cores
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
 
 import pytest
 import torch
@@ -13,6 +15,16 @@ from diffusers import UNet2DConditionModel
 
 import kdc
 from tools import book
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Side by side, each file has a process; those that need the executed notebooks share one."""
+    for item in items:
+        name = item.path.stem
+        group = "notebooks" if name in ("test_notebooks", "test_book") else name
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.stem not in ("test_notebooks", "test_book"))
 
 
 @pytest.fixture(scope="session")
