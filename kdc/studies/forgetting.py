@@ -90,7 +90,7 @@ def _ratio(ratio: float) -> Trial:
 
 
 DOMAINS = {name: Trial(strategy) for name, strategy in STRATEGIES.items()}
-BUFFERS = {f"replay {n}": _with(capacity=n) for n in (4, 16, 256)}
+BUFFERS = {f"replay {n}": _with(capacity=n) for n in (4, 256)}
 BUFFERS |= {f"replay {n} int8": _with(capacity=n, dtype="int8") for n in (4, 64)}
 RATIOS = {f"replay ratio {ratio:g}": _ratio(ratio) for ratio in (0.25, 2.0)}
 IN_CLASSES = (
@@ -128,6 +128,7 @@ def follow(
     steps: int,
     seed: int,
     reference: Task | None = None,
+    ahead: bool = True,
     first: Learnt | None = None,
 ) -> tuple[SequenceResult, ReplayBuffer | None]:
     """One sequence from a freshly cut student, with the recipe's loss on new pictures."""
@@ -142,6 +143,7 @@ def follow(
         directions=directions,
         buffer=buffer,
         reference=reference,
+        ahead=ahead,
         first=first,
         **training(settings, steps, seed),
     )
@@ -170,13 +172,15 @@ def study(
     *,
     steps: int,
     reference: Task | None = None,
+    ahead: bool = True,
     shown: Sequence[str] = (),
 ) -> list[dict]:
     """A row for each order, seed and trial; each is kept in `folder` as soon as it is there.
 
-    A row holds the matrices by metric, the counts by task, and where there is a buffer its
-    `leakage`. The student of the first order and seed also draws the prompts `shown` after each
-    task, into a sheet of strips beside the rows.
+    `reference` and `ahead` are those of `run_sequence`. A row holds the matrices by metric, the
+    counts by task, and where there is a buffer its `leakage`. The student of the first order and
+    seed also draws the prompts `shown` after each task, into a sheet of strips beside the rows;
+    that goes with `ahead` alone.
     """
     made_with = {k: v for k, v in dataclasses.asdict(settings).items() if k != "seeds"}
     made_with |= {"steps": steps, "teacher": fingerprint(*teacher.unet.state_dict().values())}
@@ -207,7 +211,7 @@ def study(
                         begun = None if trial.strategy.begins_its_own_way else first()
                         result, buffer = follow(
                             tasks, trial, teacher, evaluate, scorer.directions, settings,
-                            steps=steps, seed=seed, reference=reference, first=begun,
+                            steps=steps, seed=seed, reference=reference, ahead=ahead, first=begun,
                         )  # fmt: skip
                     if draws:  # all but the first, which the student drew before the first task
                         sheet = Image.fromarray(np.concatenate(strips[1:]))

@@ -72,8 +72,9 @@ def _measure(stage: str, teacher, settings: Settings, folder: Path, photos) -> l
     orders = {f"{names[0]} first": both}
     if stage == "domains":
         orders[f"{names[1]} first"] = both[::-1]
-    extra = {"reference": beyond(teacher, names, both[0])}
-    extra |= {"shown": SHOWN} if stage == "domains" else {}
+    extra = {"ahead": False}  # what is known before a task is learnt, the domains tell
+    if stage == "domains":
+        extra = {"reference": beyond(teacher, names, both[0]), "shown": SHOWN}
     return study(stage, orders, settings=settings, steps=settings.steps, **common, **extra)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,16 +161,22 @@ def judge(spoilt: Exhibit, original: Exhibit) -> dict[str, float]:
     `leakage` is the share of pictures whose nearest neighbour, in normalised features of the
     embedded CLIP, is in the reference and not among those held back: a half for strangers.
     """
-    see = find_extractor("mini-clip")
-    features, reference = see(spoilt.pictures), see(original.reference)
+    features = find_extractor("mini-clip")(spoilt.pictures)
+    reference = _features(original.reference)
     scores = {name: measure(features, reference) for name, measure in SET_MEASURES.items()}
     captions = [worlds.caption(a) for a in spoilt.asked]
     scores["clip"] = metrics.clip_score(spoilt.pictures, captions).mean().item()
     distance = find_perceptual("mini-lpips")
     scores["lpips"] = distance(spoilt.pictures, original.pictures).mean().item()
     scores["accuracy"] = metrics.attribute_accuracy(spoilt.pictures, spoilt.asked)["all"]
-    scores["leakage"] = share_nearer(features, reference, see(original.held_back))
+    scores["leakage"] = share_nearer(features, reference, _features(original.held_back))
     return scores
+
+
+@functools.lru_cache(maxsize=2)
+def _features(pictures: Tensor) -> Tensor:
+    """Those of the sets that every fault is compared with, computed once for each set."""
+    return find_extractor("mini-clip")(pictures)
 
 
 def hold(
