@@ -76,7 +76,7 @@ def _forgetting(args) -> None:
 def _trial(args) -> None:
     from kdc.studies import trial
 
-    print(trial.run(args.results))
+    print(trial.run(args.results, args.output_dir))
 
 
 def _evaluation(args) -> None:
@@ -124,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     forgetting.set_defaults(run=_forgetting)
     trial = commands.add_parser("trial", help="spoil pictures, see which score notices (A2)")
     trial.add_argument("--results", help="where to write (default: results/)")
+    trial.add_argument("--output-dir", default="outputs/trial", help="for resuming")
     trial.set_defaults(run=_trial)
     evaluation = commands.add_parser("evaluation", help="the study of chapter 04")
     evaluation.add_argument("stages", nargs="*", help="which stages (default: all)")

@@ -108,7 +108,9 @@ for task in tasks:
     print(f"{task.name}: {len(task.train)} pictures, {len(task.prompts)} prompts to draw")
 
 # %%
-picks = [task.prompts[i] for task in tasks for i in np.linspace(0, len(task.prompts) - 1, 4, dtype=int)]
+picks = [
+    task.prompts[i] for task in tasks for i in np.linspace(0, len(task.prompts) - 1, 4, dtype=int)
+]
 figures.picture_grid({"teacher": kdc.generate(pipeline, picks, seed=1)}, picks)
 plt.show()
 
@@ -127,7 +129,10 @@ scales = {"mini": pipeline.vae_scale_factor, "Stable Diffusion 1.x": 8}
 costs = pd.DataFrame(
     {
         name: {"pixels": 3 * scales[name] ** 2 * shape[-2] * shape[-1]}
-        | {f"latents, {dtype}": item_bytes(shape, dtype) for dtype in ("float32", "float16", "int8")}
+        | {
+            f"latents, {dtype}": item_bytes(shape, dtype)
+            for dtype in ("float32", "float16", "int8")
+        }
         for name, shape in shapes.items()
     }
 )

@@ -89,13 +89,30 @@ def test_the_bias_falls_with_the_count_and_kid_has_none():
     assert means.loc["shifted"]["fid"].iloc[-1] == pytest.approx(1, abs=0.4)
 
 
-def test_the_trial_is_written_and_unknown_faults_are_refused(tmp_path, monkeypatch):
+def test_the_trial_is_written_goes_on_where_it_was_and_refuses_unknown_faults(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(trial, "FAULTS", {"blur": trial.FAULTS["blur"]})
-    monkeypatch.setattr(trial, "bias", lambda counts: pd.DataFrame({"count": counts}))
-    monkeypatch.setattr(trial, "judge", lambda spoilt, original: {"fid": 1.0})
-    path = trial.run(tmp_path, count=4, seeds=(0,))
+    judged, bias = [], trial.bias
+
+    def judge(spoilt, original):
+        judged.append(1)
+        if len(judged) == 4:
+            raise KeyboardInterrupt
+        return {"fid": 1.0}
+
+    monkeypatch.setattr(trial, "judge", judge)
+    monkeypatch.setattr(trial, "bias", lambda counts: bias(counts, seeds=(0,)))
+    settings = dict(count=4, seeds=(0,), folder=tmp_path / "rows")
+    with pytest.raises(KeyboardInterrupt):
+        trial.run(tmp_path, **settings)
+    path = trial.run(tmp_path, **settings)
+    assert len(judged) == 4 + 2  # three were kept
     values = ledger.read(path.stem, tmp_path)
     assert [row["dose"] for row in values["rows"]] == [0, 0.5, 1, 2, 4]
+    assert np.isfinite([row["fid"] for row in values["rows"]]).all()
+    assert len(values["gaussians"]) == 2 * 7
+    with pytest.raises(ValueError, match="other settings"):
+        trial.hold(count=5, seeds=(0,), folder=tmp_path / "rows")
     with pytest.raises(ValueError, match="unknown faults"):
         trial.hold(("smear",))
-    assert np.isfinite([row["fid"] for row in values["rows"]]).all()

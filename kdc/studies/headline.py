@@ -193,16 +193,31 @@ def _steps(teacher, settings: Settings, folder: Path, results) -> dict:
     candidates = pipelines(teacher)
     drawn = sweep(candidates, settings, folder)
     times = pd.DataFrame(ledger.read("evaluation_timing", results)["pictures"])
-    chosen = choose(drawn, times, settings)
-    goal = scored(teacher, teacher, settings, settings.goal_steps)
-    values = {"sweep": drawn.to_dict("records"), "chosen": chosen, "tables": {}, "compared": {}}
-    values["tables"]["teacher"] = _plain(goal.table)
+    return report(candidates, drawn, times, settings)
+
+
+def report(
+    candidates: Mapping[str, StableDiffusionPipeline],
+    drawn: pd.DataFrame,
+    times: pd.DataFrame,
+    settings: Settings,
+) -> dict:
+    """What `choose` finds, drawn again on the seeds that are reported.
+
+    `tables` are those of `evaluate`, the teacher at `goal_steps` first; `compared` says for each
+    chosen setting which scores differ from the teacher's. `candidates` has "teacher" in it.
+    """
+    teacher, chosen = candidates["teacher"], choose(drawn, times, settings)
+    first = with_scheduler(teacher, settings.schedulers[0])
+    goal = scored(first, first, settings, settings.goal_steps)
+    values = {"sweep": drawn.to_dict("records"), "chosen": chosen, "compared": {}}
+    values["tables"] = {"teacher": _plain(goal.table)}
     for name, setting in chosen.items():
-        other = with_scheduler(candidates[name], setting["scheduler"])
         if name == "teacher" and setting["steps"] == settings.goal_steps:
             continue
+        other = with_scheduler(candidates[name], setting["scheduler"])
         found = scored(other, other, settings, int(setting["steps"]))
-        label = f"{name}, {setting['scheduler']}, {setting['steps']} steps"
+        label = f"{name}, {setting['scheduler']}, {int(setting['steps'])} steps"
         values["tables"][label] = _plain(found.table)
         same = dataclasses.replace(
             found, drawn_with=goal.drawn_with

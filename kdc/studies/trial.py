@@ -22,6 +22,7 @@ from kdc.extractors import find_extractor
 from kdc.mini.grades import balanced_prompts, renderings_of
 from kdc.perceptual import find_perceptual
 from kdc.statistics import SET_MEASURES, share_nearer
+from kdc.studies.bench import kept, slug
 
 SCORES = {
     "fid": "lower",
@@ -180,23 +181,31 @@ def _features(pictures: Tensor) -> Tensor:
 
 
 def hold(
-    faults: Sequence[str] = (), count: int = 288, seeds: Sequence[int] = (0, 1, 2)
+    faults: Sequence[str] = (),
+    count: int = 192,
+    seeds: Sequence[int] = (0, 1, 2),
+    folder: str | Path | None = None,
 ) -> pd.DataFrame:
     """A row for each fault (default: all), dose and seed, with all scores.
 
-    Raises `ValueError` for an unknown fault.
+    With a `folder` each is kept there, so that a trial that was stopped goes on. Raises
+    `ValueError` for an unknown fault, or where `folder` holds rows of another count.
     """
     if unknown := set(faults) - set(FAULTS):
         raise ValueError(f"unknown faults {sorted(unknown)}; they are {', '.join(FAULTS)}")
     rows = []
     todo = [(f, d, s) for s in seeds for f in faults or FAULTS for d in FAULTS[f][1]]
-    original: dict[int, Exhibit] = {}
+    shown = functools.lru_cache(maxsize=1)(functools.partial(exhibit, count))
     for fault, dose, seed in tqdm(todo, desc="trial", mininterval=2):
-        if seed not in original:
-            original = {seed: exhibit(count, seed)}
-        generator = torch.Generator().manual_seed(seed)
-        spoilt = FAULTS[fault][0](original[seed], dose, generator)
-        rows.append({"fault": fault, "dose": dose, "seed": seed} | judge(spoilt, original[seed]))
+
+        def make(fault=fault, dose=dose, seed=seed) -> dict:
+            original, generator = shown(seed), torch.Generator().manual_seed(seed)
+            return judge(FAULTS[fault][0](original, dose, generator), original)
+
+        made_with = {"fault": fault, "dose": dose, "seed": seed}
+        file = Path(folder) / f"{slug(fault)}-{slug(str(dose))}-{seed}.json" if folder else None
+        found = kept(file, made_with | {"count": count}, make) if file else make()
+        rows.append(made_with | found)
     return pd.DataFrame(rows)
 
 
@@ -257,9 +266,11 @@ def bias(
     return pd.DataFrame(rows)
 
 
-def run(results: str | Path | None = None, **settings) -> Path:
+def run(
+    results: str | Path | None = None, folder: str | Path = "outputs/trial", **settings
+) -> Path:
     """Hold the whole trial and write `metrics_trial.json`; `settings` are those of `hold`."""
-    rows = hold(**settings)
-    gaussians = bias((20, 32, 64, 128, 256, 512, 1024, 2048))
+    gaussians = bias((32, 64, 128, 256, 512, 1024, 2048))
+    rows = hold(folder=folder, **settings)
     values = {"rows": rows.to_dict("records"), "gaussians": gaussians.to_dict("records")}
     return ledger.write("metrics_trial", values, results, **settings)
