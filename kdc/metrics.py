@@ -6,6 +6,7 @@ Pictures are uint8 (N, 3, H, W) throughout. The judges expect 64 x 64; other siz
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 
 import lpips
@@ -46,7 +47,8 @@ def mini_lpips() -> lpips.LPIPS:
     Not the published metric: the trunk is AlexNet's shape with weights trained here on procedural
     pictures, and the published linear weights do not fit it. Inputs in [-1, 1], 32 x 32 at least.
     """
-    metric = lpips.LPIPS(net="alex", pnet_rand=True, lpips=False, verbose=False)
+    with warnings.catch_warnings(action="ignore"):  # that lpips calls torchvision by old names
+        metric = lpips.LPIPS(net="alex", pnet_rand=True, lpips=False, verbose=False)
     trunk = PerceptualTrunk()
     trunk.load_state_dict(load_file(ASSETS / "mini-trunk" / "model.safetensors"))
     ours = trunk.features.state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 
 import lpips
@@ -53,7 +54,8 @@ def find_perceptual(name: str) -> Perceptual:
     if name not in NETS:
         raise ValueError(f"unknown distance {name!r}; there are mini-lpips, {', '.join(NETS)}")
     try:
-        return Perceptual(name, lpips.LPIPS(net=NETS[name], verbose=False).eval())
+        with warnings.catch_warnings(action="ignore"):  # that lpips calls torchvision by old names
+            return Perceptual(name, lpips.LPIPS(net=NETS[name], verbose=False).eval())
     except Exception as error:  # torchvision raises what its downloader does
         raise RuntimeError(
             f"{name!r} cannot be loaded: its backbone is neither in the local cache nor to be had "

@@ -180,7 +180,8 @@ if known:
 
 # %% [markdown]
 # At `quick` these are 24 pictures a seed, so an accuracy moves by four points with every picture, and a
-# verdict of "not distinguishable" says little. At `standard` it is 144 and three seeds.
+# verdict of "not distinguishable" says little; a verdict of "worse" says more. At `standard` it is 144
+# pictures and three seeds.
 #
 # ## All plans on one page
 #

@@ -101,7 +101,22 @@ wide = found.pivot(index="fault", columns="score", values="outcome")
 wide.loc[rows["fault"].unique(), list(trial.SCORES)]
 
 # %% [markdown]
-# PROSE-TRIAL
+# No score sees everything, and each of them is blind to something that matters.
+#
+# - *Wrong captions* do not exist for Fréchet distance, KID, precision and recall: they never read a
+#   prompt. A model that ignores what is asked can lead a table of Fréchet distances.
+# - *Memorised copies* make the Fréchet distance **better**, the more of them the better, and only
+#   *leakage*, which asks whose neighbour a picture is, falls. (LPIPS moves too, but here it is paired with
+#   the unspoilt picture, so it notices every exchange and says nothing of why.)
+# - *Mode dropping* is invisible to accuracy and CLIP score, because each drawn picture is right. Recall
+#   and the distances catch it; precision stays at 1.
+# - Precision forgives almost everything: it is 1 when all pictures are one, and hardly moves under the
+#   strongest JPEG, where it was expected to. That is the one expectation of a catch that failed.
+# - The scores caught more than was expected of them: recall, CLIP score and accuracy also notice strong
+#   blur, resizing and JPEG, because details vanish that tell one kind from another.
+#
+# The KID of unspoilt pictures is below 0. Both sets show the same prompts, so they are more alike than
+# two independent draws, and an estimate without bias for those must say so.
 #
 # ## Too few samples
 #
@@ -113,7 +128,7 @@ wide.loc[rows["fault"].unique(), list(trial.SCORES)]
 # have 0, and where the means are 1 apart the Fréchet distance is 1.
 
 # %%
-counts = [20, 32, 64, 128, 256, 512]
+counts = [32, 64, 128, 256, 512]
 gaussians = trial.bias(counts, seeds=range(run.draws))
 means = gaussians.groupby(["pair", "count"])[["fid", "kid"]].mean()
 panels = {
@@ -154,7 +169,7 @@ see = find_extractor("mini-clip")
 every = trial.exhibit(384, seed=7)
 features = torch.cat([see(every.pictures), see(every.reference)])
 floors = {}
-for count in (48, 96, 192, 384):
+for count in (128, 192, 256, 384):
     floors[count] = {
         name: "{:.3f} ± {:.3f}".format(*floor(measure, features, count, draws=5))
         for name, measure in SET_MEASURES.items()

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from kdc.figures.colours import COLOURS
 
@@ -99,11 +100,22 @@ def lines(
             label, y = levels[title]
             axis.axhline(y, ls=":", color="k", label=label)
         axis.set(title=title, xlabel=xlabel)
-        axis.set_xscale("linear" if scale == "linear" else "log")
+        if scale != "linear":
+            _log_ticks(axis, [value for x, _ in drawn.values() for value in x])
         axis.set_yscale("log" if scale == "log" else "linear")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     return figure
+
+
+def _log_ticks(axis, values: Sequence[float]) -> None:
+    """A logarithmic x axis with plain numbers: 1, 2 and 5 of each decade, or 1 alone if many."""
+    axis.set_xscale("log")
+    few = max(values) < 100 * min(values)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    if few:
+        axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
 
 
 def doses(rows: pd.DataFrame, scores: Sequence[str], columns: int = 4) -> Figure:
