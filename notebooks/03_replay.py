@@ -197,8 +197,9 @@ pd.DataFrame(chosen).T[["source", "ratio", "guide", "ewc", "joint", "pool", "gui
 #
 # ## The experiment, small
 #
-# At the `quick` budget this is a demonstration: few steps, one seed. Rows are kept as soon as they
-# are there, so that a run that was stopped goes on.
+# At the `quick` budget this only shows how it is done: one seed, and so few steps that nobody learns to
+# draw and there is little to forget. The study below has four times as many. Rows are kept as soon as
+# they are there, so that a run that was stopped goes on.
 
 # %%
 trials = {name: forgetting.DOMAINS[name] for name in run.trials}
@@ -278,19 +279,20 @@ laid_out(retention.check_stage("domains" if metric == "accuracy" else "photos", 
 # noisiest few. That is why the study counts pictures.
 #
 # The published carried-over picture changes nothing, nor does the penalty on weights, at a weight that
-# nobody tuned. A buffer of 64 latents keeps more than joint training reaches: its forgetting is
-# *negative*, because the teacher guides the student on every old picture, and each of them teaches it
-# something more.
+# nobody tuned. A buffer of 64 latents keeps as much as joint training reaches, which sees each task in
+# half of its steps. Its forgetting is *negative*: the teacher guides the student on every old picture,
+# and each of them teaches it something more.
 #
-# The surprise is `replay+distil`. It shows the same old pictures from the same buffer, and forgets most
-# of what it knew. There the guide is a copy of the student, which knows no more than the student did,
+# The surprise is `replay+distil`. It shows the same old pictures from the same buffer, and loses nearly
+# half of what it knew. There the guide is a copy of the student, which knows no more than the student did,
 # and it guides by the output alone; `replay` is guided by the teacher, by output and features. This
 # study cannot tell which of the two differences matters. But it says that the guide matters at least
 # as much as the pictures. Both strategies without a buffer, which draw their old pictures, stand between
-# fine-tuning and `replay+distil`.
+# fine-tuning and `replay+distil`; that a guide mends drawn pictures is open.
 #
-# With *unseen* combinations (`retention`), which neither task shows, it is the same: who replays keeps
-# them, who does not loses about half of what the teacher passed on.
+# *Retention* counts combinations that neither task shows, of both worlds: what the teacher knows beyond
+# them. Half of them are of the world learnt last. Fine-tuning ends with hardly more than that half,
+# replay with both.
 #
 # ### What it costs
 #
@@ -310,8 +312,8 @@ plt.show()
 costs.groupby("candidate", sort=False)[["thousands", "kilobytes", "seconds", lost]].mean().round(2)
 
 # %% [markdown]
-# Cheap and good stand in one corner here: `replay` keeps a quarter of a megabyte, and needs half as many
-# passes more than fine-tuning. A guide that is a copy of the student costs its weights, 20 MB; the
+# Cheap and good stand in one corner here: `replay` keeps a quarter of a megabyte, and takes half as many
+# passes again as fine-tuning. A guide that is a copy of the student costs its weights, 20 MB; the
 # penalty keeps a mean gradient and the old weights, 58 MB; and pictures that have to be drawn first cost
 # the most passes. All of that bought little.
 #

@@ -139,10 +139,10 @@ def doses(rows: pd.DataFrame, scores: Sequence[str], columns: int = 4) -> Figure
     for axis, fault in zip(axes.flat, faults, strict=False):
         groups = rows[rows["fault"] == fault].groupby("dose")
         for index, score in enumerate(scores):
-            colour, style = COLOURS[index % len(COLOURS)], "-:"[index // len(COLOURS) % 2]
+            colour = COLOURS[index % len(COLOURS)]
             mean = groups[score].mean()
             places = np.arange(len(mean))
-            axis.plot(places, mean, style, color=colour, label=score, marker="o", ms=3)
+            axis.plot(places, mean, color=colour, label=score, marker="o", ms=3)
             axis.fill_between(
                 places, groups[score].min(), groups[score].max(), color=colour, alpha=0.2, lw=0
             )

@@ -40,7 +40,7 @@ def picture_grid(
             axis.imshow(_as_image(picture), interpolation="nearest")
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
     for axis, caption in zip(axes[0], captions or (), strict=False):
-        axis.set_title(_wrap(caption, 16), fontsize=7)
+        axis.set_title(_wrap(caption, max(10, int(13 * scale))), fontsize=7)
     if title:
         figure.suptitle(title, fontsize=10)
     return figure

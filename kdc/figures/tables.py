@@ -70,10 +70,11 @@ def dots(
 def heat_map(tables: Mapping[str, pd.DataFrame], label: str, log_scale: bool = True) -> Figure:
     """Tables with the same rows as colours on one scale, side by side, their columns along x."""
     rows, widest = (max(table.shape[i] for table in tables.values()) for i in (0, 1))
+    least = 3.0 if len(tables) < 4 else 1.5
     figure, axes = plt.subplots(
         1,
         len(tables),
-        figsize=(max(3.0, 0.42 * widest) * len(tables) + 2.3, 0.27 * rows + 1.3),
+        figsize=(max(least, 0.42 * widest) * len(tables) + 2.3, 0.27 * rows + 1.3),
         squeeze=False,
         sharey=True,
         layout="constrained",

@@ -154,11 +154,15 @@ def comparisons(rows: pd.DataFrame, found: Iterable[str]) -> dict[str, pd.DataFr
 
 
 def summary(rows: pd.DataFrame, measures: Iterable[str] = tuple(MEASURES)) -> pd.DataFrame:
-    """Mean and Student's 95 % interval over seeds of every measure, by candidate, as text."""
+    """Mean and Student's 95 % interval over seeds of every measure, by candidate, as text.
+
+    One seed has no interval.
+    """
 
     def text(values: pd.Series) -> str:
         low, high = student_interval(values)
-        return f"{values.mean():.3g} [{low:.3g}, {high:.3g}]"
+        spread = f" [{low:.3g}, {high:.3g}]" if len(values) > 1 else ""
+        return f"{values.mean():.3g}{spread}"
 
     groups = rows.groupby("candidate", sort=False)
     present = [measure for measure in measures if measure in rows]
