@@ -25,7 +25,7 @@ book: .venv/.ready ## run every notebook at the quick budget and build the HTML 
 test: .venv/.ready ## lint, unit tests, every notebook at the quick budget, the strict book build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: .venv/.ready ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb

@@ -17,14 +17,18 @@ import kdc
 from tools import book
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Side by side, each file has a process; those that need the executed notebooks share one."""
-    for item in items:
-        name = item.path.stem
-        group = "notebooks" if name in ("test_notebooks", "test_book") else name
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path.stem not in ("test_notebooks", "test_book"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each file goes to one process; those that need the executed notebooks share one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            shared = file.endswith(("test_notebooks.py", "test_book.py"))
+            return "notebooks" if shared else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

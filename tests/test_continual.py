@@ -465,10 +465,10 @@ def killed_at(step, folder):
 
 
 def test_a_killed_process_goes_on_as_if_nothing_had_happened(tasks, narrow, tmp_path):
-    code = f"from tests.test_continual import killed_at; killed_at(7, {str(tmp_path)!r})"
+    code = f"from test_continual import killed_at; killed_at(7, {str(tmp_path)!r})"
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     dead = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(kdc.__file__).parents[1], env=os.environ | threads
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=os.environ | threads
     )
     assert dead.returncode == -signal.SIGKILL and not (tmp_path / "task-2").exists()
     whole, expected = run(tasks, "replay", narrow)
