@@ -60,8 +60,8 @@ from kdc.studies.claims import laid_out
 started = time.perf_counter()
 few = ["finetune", "replay", "joint"]
 every = list(forgetting.DOMAINS)
-small = {"pictures": 240, "test_pictures": 16, "drawn": 12, "tuning": 300}
-usual = {"pictures": 800, "test_pictures": 64, "drawn": 72, "tuning": 1500}
+small = {"pictures": 240, "test_pictures": 16, "drawn": 12}
+usual = {"pictures": 800, "test_pictures": 64, "drawn": 72}
 table = {
     "quick": {"steps": 20, "batch_size": 8, "seeds": [0], "trials": few, "rate": 5e-4, **small},
     "standard": {"steps": 80, "batch_size": 8, "seeds": [0, 1, 2], "trials": every, "rate": 5e-4,
@@ -94,7 +94,7 @@ settings = forgetting.Settings(
     batch_size=run.batch_size,
     learning_rate=run.rate,
     seeds=tuple(run.seeds),
-    tuning=run.tuning,
+    tuning=10 * run.steps,
 )
 sizes = {k: getattr(settings, k) for k in ("pictures", "test_pictures", "drawn")}
 folders = [name for name in dataset.split(" then ") if name not in ("worlds", *kdc.WORLDS)]

@@ -17,6 +17,7 @@ import yaml
 from IPython.core.inputtransformer2 import TransformerManager
 from PIL import Image
 
+from kdc import ledger
 from tools import book
 
 PATHS = sorted(book.NOTEBOOKS.glob("*.ipynb"))
@@ -137,27 +138,48 @@ def test_the_notebook_runs_at_the_quick_budget_and_draws(path, executed):
 
 
 @pytest.mark.book
-def test_the_distillation_chapter_runs_on_a_folder_of_pictures(tmp_path):
-    """Fine-tuning first, two classes, and a broken file that is named and left out."""
-    rng = np.random.default_rng(0)
-    for index in range(24):
-        file = tmp_path / "pictures" / ("rose", "iris")[index % 2] / f"{index}.png"
+def run_on_pictures(chapter: str, folder, names, **parameters) -> str:
+    """A chapter run on folders of two classes each, a broken file among them; what it printed."""
+    rng, folder = np.random.default_rng(0), folder / chapter
+    for index in range(24 * len(names)):
+        kind = ("rose", "iris")[index // len(names) % 2]
+        file = folder / names[index % len(names)] / kind / f"{index}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(file)
-    (tmp_path / "pictures" / "rose" / "broken.png").write_bytes(b"not a picture")
-    ran = tmp_path / "ran.ipynb"
+    (folder / names[0] / "rose" / "broken.png").write_bytes(b"not a picture")
+    dataset = " then ".join(str(folder / name) for name in names)
+    ran = folder / "ran.ipynb"
     papermill.execute_notebook(
-        str(book.NOTEBOOKS / "02_distillation_layers.ipynb"),
+        str(book.NOTEBOOKS / f"{chapter}.ipynb"),
         str(ran),
-        {
-            "dataset": str(tmp_path / "pictures"),
-            "steps": 1,
-            "batch_size": 2,
-            "output_dir": str(tmp_path / "out"),
-        },
+        {"dataset": dataset, "output_dir": str(folder / "out"), **parameters},
         progress_bar=False,
     )
     text = json.dumps([c.get("outputs", []) for c in read(ran).cells])
-    assert "broken.png" in text and "2 captions" in text
-    assert (tmp_path / "out" / "fine_tuning.png").is_file()
-    assert (tmp_path / "out" / "students.png").is_file()
+    assert "broken.png" in text
+    return text
+
+
+def test_the_distillation_chapter_runs_on_a_folder_of_pictures(tmp_path):
+    """Fine-tuning first, two classes, and a broken file that is named and left out."""
+    short = {"steps": 1, "batch_size": 2}
+    text = run_on_pictures("02_distillation_layers", tmp_path, ["pictures"], **short)
+    assert "2 captions" in text
+    out = tmp_path / "02_distillation_layers" / "out"
+    assert (out / "fine_tuning.png").is_file() and (out / "students.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("chapter", "stored", "words"),
+    [
+        ("02_distillation_layers", "distillation", "same {steps} steps of {batch_size} pictures"),
+        ("03_replay", "forgetting_domains", "{steps} steps of {batch_size} pictures for each"),
+        ("03_replay", "forgetting_domains", "asked for {drawn} pictures"),
+        ("A2_metrics_on_trial", "metrics_trial", "All faults, {count} pictures, three seeds"),
+    ],
+)
+def test_what_the_text_says_of_a_study_is_what_was_stored(chapter, stored, words):
+    made_with = json.loads((ledger.RESULTS / f"{stored}.json").read_text())["provenance"]
+    cells = [c.source for c in read(book.NOTEBOOKS / f"{chapter}.ipynb").cells]
+    text = " ".join(" ".join(cells).split())
+    assert words.format(**made_with) in text and len(made_with["seeds"]) == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdc import ledger
-from kdc.studies import trial
+from kdc.studies import faults, trial
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def shown():
 @pytest.mark.parametrize("fault", trial.FAULTS)
 def test_no_dose_spoils_nothing_and_the_largest_does(fault, shown):
     spoil, doses = trial.FAULTS[fault]
-    few = trial.Exhibit(*(getattr(shown, f.name)[:24] for f in dataclasses.fields(shown)))
+    few = faults.Exhibit(*(getattr(shown, f.name)[:24] for f in dataclasses.fields(shown)))
     before = few.pictures.clone()
     clean = spoil(few, doses[0], torch.Generator().manual_seed(0))
     assert torch.equal(clean.pictures, few.pictures) and clean.asked == few.asked
