@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from kdc.evaluation import DIRECTIONS, Scores
+from kdc.evaluation import DIRECTIONS, Scores, check_alike
 from kdc.statistics import SET_MEASURES, apart, permutation_test
 
 
@@ -22,9 +22,7 @@ def compare(ours: Scores, theirs: Scores, permutations: int = 200, seed: int = 0
     out alike, no test on one training can say (see `retraining`). Raises `ValueError` where the
     evaluations do not match.
     """
-    for name, value in ours.drawn_with.items():
-        if value != theirs.drawn_with[name]:
-            raise ValueError(f"the evaluations differ in {name}: they cannot be compared")
+    check_alike(ours.drawn_with, theirs.drawn_with)
     rows = {}
     for name in ours.by_seed:
         if name not in theirs.by_seed or name == "diversity":  # no pairs of one seed
@@ -52,10 +50,13 @@ def compare(ours: Scores, theirs: Scores, permutations: int = 200, seed: int = 0
 def retraining(evaluations: Sequence[Scores]) -> pd.DataFrame:
     """Scores of one recipe trained several times: mean, and the spread of sampling and retraining.
 
-    See `statistics.apart`. Raises `ValueError` for fewer than two trainings or sampling seeds.
+    See `statistics.apart`; the one value of diversity that two seeds give is left out. Raises
+    `ValueError` for fewer than two trainings or sampling seeds.
     """
     shared = [
-        name for name in evaluations[0].by_seed if all(name in e.by_seed for e in evaluations)
+        name
+        for name in evaluations[0].by_seed
+        if all(len(e.by_seed.get(name, ())) == len(e.drawn_with["seeds"]) for e in evaluations)
     ]
     found = {name: apart([e.by_seed[name] for e in evaluations]) for name in shared}
     return pd.DataFrame(found).T.rename_axis("score")

@@ -62,7 +62,7 @@ def evaluate(
     reference: Tensor | Dataset | str | Path | None = None,
     *,
     asked: Sequence[worlds.Attributes] = (),
-    teacher: StableDiffusionPipeline | None = None,
+    teacher: StableDiffusionPipeline | Scores | None = None,
     scores: Sequence[str] = (),
     extractor: str = "mini-clip",
     perceptual: str = "mini-lpips",
@@ -77,15 +77,17 @@ def evaluate(
     `reference` are real pictures: uint8 (M, 3, H, W), a data set of `load_dataset`, a folder or a
     world's name. FID, KID, precision and recall compare N drawn with N of them (or all, if there
     are fewer), the floor real with real at the same count. `asked` are the attributes of the
-    prompts, for the accuracy on the worlds. `teacher` draws the same prompts from the same noise:
-    `lpips_to_teacher` is the paired distance. `diversity` is the perceptual distance of pictures of
-    one prompt from two seeds.
+    prompts, for the accuracy on the worlds. `teacher` draws the same prompts from the same noise,
+    or is what an earlier `evaluate` found of it: `lpips_to_teacher` is the paired distance.
+    `diversity` is the perceptual distance of pictures of one prompt from two seeds; two seeds make
+    one pair, which has no spread.
 
     `scores` are names of `DIRECTIONS`; empty, all for which there is what they need. Before
     anything is drawn, `ValueError` is raised for a score that was asked for by name and cannot be
     computed (where it was not, its row says why and has no value), for unknown names, for pictures
-    that are not uint8 or of another size, and for attributes that are not one a prompt;
-    `RuntimeError` for a network in training mode or an extractor that cannot be loaded.
+    that are not uint8 or of another size, for attributes that are not one a prompt, and for a
+    teacher that was evaluated with other prompts, seeds or settings; `RuntimeError` for a network
+    in training mode or an extractor that cannot be loaded.
     """
     prompts, seeds = list(prompts), [int(seed) for seed in seeds]
     if not prompts or not seeds:
@@ -94,9 +96,13 @@ def evaluate(
         raise ValueError(f"unknown scores {sorted(unknown)}; they are {', '.join(DIRECTIONS)}")
     if asked and len(asked) != len(prompts):
         raise ValueError(f"{len(asked)} attributes for {len(prompts)} prompts")
-    for name, one in (("pipeline", pipeline), ("teacher", teacher)):
-        if one is not None:
-            refuse_training(one, name)
+    how = {"steps": steps, "guidance": guidance, "batch_size": batch_size}
+    drawn_with = how | {"prompts": prompts, "seeds": seeds}
+    refuse_training(pipeline, "pipeline")
+    if isinstance(teacher, Scores):
+        check_alike(drawn_with, teacher.drawn_with)
+    elif teacher is not None:
+        refuse_training(teacher, "teacher")
     see = find_extractor(extractor)
     real = _features_of(reference, see, pipeline) if reference is not None else None
     refused = _refusals(len(prompts), seeds, see, real, asked, teacher)
@@ -106,8 +112,7 @@ def evaluate(
     possible, distance = [name for name in wanted if name not in refused], None
     if {"lpips_to_teacher", "diversity"} & set(possible):
         distance = find_perceptual(perceptual)
-    how = {"steps": steps, "guidance": guidance, "batch_size": batch_size}
-    pictures = torch.stack([generate(pipeline, prompts, seed=seed, **how) for seed in seeds])
+    pictures = _drawn(pipeline, prompts, seeds, how)
     features = torch.stack([see(batch) for batch in pictures])
 
     per_picture: dict[str, Tensor] = {}
@@ -120,12 +125,13 @@ def evaluate(
             text = see.read(prompts).float().cpu()
         per_picture["clip"] = 100 * F.cosine_similarity(features, text[None], dim=-1)
     if "lpips_to_teacher" in possible:
-        theirs = [generate(teacher, prompts, seed=seed, **how) for seed in seeds]
+        known = isinstance(teacher, Scores)
+        theirs = teacher.pictures if known else _drawn(teacher, prompts, seeds, how)
         pairs = zip(pictures, theirs, strict=True)
         per_picture["lpips_to_teacher"] = torch.stack([distance(a, b) for a, b in pairs])
     if "diversity" in possible:
-        others = pictures.roll(1, dims=0)
-        pairs = zip(pictures, others, strict=True)
+        pairs = list(zip(pictures, pictures.roll(1, dims=0), strict=True))
+        pairs = pairs[:1] if len(seeds) == 2 else pairs  # the second would be the first again
         per_picture["diversity"] = torch.stack([distance(a, b) for a, b in pairs])
     for name, values in per_picture.items():
         by_seed[name] = values.mean(dim=1).tolist()
@@ -155,12 +161,22 @@ def evaluate(
             "seeds": ", ".join(map(str, seeds)),
             "note": refused.get(name) or _note(name, len(prompts), seeds, real),
         }
-    drawn_with = how | {"prompts": prompts, "seeds": seeds, "extractor": extractor}
-    drawn_with |= {"perceptual": perceptual, "asked": list(asked)}
+    drawn_with |= {"extractor": extractor, "perceptual": perceptual, "asked": list(asked)}
     table = pd.DataFrame(rows).T.rename_axis("score")
     numbers = ["value", "spread", "low", "high", "floor", "floor_spread"]
     table[numbers] = table[numbers].astype(float)
     return Scores(table, by_seed, features, per_picture, pictures, chosen, drawn_with)
+
+
+def check_alike(ours: dict, theirs: dict) -> None:
+    """Raise `ValueError` where two evaluations differ in what `ours`, a `drawn_with`, names."""
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise ValueError(f"the evaluations differ in {name}: they cannot be compared")
+
+
+def _drawn(pipeline, prompts, seeds, how: dict) -> Tensor:
+    return torch.stack([generate(pipeline, prompts, seed=seed, **how) for seed in seeds])
 
 
 def refuse_training(pipeline: StableDiffusionPipeline, name: str = "pipeline") -> None:

@@ -101,20 +101,20 @@ plt.show()
 # by name, its row says why it is empty.
 
 # %%
-scores = {
-    name: kdc.evaluate(
+scores = {}
+for name, one in candidates.items():
+    scores[name] = kdc.evaluate(
         one,
         prompts,
         reference,
         asked=asked,
-        teacher=None if one is pipeline else pipeline,
+        teacher=scores.get("teacher"),
         seeds=run.seeds,
         steps=run.steps,
         floors=5,
     )
-    for name, one in candidates.items()
-}
-scores["student"].table[["value", "spread", "samples", "floor", "extractor", "checksum", "note"]]
+columns = ["value", "spread", "samples", "floor", "extractor", "checksum", "note"]
+scores["student"].table[columns].round(3)
 
 # %%
 pd.concat({name: found.table["value"].round(3) for name, found in scores.items()}, axis=1)

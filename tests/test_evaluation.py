@@ -49,7 +49,7 @@ def test_every_row_says_what_it_is(scored, teacher, real):
     assert torch.allclose(scored.per_picture["clip"][1], clip, atol=1e-3)
     assert table.loc["clip", "value"] == pytest.approx(np.mean(scored.by_seed["clip"]))
     assert table.loc["lpips_to_teacher", "value"] == pytest.approx(0, abs=1e-6)  # it is its own
-    assert table.loc["diversity", "value"] > 0.01
+    assert table.loc["diversity", "value"] > 0.01 and np.isnan(table.loc["diversity", "spread"])
     kid = table.loc["kid"]
     assert np.isfinite(kid[["value", "floor", "floor_spread"]].astype(float)).all()
     assert "2 seed(s)" in kid["note"] and "floor" not in kid["note"]
@@ -162,6 +162,10 @@ def test_a_worse_student_is_told_from_its_teacher_and_a_model_from_itself_not(
     scored, cut, teacher, real
 ):
     theirs = kdc.evaluate(cut, PROMPTS, real, asked=ASKED, teacher=teacher, **QUICK)
+    again = kdc.evaluate(cut, PROMPTS, teacher=scored, scores=("lpips_to_teacher",), **QUICK)
+    assert again.by_seed["lpips_to_teacher"] == theirs.by_seed["lpips_to_teacher"]
+    with pytest.raises(ValueError, match="differ in prompts"):
+        kdc.evaluate(cut, PROMPTS[::-1], teacher=scored, **QUICK)
     table = kdc.compare(scored, theirs, permutations=60)
     assert table.loc["lpips_to_teacher", "verdict"] == "better"
     far = dataclasses.replace(scored, features=scored.features + 2 * scored.features.std())

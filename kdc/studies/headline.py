@@ -141,11 +141,11 @@ def choose(drawn: pd.DataFrame, times: pd.DataFrame, settings: Settings) -> dict
 
 def scored(
     pipeline: StableDiffusionPipeline,
-    teacher: StableDiffusionPipeline,
     settings: Settings,
     steps: int,
+    teacher: Scores | None = None,
 ) -> Scores:
-    """`evaluate` with all scores, on the seeds that are reported."""
+    """`evaluate` with all scores, on the seeds that are reported; `teacher` has been scored."""
     asked = asked_for(settings.drawn)
     every = balanced_prompts(1, held_out=False)
     reference = renderings_of((every * 2)[: settings.references], seed=5)
@@ -154,7 +154,7 @@ def scored(
         [worlds.caption(a) for a in asked],
         reference,
         asked=asked,
-        teacher=None if pipeline is teacher else teacher,
+        teacher=teacher,
         seeds=settings.seeds,
         steps=steps,
     )
@@ -209,14 +209,14 @@ def report(
     """
     teacher, chosen = candidates["teacher"], choose(drawn, times, settings)
     first = with_scheduler(teacher, settings.schedulers[0])
-    goal = scored(first, first, settings, settings.goal_steps)
+    goal = scored(first, settings, settings.goal_steps)
     values = {"sweep": drawn.to_dict("records"), "chosen": chosen, "compared": {}}
     values["tables"] = {"teacher": _plain(goal.table)}
     for name, setting in chosen.items():
         if name == "teacher" and setting["steps"] == settings.goal_steps:
             continue
         other = with_scheduler(candidates[name], setting["scheduler"])
-        found = scored(other, other, settings, int(setting["steps"]))
+        found = scored(other, settings, int(setting["steps"]))
         label = f"{name}, {setting['scheduler']}, {int(setting['steps'])} steps"
         values["tables"][label] = _plain(found.table)
         same = dataclasses.replace(
@@ -229,11 +229,11 @@ def report(
 def _table(teacher, settings: Settings, folder: Path, results) -> dict:
     students = trained(teacher, settings, folder / "students")
     steps = settings.table_steps
-    goal = scored(teacher, teacher, settings, steps)
-    shipped = scored(pipelines(teacher)[SHIPPED], teacher, settings, steps)
+    goal = scored(teacher, settings, steps)
+    shipped = scored(pipelines(teacher)[SHIPPED], settings, steps, goal)
     tables = {"teacher": _plain(goal.table), SHIPPED: _plain(shipped.table)}
     every = {
-        name: [scored(one, teacher, settings, steps) for one in group]
+        name: [scored(one, settings, steps, goal) for one in group]
         for name, group in students.items()
     }
     compared = {f"{SHIPPED} - teacher": _plain(compare(shipped, goal))}
