@@ -3,7 +3,6 @@ import functools
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -235,9 +234,33 @@ def test_the_table_the_goals_and_the_claims_say_what_the_matrices_say():
 
 def test_every_claim_compares_trials_of_its_stage_by_a_known_measure():
     for stage, claims in retention.CLAIMS.items():
-        known = set(STAGES[stage]) | ({"replay"} if stage in ("buffers", "ratios") else set())
+        known = set(STAGES[stage])
+        known |= set(STAGES["domains"]) if stage in retention.BESIDE else set()
         for claim in claims:
             assert {claim.candidate, claim.rival} <= known, claim
             assert claim.measure in retention.MEASURES
     assert len({json.dumps(dataclasses.asdict(t)) for t in STAGES["classes"].values()}) == 9
-    assert pd.Series(STAGES).index.tolist() == ["domains", "buffers", "ratios", "classes", "photos"]
+    stages = ["domains", "buffers", "ratios", "guides", "classes", "photos"]
+    assert list(STAGES) == stages
+    alike = [*STAGES["guides"].values()]
+    alike += [STAGES["domains"][name] for name in ("replay", "replay+distil")]
+    assert len({(t.strategy.guide, str(t.strategy.old_weights)) for t in alike}) == 5
+    assert {(t.capacity, t.strategy.ratio, t.strategy.source) for t in alike} == {
+        (64, 1.0, "buffer")
+    }
+
+
+def test_a_study_begins_with_a_given_student(both, teacher, tmp_path):
+    start = kdc.slim(teacher.unet, "kdc")
+    with torch.no_grad():
+        start.conv_out.bias += 100
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    trials, errors = {"finetune": STAGES["domains"]["finetune"]}, []
+    for each in (None, start):
+        folder = tmp_path / str(each is None)
+        rows = forgetting.study(
+            "x", {"x": both}, trials, teacher, TINY, folder, steps=1, start=each
+        )
+        errors.append(retention.matrices(rows[0])["output_error"].start[0])
+    assert errors[1] > 1000 * errors[0]
+    assert all(torch.equal(value, before[name]) for name, value in start.state_dict().items())

@@ -6,6 +6,7 @@ first task, but for the two that learn it in their own way.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from kdc.continual import (
@@ -25,6 +26,7 @@ from kdc.continual import (
     learn_first,
     run_sequence,
 )
+from kdc.losses import LossWeights
 from kdc.mini import STUDENT_RECIPE
 from kdc.recipes import RECIPES
 from kdc.rehearsal import Learnt
@@ -85,14 +87,20 @@ def _with(**changed) -> Trial:
     return dataclasses.replace(Trial(STRATEGIES["replay"]), **changed)
 
 
-def _ratio(ratio: float) -> Trial:
-    return Trial(dataclasses.replace(STRATEGIES["replay"], ratio=ratio))
+def _replay(**changed) -> Trial:
+    return Trial(dataclasses.replace(STRATEGIES["replay"], **changed))
 
 
 DOMAINS = {name: Trial(strategy) for name, strategy in STRATEGIES.items()}
 BUFFERS = {f"replay {n}": _with(capacity=n) for n in (4, 256)}
 BUFFERS |= {f"replay {n} int8": _with(capacity=n, dtype="int8") for n in (4, 64)}
-RATIOS = {f"replay ratio {ratio:g}": _ratio(ratio) for ratio in (0.25, 2.0)}
+RATIOS = {f"replay ratio {ratio:g}": _replay(ratio=ratio) for ratio in (0.25, 2.0)}
+# replay lets the teacher guide by all terms, replay+distil the old student by two of them
+GUIDES = {
+    "replay, task only": _replay(old_weights=LossWeights.only("task")),
+    "replay, task and output": _replay(old_weights=LossWeights.only("task", "output")),
+    "replay, old student, all terms": _replay(guide="old"),
+}
 IN_CLASSES = (
     "finetune",
     "carry_over",
@@ -110,6 +118,7 @@ STAGES: dict[str, Mapping[str, Trial]] = {
     "domains": DOMAINS,
     "buffers": BUFFERS,
     "ratios": RATIOS,
+    "guides": GUIDES,
     "classes": CLASSES,
     "photos": {
         n: DOMAINS[n] for n in ("finetune", "carry_over", "replay", "replay+distil", "joint")
@@ -130,14 +139,14 @@ def follow(
     reference: Task | None = None,
     ahead: bool = True,
     first: Learnt | None = None,
+    start: UNet2DConditionModel | None = None,
 ) -> tuple[SequenceResult, ReplayBuffer | None]:
-    """One sequence from a freshly cut student, with the recipe's loss on new pictures."""
+    """One sequence with the recipe's loss on new pictures; `start` as in `study`."""
     buffer = trial.buffer(seed)
-    student = slim(teacher.unet, settings.plan)
     result = run_sequence(
         tasks,
         trial.strategy,
-        student,
+        _begin(teacher, settings, start),
         teacher,
         evaluate=evaluate,
         directions=directions,
@@ -174,22 +183,26 @@ def study(
     reference: Task | None = None,
     ahead: bool = True,
     shown: Sequence[str] = (),
+    start: UNet2DConditionModel | None = None,
 ) -> list[dict]:
     """A row for each order, seed and trial; each is kept in `folder` as soon as it is there.
 
-    `reference` and `ahead` are those of `run_sequence`. A row holds the matrices by metric, the
-    counts by task, and where there is a buffer its `leakage`. The student of the first order and
-    seed also draws the prompts `shown` after each task, into a sheet of strips beside the rows;
-    that goes with `ahead` alone.
+    `reference` and `ahead` are those of `run_sequence`. Sequences begin with a copy of the student
+    `start`, or with one freshly cut from the teacher by `settings.plan`. A row holds the matrices
+    by metric, the counts by task, and where there is a buffer its `leakage`. The student of the
+    first order and seed also draws the prompts `shown` after each task, into a sheet of strips
+    beside the rows; that goes with `ahead` alone.
     """
     made_with = {k: v for k, v in dataclasses.asdict(settings).items() if k != "seeds"}
     made_with |= {"steps": steps, "teacher": fingerprint(*teacher.unet.state_dict().values())}
+    if start is not None:
+        made_with |= {"start": fingerprint(*start.state_dict().values())}
     rows = []
     for order, tasks in orders.items():
         for seed in settings.seeds:
             scorer = Scorer(teacher, tasks[0], seed, settings.sampling_steps)
             first = functools.cache(
-                functools.partial(_first, tasks[0], teacher, settings, steps, seed)
+                functools.partial(_first, tasks[0], teacher, settings, steps, seed, start)
             )
             answers: dict[str, Answer] = {}  # the teacher's, on new pictures alike for all trials
             draws = shown if order == next(iter(orders)) and seed == settings.seeds[0] else ()
@@ -212,6 +225,7 @@ def study(
                         result, buffer = follow(
                             tasks, trial, teacher, evaluate, scorer.directions, settings,
                             steps=steps, seed=seed, reference=reference, ahead=ahead, first=begun,
+                            start=start,
                         )  # fmt: skip
                     if draws:  # all but the first, which the student drew before the first task
                         sheet = Image.fromarray(np.concatenate(strips[1:]))
@@ -240,6 +254,10 @@ def _tapped(teacher: StableDiffusionPipeline, settings: Settings) -> list[str]:
     return [name for _, name in tap_names(slim(teacher.unet, settings.plan), teacher.unet, taps)]
 
 
-def _first(task, teacher, settings: Settings, steps: int, seed: int) -> Learnt:
-    student = slim(teacher.unet, settings.plan)
+def _first(task, teacher, settings: Settings, steps: int, seed: int, start) -> Learnt:
+    student = _begin(teacher, settings, start)
     return learn_first(task, student, teacher, **training(settings, steps, seed))
+
+
+def _begin(teacher, settings: Settings, start: UNet2DConditionModel | None):
+    return slim(teacher.unet, settings.plan) if start is None else copy.deepcopy(start)

@@ -156,7 +156,7 @@ def comparisons(rows: pd.DataFrame, found: Iterable[str]) -> dict[str, pd.DataFr
 def summary(rows: pd.DataFrame, measures: Iterable[str] = tuple(MEASURES)) -> pd.DataFrame:
     """Mean and Student's 95 % interval over seeds of every measure, by candidate, as text.
 
-    One seed has no interval.
+    One seed has no interval; a measure that no row has is left out.
     """
 
     def text(values: pd.Series) -> str:
@@ -165,7 +165,7 @@ def summary(rows: pd.DataFrame, measures: Iterable[str] = tuple(MEASURES)) -> pd
         return f"{values.mean():.3g}{spread}"
 
     groups = rows.groupby("candidate", sort=False)
-    present = [measure for measure in measures if measure in rows]
+    present = [measure for measure in measures if measure in rows and rows[measure].notna().any()]
     return groups[present].agg(text).assign(seeds=groups.size())
 
 

@@ -26,6 +26,7 @@ MEASURES = {
     "forgetting_output_error": "lower",
     "leakage": "lower",
 }
+BESIDE = ("buffers", "ratios", "guides")  # stages whose rivals are rows of the domains
 PICTURES = ("new_pictures", "old_pictures", "teacher_pictures", "guide_pictures")
 PICTURES += ("sampler_pictures", "fisher_pictures")
 # Written before the study ran. Each line: what is claimed, the trial, its rival, the measure, and
@@ -53,6 +54,14 @@ nor does it in a tiny buffer | replay 4 int8 | replay 4 | old_accuracy | open
 a quarter as many old pictures save less | replay ratio 0.25 | replay | old_accuracy | worse
 twice as many cost the new | replay ratio 2 | replay | new_accuracy | worse
 """,
+    "guides": """
+a teacher as guide saves more | replay, task and output | replay, task only | old_accuracy
+it knows more than the old student | replay, task and output | replay+distil | old_accuracy
+features help too | replay | replay, task and output | old_accuracy
+even an old student's | replay, old student, all terms | replay+distil | old_accuracy
+but the teacher's are better | replay | replay, old student, all terms | old_accuracy
+without a guide forgetting is still less | replay, task only | finetune | old_accuracy
+""",
     "classes": """
 replay saves the old | replay | finetune | old_accuracy
 one carried picture does not | carry_over | finetune | old_accuracy | open
@@ -68,14 +77,14 @@ CLAIMS = {stage: read_claims(text) for stage, text in _CLAIMS.items()}
 
 
 def stored(stage: str, results: str | Path | None = None) -> list[dict]:
-    """The rows of a stage; those of "buffers" and "ratios" with what they are compared to."""
+    """The rows of a stage; those of `BESIDE` with what they are compared to."""
     rows = ledger.read(f"forgetting_{stage}", results)["rows"]
-    if stage in ("buffers", "ratios"):
+    if stage in BESIDE:
         known = {(row["order"], row["seed"]) for row in rows}
         rows = rows + [
             row
             for row in stored("domains", results)
-            if row["candidate"] in ("finetune", "replay", "joint")
+            if row["candidate"] in ("finetune", "replay", "replay+distil", "joint")
             and (row["order"], row["seed"]) in known
         ]
     return rows

@@ -29,11 +29,11 @@ def run(
 ) -> list[Path]:
     """Measure the stages (default: all but "photos", which needs a folder); a result file for each.
 
-    "domains", "buffers", "ratios" and "classes" use the worlds and the mini teacher; "photos" the
-    classes of the folder `photos`, half of them and then the other half, and the mini teacher after
-    it was fine-tuned on all of them. Writes `forgetting_<stage>.json`, and for the domains a sheet
-    of pictures beside it. `settings` replace those of `Settings`. Raises `ValueError` for an
-    unknown stage or a missing folder, before any work.
+    "domains", "buffers", "ratios", "guides" and "classes" use the worlds and the mini teacher;
+    "photos" the classes of the folder `photos`, half of them and then the other half, and the mini
+    teacher after it was fine-tuned on all of them. Writes `forgetting_<stage>.json`, and for the
+    domains a sheet of pictures beside it. `settings` replace those of `Settings`. Raises
+    `ValueError` for an unknown stage or a missing folder, before any work.
     """
     wanted = list(stages) or [name for name in STAGES if name != "photos"]
     if unknown := set(wanted) - set(STAGES):
