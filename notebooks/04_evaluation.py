@@ -144,8 +144,8 @@ kdc.compare(scores["student"], scores["teacher"], permutations=100)
 
 # %%
 settings = headline.Settings(
-    steps=run.sweep, schedulers=run.schedulers, drawn=run.drawn, seeds=tuple(run.seeds),
-    batch_sizes=(1,), rounds=run.rounds,
+    steps=run.sweep, schedulers=run.schedulers, drawn=run.drawn, choosing_drawn=run.drawn,
+    seeds=tuple(run.seeds), batch_sizes=(1,), rounds=run.rounds,
 )  # fmt: skip
 both = {"teacher": pipeline, headline.SHIPPED: student}
 timed, calls = headline.timed(both, settings)

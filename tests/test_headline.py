@@ -11,8 +11,8 @@ from kdc.studies.headline import Settings
 
 TINY = Settings(
     recipes=("as published", "corrected"), training_steps=1, trainings=(0, 1), steps=(1, 2),
-    schedulers=("dpm++", "ddim"), goal_steps=2, drawn=8, references=16, seeds=(0, 1),
-    table_steps=1, batch_sizes=(1, 2), rounds=2,
+    schedulers=("dpm++", "ddim"), goal_steps=2, drawn=8, choosing_drawn=8, references=16,
+    seeds=(0, 1), table_steps=1, batch_sizes=(1, 2), rounds=2,
 )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ class Settings:
     drawn: int = 144
     references: int = 288
     choosing: int = 100  # the seed on which steps are chosen
+    choosing_drawn: int = 72
     seeds: tuple[int, ...] = (0, 1, 2)  # those on which everything is reported
     table_steps: int = 10  # for students after equal steps, and for the teacher beside them
     batch_sizes: tuple[int, ...] = (1, 8)
@@ -82,7 +83,7 @@ def sweep(
     candidates: Mapping[str, StableDiffusionPipeline], settings: Settings, folder: Path
 ) -> pd.DataFrame:
     """Accuracy and CLIP score by pipeline, scheduler and steps, on the seed for choosing."""
-    asked, rows = asked_for(settings.drawn), []
+    asked, rows = asked_for(settings.choosing_drawn), []
     captions = [worlds.caption(a) for a in asked]
     for name, pipeline in candidates.items():
         print_of = fingerprint(*pipeline.unet.state_dict().values())
@@ -98,7 +99,8 @@ def sweep(
                         "clip": clip,
                     }
 
-                made_with = {"seed": settings.choosing, "drawn": settings.drawn, "unet": print_of}
+                made_with = {"seed": settings.choosing, "unet": print_of}
+                made_with["drawn"] = settings.choosing_drawn
                 file = folder / f"sweep-{slug(name)}-{slug(scheduler)}-{steps}.json"
                 row = kept(file, made_with, make)
                 rows.append({"pipeline": name, "scheduler": scheduler, "steps": steps} | row)
