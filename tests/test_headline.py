@@ -25,7 +25,7 @@ def test_prompts_are_spread_over_both_worlds():
 def rows(**accuracy):
     return pd.DataFrame(
         [
-            {"pipeline": name, "scheduler": "dpm++", "steps": steps, "accuracy": a, "clip": 1.0}
+            {"pipeline": name, "scheduler": "dpm++", "steps": steps, "accuracy": a, "clip": steps}
             for name, values in accuracy.items()
             for steps, a in values.items()
         ]
@@ -42,17 +42,23 @@ def times(**seconds):
     )
 
 
-def test_the_fastest_setting_near_the_teacher_at_its_many_steps_is_chosen():
-    drawn = rows(teacher={1: 0.5, 2: 1.0}, student={1: 0.949, 2: 0.95})
-    chosen = headline.choose(
-        drawn, times(teacher={1: 5.0, 2: 10.0}, student={1: 1.0, 2: 2.0}), TINY
-    )
-    assert chosen["student"]["steps"] == 2 and chosen["student"]["ratio"] == 0.2
-    assert chosen["teacher"]["steps"] == 2
+def test_the_fastest_good_setting_is_chosen_and_the_best_of_the_quick_ones():
+    drawn = rows(teacher={1: 0.5, 2: 1.0}, student={1: 0.949, 2: 0.95, 3: 0.96, 4: 0.99, 5: 0.9})
+    clock = times(
+        teacher={1: 5.0, 2: 10.0}, student={1: 0.5, 2: 1.0, 3: 2.0, 4: 2.1, 5: 1.9}
+    )  # only 3 is good, quick, and of the highest CLIP score: 4 is slow, 5 not good
+    teacher, fastest, best = headline.choose(drawn, clock, TINY)
+    assert (teacher["pipeline"], teacher["steps"], teacher["rules"]) == ("teacher", 2, ["fastest"])
+    assert (fastest["steps"], fastest["ratio"], fastest["rules"]) == (2, 0.1, ["fastest"])
+    assert (best["steps"], best["rules"]) == (3, ["best"])
+    assert headline.label_of(best) == "student, dpm++, 3 steps"
+    drawn = rows(teacher={2: 1.0}, student={1: 0.9, 2: 1.0})
+    both = headline.choose(drawn, times(teacher={2: 10.0}, student={1: 0.5, 2: 1.0}), TINY)
+    assert [row["rules"] for row in both] == [["fastest"], ["fastest", "best"]]
     none = headline.choose(
         rows(teacher={2: 1.0}, student={1: 0.9}), times(teacher={2: 9.0}, student={1: 1.0}), TINY
     )
-    assert list(none) == ["teacher"]
+    assert [row["pipeline"] for row in none] == ["teacher"]
 
 
 def test_the_stages_write_what_the_chapter_reads(teacher, tmp_path, monkeypatch):

@@ -160,6 +160,19 @@ def run_on_pictures(chapter: str, folder, names, **parameters) -> str:
     return text
 
 
+def test_the_replay_chapter_runs_on_two_folders_and_on_the_halves_of_one(tmp_path):
+    short = {"steps": 1, "batch_size": 2}
+    text = run_on_pictures("03_replay", tmp_path, ["before", "after"], **short)
+    assert "before: 22 pictures" in text and "after: 22 pictures" in text
+    assert (tmp_path / "03_replay" / "out" / "forgetting.png").is_file()
+
+
+def test_the_evaluation_chapter_runs_on_a_folder(tmp_path):
+    text = run_on_pictures("04_evaluation", tmp_path, ["pictures"], steps=1)
+    assert "the attributes of the prompts are not known" in text
+    assert (tmp_path / "04_evaluation" / "out" / "pictures.png").is_file()
+
+
 def test_the_distillation_chapter_runs_on_a_folder_of_pictures(tmp_path):
     """Fine-tuning first, two classes, and a broken file that is named and left out."""
     short = {"steps": 1, "batch_size": 2}

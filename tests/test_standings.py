@@ -33,7 +33,15 @@ def steps(accuracy=0.95, ratio=0.2, clip="not distinguishable"):
             {"pipeline": n, "scheduler": "ddim", "steps": s, "accuracy": a, "clip": 90.0}
             for n, s, a in rows
         ],
-        "chosen": {SHIPPED: {"scheduler": "ddim", "steps": 4, "ratio": ratio}},
+        "chosen": [
+            {
+                "pipeline": SHIPPED,
+                "scheduler": "ddim",
+                "steps": 4,
+                "ratio": ratio,
+                "rules": ["best"],
+            }
+        ],
         "tables": {"teacher": scores(1.0, 90), LABEL: scores(accuracy, 89.5)},
         "compared": {LABEL: {"accuracy": verdict("worse"), "clip": verdict(clip)}},
     }
@@ -55,13 +63,15 @@ def test_each_goal_is_met_or_missed_by_its_own_number(changed, expected):
 
 
 def test_without_a_setting_that_is_good_enough_the_claim_fails():
-    none = steps() | {"chosen": {"teacher": {"scheduler": "ddim", "steps": 4, "ratio": 0.1}}}
+    none = steps() | {"chosen": [steps()["chosen"][0] | {"pipeline": "teacher"}]}
     assert [met for met, _ in standings.goals(none).values()] == [False]
+    assert [met for met, _ in standings.goals(steps(), "fastest").values()] == [False]
 
 
 def test_the_headline_table_has_speed_scores_and_verdicts():
     table = standings.headline_table(steps())
     assert table.loc["times as fast"].tolist() == [1.0, 5.0]
+    assert table.loc["chosen as"].tolist() == ["", "best"]
     assert table.loc["accuracy", LABEL] == 0.95 and table.loc["clip: verdict", LABEL]
     assert "diversity" not in table.index
 

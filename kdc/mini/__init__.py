@@ -65,7 +65,7 @@ def make_teacher(out: Path, **settings) -> None:
     pipeline.to(torch.float16).save_pretrained(out / "new", safe_serialization=True)
 
 
-def make_student(out: Path, steps: int = 1200, batch_size: int = 16, **settings) -> None:
+def make_student(out: Path, steps: int = 3600, batch_size: int = 16, **settings) -> None:
     """The student by a recipe of the study of chapter 02, with more steps and pictures."""
     recipe = RECIPES[STUDENT_RECIPE]
     teacher = load_teacher(out.parent / "teacher" / "final")
