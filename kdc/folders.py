@@ -55,9 +55,14 @@ def read_folder(folder: Path, split: str, size: int) -> FolderDataset:
     if not files:
         raise ValueError(f"{folder} holds no readable picture for the split {split!r}")
     captions = _captions(folder)
-    return FolderDataset(
-        files, [captions.get(f.resolve(), f"a photo of a {_class_name(f)}") for f in files], size
-    )
+    named = [
+        captions.get(f.resolve(), f"a photo of {_with_article(_class_name(f))}") for f in files
+    ]
+    return FolderDataset(files, named, size)
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name.startswith(tuple('aeiou')) else 'a'} {name}"
 
 
 def _class_name(file: Path) -> str:

@@ -94,6 +94,8 @@ def test_pictures_right_in_a_split_folder_are_named_after_the_data_set(tmp_path)
     picture_folder(tmp_path / "my_Roses", classes=("train", "test"), each=2)
     dataset = kdc.load_dataset(tmp_path / "my_Roses")
     assert [dataset.caption(i) for i in range(2)] == ["a photo of a my roses"] * 2
+    picture_folder(tmp_path / "irises", classes=("Iris",), each=2)
+    assert kdc.load_dataset(tmp_path / "irises").caption(0) == "a photo of an iris"
 
 
 def test_few_pictures_still_make_a_test_split(tmp_path):

@@ -121,15 +121,16 @@ def class_tasks(
     name: str | Path,
     *,
     per_task: int | None = 1,
-    order: int | None = None,
+    order: int | Sequence[str] | None = None,
     pictures: int = 800,
     test_pictures: int = 96,
     drawn: int = 144,
 ) -> list[Task]:
     """The classes of one world (its kinds) or folder as tasks of `per_task`, each with an `Exam`.
 
-    `per_task` None makes two tasks, of half the classes each. `order` is a seed that shuffles the
-    classes. `drawn` pictures are drawn for all tasks together.
+    `per_task` None makes two tasks, of half the classes each. `order` is that of
+    `split_classes`; None is alphabetical, for a folder that of its pictures. `drawn` pictures are
+    drawn for all tasks together.
     """
     size = teacher.unet.config.sample_size * teacher.vae_scale_factor
     loaded = [
@@ -139,6 +140,8 @@ def class_tasks(
     train, test = (cache_latents(teacher, dataset) for dataset in loaded)
     world = name in worlds.WORLDS
     label_of = (lambda caption: worlds.read_caption(caption).kind) if world else str
+    if not world and order is None:  # that of the folders, which no article disturbs
+        order = list(dict.fromkeys(loaded[0].caption(i) for i in range(len(loaded[0]))))
     if per_task is None:
         per_task = math.ceil(len({label_of(caption) for caption in train.captions}) / 2)
     tasks = split_classes(train, label_of, per_task=per_task, order=order, test=test)
