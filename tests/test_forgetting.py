@@ -3,6 +3,7 @@ import functools
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -228,8 +229,11 @@ def test_the_table_the_goals_and_the_claims_say_what_the_matrices_say():
     assert means["replay"].to_numpy()[1].tolist() == pytest.approx([0.81, 0.88])
     checked = retention.check_stage("domains", lines)
     assert checked.set_index("claim").loc["replay saves the old", "outcome"] == "holds"
-    bytes_, values = retention.against_bytes(lines, "old_accuracy", "float16")
-    assert bytes_ == [20] and values == pytest.approx([0.81])
+    found = retention.against_bytes(lines, "old_accuracy", "float16")
+    assert [x[0] for x in found] == pytest.approx([20, 0.81, 0.8, 0.82])
+    lines = pd.concat([lines, retention.table(rows_of("replay ratio 2", 0.9, 0.7))])
+    ratios, old, *_ = retention.against_ratio(lines)["old task"]
+    assert ratios == [1.0, 2.0] and old == pytest.approx([0.81, 0.91])
 
 
 def test_every_claim_compares_trials_of_its_stage_by_a_known_measure():

@@ -77,13 +77,14 @@ def bars(
 
 
 def lines(
-    panels: Mapping[str, Mapping[str, tuple[Sequence, Sequence]]],
+    panels: Mapping[str, Mapping[str, tuple[Sequence, ...]]],
     xlabels: Sequence[str],
     scales: Sequence[str] | None = None,
     levels: Mapping[str, tuple[str, float]] | None = None,
 ) -> Figure:
     """Panels of lines side by side: {title: {label: (x, y)}}, an x label for each panel.
 
+    A line may be (x, y, low, high), which draws a band from low to high.
     `scales` are "log" where both axes are logarithmic, "semilogx" where x alone is, "linear" (the
     default). `levels` {title: (label, y)} draws a dotted line across a panel.
     """
@@ -94,14 +95,16 @@ def lines(
     for axis, (title, drawn), xlabel, scale in zip(
         axes[0], panels.items(), xlabels, scales, strict=True
     ):
-        for (label, (x, y)), colour in zip(drawn.items(), COLOURS * 3, strict=False):
+        for (label, (x, y, *band)), colour in zip(drawn.items(), COLOURS * 3, strict=False):
             axis.plot(x, y, color=colour, label=label, marker="o" if len(x) < 8 else None)
+            if band:
+                axis.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
         if levels and title in levels:
             label, y = levels[title]
             axis.axhline(y, ls=":", color="k", label=label)
         axis.set(title=title, xlabel=xlabel)
         if scale != "linear":
-            _log_ticks(axis, [value for x, _ in drawn.values() for value in x])
+            _log_ticks(axis, [value for x, *_ in drawn.values() for value in x])
         axis.set_yscale("log" if scale == "log" else "linear")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

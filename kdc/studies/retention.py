@@ -163,28 +163,31 @@ def mean_matrices(rows: Iterable[Mapping], metric: str, order: str | None = None
     return {name: sum(frames) / len(frames) for name, frames in found.items()}
 
 
-def against_bytes(lines: pd.DataFrame, column: str, dtype: str) -> tuple[list, list]:
-    """Bytes of the buffer and a column's mean, for the replay trials of one precision."""
+def against_bytes(lines: pd.DataFrame, column: str, dtype: str) -> tuple[list, ...]:
+    """A line of a panel: bytes of the buffer, and a column's mean, smallest and largest.
+
+    Of the replay trials of one precision; the extremes are those of the seeds.
+    """
     ends = " int8" if dtype == "int8" else ""
-    names = [f"replay {n}{ends}" for n in (4, 16, 64, 256)]
+    names = [f"replay {n}{ends}" for n in (4, 64, 256)]
     names = ["replay" if name == "replay 64" else name for name in names]
-    means = lines.groupby("candidate")[["buffer_bytes", column]].mean().reindex(names).dropna()
-    return means["buffer_bytes"].tolist(), means[column].tolist()
+    return _extremes(lines, names, column, lines.groupby("candidate")["buffer_bytes"].mean())
 
 
-def against_ratio(lines: pd.DataFrame) -> dict[str, tuple[list, list]]:
+def against_ratio(lines: pd.DataFrame) -> dict[str, tuple[list, ...]]:
     """Old and new accuracy by the number of old pictures for each new one, as lines of a panel."""
-    names = {
-        0.25: "replay ratio 0.25",
-        1.0: "replay",
-        2.0: "replay ratio 2",
-    }
-    means = lines.groupby("candidate")[["old_accuracy", "new_accuracy"]].mean()
-    known = {ratio: name for ratio, name in names.items() if name in means.index}
+    ratios = {"replay ratio 0.25": 0.25, "replay": 1.0, "replay ratio 2": 2.0}
+    columns = {"old task": "old_accuracy", "new task": "new_accuracy"}
     return {
-        label: (list(known), means.loc[list(known.values()), column].tolist())
-        for label, column in (("old task", "old_accuracy"), ("new task", "new_accuracy"))
+        label: _extremes(lines, list(ratios), column, pd.Series(ratios))
+        for label, column in columns.items()
     }
+
+
+def _extremes(lines: pd.DataFrame, names: list[str], column: str, x: pd.Series) -> tuple[list, ...]:
+    known = [name for name in names if name in set(lines["candidate"])]
+    found = lines.groupby("candidate")[column].agg(["mean", "min", "max"]).loc[known]
+    return x[known].tolist(), *(found[c].tolist() for c in found)
 
 
 def shown(results: str | Path | None = None) -> tuple[dict[str, list], tuple[str, ...]]:
