@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Placement = tuple[Tensor, Tensor]
+TOGETHER = 2048  # so many items may have all their products in memory at once
 
 
 def _last_of_each_slot(rows: Tensor, slots: Tensor) -> Placement:
@@ -136,14 +138,17 @@ def herding_order(features: Tensor, count: int) -> list[int]:
     p_k = argmin_x |m - (f(x) + f(p_1) + ... + f(p_(k-1))) / k|, each row once (Rebuffi et al.
     1611.07725, algorithm 4).
     """
-    centred = features.double() - features.double().mean(dim=0)
-    # With g = f - m and S the sum of the chosen g, the norm is |S + g| / k: compare its square.
-    norms, total, order = centred.square().sum(dim=1), torch.zeros_like(centred[0]), []
+    centred = features.double().numpy()
+    centred = centred - centred.mean(axis=0)
+    # With g = f - m and S the sum of the chosen g, the norm is |S + g| / k: compare its square,
+    # |g|^2 + 2 g . S up to what all share.
+    products = centred @ centred.T if len(centred) <= TOGETHER else None
+    cost, order = np.square(centred).sum(axis=1), []
     for _ in range(min(count, len(centred))):
-        cost = norms + 2 * (centred @ total)
-        cost[order] = torch.inf
         order.append(int(cost.argmin()))
-        total = total + centred[order[-1]]
+        last = order[-1]
+        cost += 2 * (centred @ centred[last] if products is None else products[last])
+        cost[last] = np.inf
     return order
 
 

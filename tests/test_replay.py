@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
+from kdc import policies
 from kdc.policies import POLICIES, fair_shares, herding_order
 from kdc.replay import ReplayBuffer, item_bytes
 from kdc.storage import quantise
@@ -137,7 +138,9 @@ def slow_herding(features, count):
     return chosen
 
 
-def test_herding_is_the_published_algorithm():
+@pytest.mark.parametrize("together", [30, 29])
+def test_herding_is_the_published_algorithm(monkeypatch, together):
+    monkeypatch.setattr(policies, "TOGETHER", together)
     features = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)) + 3
     assert herding_order(features, 12) == slow_herding(features, 12)
 
