@@ -80,9 +80,9 @@ def _trial(args) -> None:
 
 
 def _evaluation(args) -> None:
-    from kdc.studies import headline
+    from kdc.studies import evaluations
 
-    for path in headline.run(args.results, args.output_dir, args.stages):
+    for path in evaluations.run(args.results, args.output_dir, args.stages):
         print(path)
 
 

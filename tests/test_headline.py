@@ -6,7 +6,7 @@ import pytest
 
 import kdc
 from kdc import ledger, timing
-from kdc.studies import headline
+from kdc.studies import evaluations, headline
 from kdc.studies.headline import Settings
 
 TINY = Settings(
@@ -63,14 +63,14 @@ def test_the_fastest_good_setting_is_chosen_and_the_best_of_the_quick_ones():
 
 def test_the_stages_write_what_the_chapter_reads(teacher, tmp_path, monkeypatch):
     small = {"pictures": 24, "test_pictures": 8}
-    defaults = headline.distillation.Settings
+    defaults = evaluations.distillation.Settings
     monkeypatch.setattr(
-        headline.distillation, "Settings", lambda **s: defaults(**small, batch_size=2, **s)
+        evaluations.distillation, "Settings", lambda **s: defaults(**small, batch_size=2, **s)
     )
     settings = dataclasses.asdict(TINY)
     with pytest.raises(ValueError, match="unknown stages"):
-        headline.run(tmp_path, tmp_path / "rows", ["speed"])
-    paths = headline.run(tmp_path, tmp_path / "rows", **settings)
+        evaluations.run(tmp_path, tmp_path / "rows", ["speed"])
+    paths = evaluations.run(tmp_path, tmp_path / "rows", **settings)
     assert [path.stem for path in paths] == [
         "evaluation_timing", "evaluation_steps", "evaluation_table"
     ]  # fmt: skip
@@ -97,11 +97,11 @@ def test_the_stages_write_what_the_chapter_reads(teacher, tmp_path, monkeypatch)
     def never(*arguments, **settings):
         raise AssertionError("made again")
 
-    monkeypatch.setattr(headline, "follow", never)
+    monkeypatch.setattr(evaluations, "follow", never)
     monkeypatch.setattr(headline.models, "generate", never)
     again = headline.sweep(headline.pipelines(teacher), TINY, tmp_path / "rows")
     assert again.to_dict("records") == steps["sweep"]
-    assert len(headline.trained(teacher, TINY, tmp_path / "rows" / "students")["corrected"]) == 2
+    assert len(evaluations.trained(teacher, TINY, tmp_path / "rows" / "students")["corrected"]) == 2
 
 
 def test_a_setting_of_another_sampler_draws_other_pictures(teacher):

@@ -7,23 +7,21 @@ it is drawn from others.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from diffusers import StableDiffusionPipeline
 
-from kdc import ledger, metrics, models, worlds
-from kdc.comparison import compare, retraining
+from kdc import metrics, models, worlds
+from kdc.comparison import compare
 from kdc.evaluation import Scores, evaluate
 from kdc.mini import STUDENT_RECIPE
 from kdc.mini.grades import balanced_prompts, renderings_of
-from kdc.models import load_student, load_teacher, save_student
+from kdc.models import load_student
 from kdc.storage import fingerprint
-from kdc.studies import distillation
-from kdc.studies.bench import Bench, kept, prepare, slug
-from kdc.studies.distillation import RECIPES, follow
+from kdc.studies.bench import kept, slug
 from kdc.timing import fastest_within, time_calls, time_pictures, with_scheduler
 
 SHIPPED = "shipped student"
@@ -59,25 +57,6 @@ def asked_for(count: int) -> list[worlds.Attributes]:
 def pipelines(teacher: StableDiffusionPipeline) -> dict[str, StableDiffusionPipeline]:
     """The two whose time is measured."""
     return {"teacher": teacher, SHIPPED: load_student("mini", teacher)}
-
-
-def trained(
-    teacher: StableDiffusionPipeline, settings: Settings, folder: Path
-) -> dict[str, list[StableDiffusionPipeline]]:
-    """Students of each recipe after equal steps, one a seed; kept below `folder`."""
-    bench: Bench | None = None
-    study = distillation.Settings(steps=settings.training_steps)
-    students: dict[str, list] = {name: [] for name in settings.recipes}
-    for seed in settings.trainings:
-        answers: dict = {}
-        for name in settings.recipes:
-            where = folder / f"{slug(name)}-{seed}-{settings.training_steps}"
-            if not (where / "unet").is_dir():
-                bench = bench or prepare(teacher, study)
-                unet, _ = follow(bench, bench.train, RECIPES[name], seed, study, answers)
-                save_student(unet, where, recipe=name, seed=seed)
-            students[name].append(load_student(where, teacher))
-    return students
 
 
 def sweep(
@@ -175,42 +154,6 @@ def scored(
     )
 
 
-def run(
-    results: str | Path | None = None,
-    folder: str | Path = "outputs/evaluation",
-    stages: Sequence[str] = (),
-    **settings,
-) -> list[Path]:
-    """Measure the stages (default: all three); a result file for each.
-
-    "timing" writes `evaluation_timing.json` and wants a quiet machine; "steps" the sweep and the
-    headline, `evaluation_steps.json`, which needs the timing; "table" `evaluation_table.json`, the
-    students after equal steps and the shipped one. `settings` replace those of `Settings`. Raises
-    `ValueError` for an unknown stage.
-    """
-    known = {"timing": _timing, "steps": _steps, "table": _table}
-    if unknown := set(stages) - set(known):
-        raise ValueError(f"unknown stages {sorted(unknown)}; they are {', '.join(known)}")
-    chosen, teacher = Settings(**settings), load_teacher("mini")
-    plain, paths = dataclasses.asdict(chosen), []
-    for name in stages or known:
-        values = known[name](teacher, chosen, Path(folder), results)
-        paths.append(ledger.write(f"evaluation_{name}", values, results, **plain))
-    return paths
-
-
-def _timing(teacher, settings: Settings, folder: Path, results) -> dict:
-    pictures, calls = timed(pipelines(teacher), settings)
-    return {"pictures": pictures.to_dict("records"), "calls": calls.to_dict("records")}
-
-
-def _steps(teacher, settings: Settings, folder: Path, results) -> dict:
-    candidates = pipelines(teacher)
-    drawn = sweep(candidates, settings, folder)
-    times = pd.DataFrame(ledger.read("evaluation_timing", results)["pictures"])
-    return report(candidates, drawn, times, settings)
-
-
 def report(
     candidates: Mapping[str, StableDiffusionPipeline],
     drawn: pd.DataFrame,
@@ -226,42 +169,20 @@ def report(
     first = with_scheduler(teacher, settings.schedulers[0])
     goal = scored(first, settings, settings.goal_steps)
     values = {"sweep": drawn.to_dict("records"), "chosen": chosen, "compared": {}}
-    values["tables"] = {"teacher": _plain(goal.table)}
+    values["tables"] = {"teacher": plain(goal.table)}
     itself = {"pipeline": "teacher", "scheduler": settings.schedulers[0]}
     for setting in chosen:
         if itself | {"steps": settings.goal_steps} == {k: setting[k] for k in (*itself, "steps")}:
             continue
         other = with_scheduler(candidates[setting["pipeline"]], setting["scheduler"])
         found = scored(other, settings, setting["steps"])
-        values["tables"][label_of(setting)] = _plain(found.table)
+        values["tables"][label_of(setting)] = plain(found.table)
         # steps differ, as they should
         same = dataclasses.replace(found, drawn_with=goal.drawn_with)
-        values["compared"][label_of(setting)] = _plain(compare(same, goal))
+        values["compared"][label_of(setting)] = plain(compare(same, goal))
     return values
 
 
-def _table(teacher, settings: Settings, folder: Path, results) -> dict:
-    students = trained(teacher, settings, folder / "students")
-    steps = settings.table_steps
-    goal = scored(teacher, settings, steps)
-    shipped = scored(pipelines(teacher)[SHIPPED], settings, steps, goal)
-    tables = {"teacher": _plain(goal.table), SHIPPED: _plain(shipped.table)}
-    every = {
-        name: [scored(one, settings, steps, goal) for one in group]
-        for name, group in students.items()
-    }
-    compared = {f"{SHIPPED} - teacher": _plain(compare(shipped, goal))}
-    first = settings.recipes[0]
-    for name, found in every.items():
-        for seed, one in zip(settings.trainings, found, strict=True):
-            tables[f"{name}, {seed}"] = _plain(one.table)
-        compared[f"{name} - teacher"] = _plain(compare(found[0], goal))
-        if name != first:
-            compared[f"{first} - {name}"] = _plain(compare(every[first][0], found[0]))
-    spreads = {name: _plain(retraining(found)) for name, found in every.items()}
-    return {"tables": tables, "compared": compared, "retraining": spreads}
-
-
-def _plain(table: pd.DataFrame) -> dict:
+def plain(table: pd.DataFrame) -> dict:
     """A table with its row names, for a ledger; NaN becomes None."""
     return table.astype(object).where(table.notna(), None).to_dict("index")
