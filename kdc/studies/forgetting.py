@@ -100,6 +100,9 @@ GUIDES = {
     "replay, task only": _replay(old_weights=LossWeights.only("task")),
     "replay, task and output": _replay(old_weights=LossWeights.only("task", "output")),
     "replay, old student, all terms": _replay(guide="old"),
+    "drawn, all terms": Trial(
+        dataclasses.replace(STRATEGIES["generative_distillation"], old_weights=None)
+    ),
 }
 IN_CLASSES = (
     "finetune",

@@ -26,6 +26,7 @@ MEASURES = {
     "forgetting_output_error": "lower",
     "leakage": "lower",
 }
+RIVALS = ("finetune", "replay", "replay+distil", "generative_distillation", "joint")
 BESIDE = ("buffers", "ratios", "guides")  # stages whose rivals are rows of the domains
 PICTURES = ("new_pictures", "old_pictures", "teacher_pictures", "guide_pictures")
 PICTURES += ("sampler_pictures", "fisher_pictures")
@@ -61,6 +62,8 @@ features help too | replay | replay, task and output | old_accuracy
 even an old student's | replay, old student, all terms | replay+distil | old_accuracy
 but the teacher's are better | replay | replay, old student, all terms | old_accuracy
 without a guide forgetting is still less | replay, task only | finetune | old_accuracy
+by features drawn pictures do too | drawn, all terms | generative_distillation | old_accuracy
+then no buffer is needed | drawn, all terms | replay | old_accuracy | not worse
 """,
     "classes": """
 replay saves the old | replay | finetune | old_accuracy
@@ -84,8 +87,7 @@ def stored(stage: str, results: str | Path | None = None) -> list[dict]:
         rows = rows + [
             row
             for row in stored("domains", results)
-            if row["candidate"] in ("finetune", "replay", "replay+distil", "joint")
-            and (row["order"], row["seed"]) in known
+            if row["candidate"] in RIVALS and (row["order"], row["seed"]) in known
         ]
     return rows
 
