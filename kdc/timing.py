@@ -37,7 +37,8 @@ def with_scheduler(pipeline: StableDiffusionPipeline, name: str) -> StableDiffus
     other = with_unet(pipeline, pipeline.unet)
     config = {k: v for k, v in pipeline.scheduler.config.items() if k != "algorithm_type"}
     kept = pipeline.scheduler.config if name == "dpm++" else config
-    other.scheduler = SCHEDULERS[name].from_config(kept)
+    unclipped = {"clip_sample": False} if name == "ddim" else {}  # latents are not in [-1, 1]
+    other.scheduler = SCHEDULERS[name].from_config(kept, **unclipped)
     return other
 
 
