@@ -70,7 +70,7 @@ def goals(steps: Mapping, rule: str = "best") -> dict[str, tuple[bool, str]]:
         ),
         "CLIP score not distinguishable": (
             clip["verdict"] == "not distinguishable",
-            f"difference {clip['difference']:+.2f}, p = {clip['p']:.3f}",
+            f"difference {clip['difference']:+.2f}, {_chance(clip['p'])}",
         ),
     }
 
@@ -104,10 +104,14 @@ def verdicts(table: Mapping) -> pd.DataFrame:
     """Who is better than whom in which score, by the paired permutation test."""
     return pd.DataFrame(
         {
-            pair: {n: f"{row['verdict']} (p = {row['p']:.3f})" for n, row in rows.items()}
+            pair: {n: f"{row['verdict']} ({_chance(row['p'])})" for n, row in rows.items()}
             for pair, rows in table["compared"].items()
         }
     ).fillna("")
+
+
+def _chance(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def plans(results: str | Path | None = None) -> pd.DataFrame:
