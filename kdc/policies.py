@@ -138,16 +138,15 @@ def herding_order(features: Tensor, count: int) -> list[int]:
     p_k = argmin_x |m - (f(x) + f(p_1) + ... + f(p_(k-1))) / k|, each row once (Rebuffi et al.
     1611.07725, algorithm 4).
     """
-    centred = features.double().numpy()
-    centred = centred - centred.mean(axis=0)
+    centred = features.double() - features.double().mean(dim=0)
     # With g = f - m and S the sum of the chosen g, the norm is |S + g| / k: compare its square,
     # |g|^2 + 2 g . S up to what all share.
-    products = centred @ centred.T if len(centred) <= TOGETHER else None
-    cost, order = np.square(centred).sum(axis=1), []
-    for _ in range(min(count, len(centred))):
-        order.append(int(cost.argmin()))
-        last = order[-1]
-        cost += 2 * (centred @ centred[last] if products is None else products[last])
+    products = (centred @ centred.T).numpy() if len(centred) <= TOGETHER else None
+    cost, order = centred.square().sum(dim=1).numpy(), []
+    for _ in range(min(count, len(cost))):
+        last = int(cost.argmin())
+        order.append(last)
+        cost += 2 * (products[last] if products is not None else (centred @ centred[last]).numpy())
         cost[last] = np.inf
     return order
 
