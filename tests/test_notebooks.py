@@ -137,7 +137,6 @@ def test_the_notebook_runs_at_the_quick_budget_and_draws(path, executed):
     assert kinds & {"image/png", "image/svg+xml", "image/gif", "image/jpeg"}
 
 
-@pytest.mark.book
 def run_on_pictures(chapter: str, folder, names, **parameters) -> str:
     """A chapter run on folders of two classes each, a broken file among them; what it printed."""
     rng, folder = np.random.default_rng(0), folder / chapter
@@ -160,19 +159,22 @@ def run_on_pictures(chapter: str, folder, names, **parameters) -> str:
     return text
 
 
-def test_the_replay_chapter_runs_on_two_folders_and_on_the_halves_of_one(tmp_path):
+@pytest.mark.book
+def test_the_replay_chapter_runs_on_two_folders(tmp_path):
     short = {"steps": 1, "batch_size": 2}
     text = run_on_pictures("03_replay", tmp_path, ["before", "after"], **short)
     assert "before: 22 pictures" in text and "after: 22 pictures" in text
     assert (tmp_path / "03_replay" / "out" / "forgetting.png").is_file()
 
 
+@pytest.mark.book
 def test_the_evaluation_chapter_runs_on_a_folder(tmp_path):
     text = run_on_pictures("04_evaluation", tmp_path, ["pictures"], steps=1)
     assert "the attributes of the prompts are not known" in text
     assert (tmp_path / "04_evaluation" / "out" / "pictures.png").is_file()
 
 
+@pytest.mark.book
 def test_the_distillation_chapter_runs_on_a_folder_of_pictures(tmp_path):
     """Fine-tuning first, two classes, and a broken file that is named and left out."""
     short = {"steps": 1, "batch_size": 2}
@@ -188,6 +190,9 @@ def test_the_distillation_chapter_runs_on_a_folder_of_pictures(tmp_path):
         ("02_distillation_layers", "distillation", "same {steps} steps of {batch_size} pictures"),
         ("03_replay", "forgetting_domains", "{steps} steps of {batch_size} pictures for each"),
         ("03_replay", "forgetting_domains", "asked for {drawn} pictures"),
+        ("03_replay", "forgetting_buffers", "One order of the worlds, three seeds, replay alone"),
+        ("04_evaluation", "evaluation_table", "three trainings of each recipe, {training_steps}"),
+        ("04_evaluation", "evaluation_table", "all at {table_steps} sampling steps"),
         ("A2_metrics_on_trial", "metrics_trial", "All faults, {count} pictures, three seeds"),
     ],
 )

@@ -109,8 +109,12 @@ def kept(file: Path, made_with: dict, make: Callable[[], dict]) -> dict:
     made_with = json.loads(json.dumps(made_with))
     if file.is_file():
         stored = json.loads(file.read_text())
-        if stored["made_with"] != made_with:
-            raise ValueError(f"{file} was made with other settings: use another folder")
+        if (known := stored["made_with"]) != made_with:
+            names = sorted(k for k in {*known, *made_with} if known.get(k) != made_with.get(k))
+            raise ValueError(
+                f"{file} was made with other settings ({', '.join(names)}): use another folder, or "
+                "delete it"
+            )
         return stored["row"]
     file.parent.mkdir(parents=True, exist_ok=True)
     row = json.loads(json.dumps(make()))

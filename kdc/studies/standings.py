@@ -40,10 +40,10 @@ def headline_table(steps: Mapping) -> pd.DataFrame:
         row = {"chosen as": "", "times as fast": 1.0}
         if label in chosen:
             row = {"chosen as": " and ".join(chosen[label]["rules"])}
-            row["times as fast"] = 1 / chosen[label]["ratio"]
+            row["times as fast"] = round(1 / chosen[label]["ratio"], 2)
         for name in SHOWN:
             if name in table.index and pd.notna(table.loc[name, "value"]):
-                row[name] = table.loc[name, "value"]
+                row[name] = round(table.loc[name, "value"], 3)
         for name in ("accuracy", "clip"):
             if label in steps["compared"]:
                 row[f"{name}: verdict"] = steps["compared"][label][name]["verdict"]
