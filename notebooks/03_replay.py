@@ -238,9 +238,7 @@ plt.show()
 # %%
 drawn = {"teacher": kdc.generate(pipeline, picks, seed=0)}
 names = [task.name for task in tasks]
-drawn |= buffers.drawn_after(
-    kept_in, "here", "as given", run.seeds[0], names, trials, len(picks)
-)
+drawn |= buffers.drawn_after(kept_in, "here", "as given", run.seeds[0], names, trials, len(picks))
 figures.picture_grid(drawn, picks).savefig(output / "forgetting.png", dpi=150)
 plt.show()
 
