@@ -163,7 +163,7 @@ def run_on_pictures(chapter: str, folder, names, **parameters) -> str:
 def test_the_replay_chapter_runs_on_two_folders(tmp_path):
     short = {"steps": 1, "batch_size": 2}
     text = run_on_pictures("03_replay", tmp_path, ["before", "after"], **short)
-    assert "before: 22 pictures" in text and "after: 22 pictures" in text
+    assert all(re.search(rf"{name}: \d+ pictures", text) for name in ("before", "after"))
     assert (tmp_path / "03_replay" / "out" / "forgetting.png").is_file()
 
 
