@@ -167,11 +167,9 @@ own = budget != "quick" or teacher != "mini" or not known
 if not own:
     found, clock = (ledger.read(f"evaluation_{name}") for name in ("steps", "timing"))
 elif known:
-    drawn = headline.sweep(both, settings, output / f"sweep-{budget}")
-    found, clock = (
-        headline.report(both, drawn, timed, settings),
-        {"pictures": timed.to_dict("records")},
-    )
+    swept = headline.sweep(both, settings, output / f"sweep-{budget}")
+    found = headline.report(both, swept, timed, settings)
+    clock = {"pictures": timed.to_dict("records")}
 if known:
     curves = standings.frontier(found, clock)
     lines = {s: standings.curves_of(curves, s) for s in ("accuracy", "clip")}
@@ -196,7 +194,7 @@ if known:
 # points of CLIP: accuracy asks only whether the flower is a red rose, not whether it is a good one. And
 # most of that speed needs no student. The teacher itself, at eight steps of DDIM, is 6.7 times as fast as
 # at 50, with the accuracy kept and four points of CLIP lost. At equal steps the student takes between half
-# and two thirds of the teacher's time; that is the part of the gain that slimming can claim.
+# and seven tenths of the teacher's time; that is the part of the gain that slimming can claim.
 #
 # ## After equal steps, over trainings
 #

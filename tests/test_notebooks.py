@@ -10,14 +10,13 @@ import subprocess
 import sys
 
 import nbformat
-import numpy as np
 import papermill
 import pytest
 import yaml
 from IPython.core.inputtransformer2 import TransformerManager
-from PIL import Image
 
 from kdc import ledger
+from kdc.studies import retention
 from tools import book
 
 PATHS = sorted(book.NOTEBOOKS.glob("*.ipynb"))
@@ -137,53 +136,6 @@ def test_the_notebook_runs_at_the_quick_budget_and_draws(path, executed):
     assert kinds & {"image/png", "image/svg+xml", "image/gif", "image/jpeg"}
 
 
-def run_on_pictures(chapter: str, folder, names, **parameters) -> str:
-    """A chapter run on folders of two classes each, a broken file among them; what it printed."""
-    rng, folder = np.random.default_rng(0), folder / chapter
-    for index in range(24 * len(names)):
-        kind = ("rose", "iris")[index // len(names) % 2]
-        file = folder / names[index % len(names)] / kind / f"{index}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(file)
-    (folder / names[0] / "rose" / "broken.png").write_bytes(b"not a picture")
-    dataset = " then ".join(str(folder / name) for name in names)
-    ran = folder / "ran.ipynb"
-    papermill.execute_notebook(
-        str(book.NOTEBOOKS / f"{chapter}.ipynb"),
-        str(ran),
-        {"dataset": dataset, "output_dir": str(folder / "out"), **parameters},
-        progress_bar=False,
-    )
-    text = json.dumps([c.get("outputs", []) for c in read(ran).cells])
-    assert "broken.png" in text
-    return text
-
-
-@pytest.mark.book
-def test_the_replay_chapter_runs_on_two_folders(tmp_path):
-    short = {"steps": 1, "batch_size": 2}
-    text = run_on_pictures("03_replay", tmp_path, ["before", "after"], **short)
-    assert all(re.search(rf"{name}: \d+ pictures", text) for name in ("before", "after"))
-    assert (tmp_path / "03_replay" / "out" / "forgetting.png").is_file()
-
-
-@pytest.mark.book
-def test_the_evaluation_chapter_runs_on_a_folder(tmp_path):
-    text = run_on_pictures("04_evaluation", tmp_path, ["pictures"], steps=1)
-    assert "the attributes of the prompts are not known" in text
-    assert (tmp_path / "04_evaluation" / "out" / "pictures.png").is_file()
-
-
-@pytest.mark.book
-def test_the_distillation_chapter_runs_on_a_folder_of_pictures(tmp_path):
-    """Fine-tuning first, two classes, and a broken file that is named and left out."""
-    short = {"steps": 1, "batch_size": 2}
-    text = run_on_pictures("02_distillation_layers", tmp_path, ["pictures"], **short)
-    assert "2 captions" in text
-    out = tmp_path / "02_distillation_layers" / "out"
-    assert (out / "fine_tuning.png").is_file() and (out / "students.png").is_file()
-
-
 @pytest.mark.parametrize(
     ("chapter", "stored", "words"),
     [
@@ -201,3 +153,56 @@ def test_what_the_text_says_of_a_study_is_what_was_stored(chapter, stored, words
     cells = [c.source for c in read(book.NOTEBOOKS / f"{chapter}.ipynb").cells]
     text = " ".join(" ".join(cells).split())
     assert words.format(**made_with) in text and len(made_with["seeds"]) == 3
+
+
+def text_of(name: str) -> str:
+    """The prose of a notebook, or of the README, in one line."""
+    if name == "README":
+        text = (book.ROOT / "README.md").read_text()
+    else:
+        notebook = read(book.NOTEBOOKS / f"{name}.ipynb")
+        text = " ".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    return " ".join(text.split())
+
+
+def test_the_numbers_that_chapter_03_states_are_those_stored():
+    def means(stage, column="old_accuracy"):
+        table = retention.table(retention.stored(stage))
+        return table.groupby("candidate")[column].mean()
+
+    def two(value):
+        return f"{value:.2f}".lstrip("0")
+
+    text = text_of("03_replay")
+    old, leak, dose = means("guides"), means("buffers", "leakage"), means("ratios")
+    task, output = old["replay, task only"], old["replay, task and output"]
+    copied = old["replay, old student, all terms"] - old["replay+distil"]
+    for words in (
+        f"ends at {two(task)} of accuracy where fine-tuning ends at {two(old['finetune'])}",
+        f"The output term adds {two(output - task)}",
+        f"they add {two(old['replay'] - output)} by the teacher's, and {two(copied)} by those",
+        f"too they keep {two(old['drawn, all terms'])} of accuracy",
+        f"the output alone keeps {two(old['generative_distillation'])}",
+        f"is {two(leak['replay 4'])} against {two(leak['replay'])}, where strangers",
+        f"keeps {two(dose['replay ratio 0.25'])} where one for each keeps {two(dose['replay'])}",
+    ):
+        assert words in text, words
+    few = means("buffers")
+    assert few["replay 4"] / few["replay"] == pytest.approx(0.75, abs=0.03)  # three quarters
+
+
+def test_the_numbers_that_chapter_04_and_the_readme_state_are_those_stored():
+    steps = ledger.read("evaluation_steps")
+    chosen = {(s["pipeline"], rule): s for s in steps["chosen"] for rule in s["rules"]}
+    best, fastest = (chosen["shipped student", rule] for rule in ("best", "fastest"))
+    alone = chosen["teacher", "fastest"]
+    label = f"shipped student, {fastest['scheduler']}, {fastest['steps']} steps"
+    kept = (steps["tables"][x]["accuracy"]["value"] for x in (label, "teacher"))
+    text = text_of("04_evaluation")
+    for words in (
+        f"With {best['steps']} steps of DPM-Solver++",
+        f"keep {next(kept) / next(kept):.0%} of the accuracy".replace("%", " %"),
+        f"is {1 / alone['ratio']:.1f} times as fast",
+    ):
+        assert words in text, words
+    assert f"at {best['steps']} steps is {1 / best['ratio']:.1f} times as fast" in text_of("README")
