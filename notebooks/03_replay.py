@@ -281,7 +281,7 @@ if not own:
 # %%
 pd.set_option("display.max_colwidth", None)
 if metric == "accuracy":
-    display(retention.goals(lines))
+    display(retention.goals(lines).infer_objects().round(3))
 laid_out(retention.check_stage("domains" if metric == "accuracy" else "photos", lines))
 
 # %% [markdown]

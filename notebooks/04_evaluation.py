@@ -113,7 +113,7 @@ for name, one in candidates.items():
         steps=run.steps,
         floors=5,
     )
-columns = ["value", "spread", "samples", "floor", "extractor", "checksum", "note"]
+columns = ["value", "spread", "samples", "floor", "note", "extractor", "checksum"]
 scores["student"].table[columns].round(3)
 
 # %%
@@ -179,10 +179,14 @@ if known:
 
 # %%
 if known:
-    for rule in ("best", "fastest"):
-        for goal, (met, text) in standings.goals(found, rule).items():
-            print(f"{rule}: {'holds' if met else 'FAILS'}: {goal}: {text}")
-    display(standings.headline_table(found))
+    pd.set_option("display.max_colwidth", None)
+    judged = {rule: standings.goals(found, rule).items() for rule in ("best", "fastest")}
+    said = {
+        rule: {goal: f"{'holds' if met else 'FAILS'}: {text}" for goal, (met, text) in goals}
+        for rule, goals in judged.items()
+    }
+    display(pd.DataFrame(said))
+    display(standings.headline_table(found).fillna(""))
 
 # %% [markdown]
 # The claim holds, for the *best* setting. With 16 steps of DPM-Solver++ the student takes less than a fifth

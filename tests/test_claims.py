@@ -35,7 +35,7 @@ def test_a_claim_holds_fails_or_stays_open():
 def test_a_table_for_the_eye_says_a_claim_once():
     claims = [Claim("ahead", "new", "old", m) for m in ("accuracy", "frechet")]
     table = laid_out(check(ROWS, claims))
-    assert table.index.nlevels == 3 and list(table) == ["expected", "difference", "outcome"]
+    assert table.index.nlevels == 3 and list(table) == ["outcome", "difference", "expected"]
     assert table.to_html().count("ahead") == 1
 
 
