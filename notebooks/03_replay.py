@@ -62,12 +62,12 @@ import kdc
 from kdc import figures, ledger, policies
 from kdc.budgets import settle
 from kdc.replay import item_bytes
-from kdc.studies import buffers, exams, forgetting, report, retention, sequences
+from kdc.studies import buffers, exams, forgetting, report, retention, rivals, sequences
 from kdc.studies.claims import laid_out
 
 started = time.perf_counter()
 few = ["finetune", "replay"]
-whole = list(forgetting.DOMAINS)
+whole = list(rivals.DOMAINS)
 small = {"pictures": 240, "test_pictures": 16, "drawn": 12}
 usual = {"pictures": 800, "test_pictures": 64, "drawn": 72}
 table = {
@@ -217,7 +217,7 @@ pd.DataFrame(chosen).T[["source", "ratio", "guide", "ewc", "joint", "pool", "gui
 # as soon as they are there, so that a run that was stopped goes on.
 
 # %%
-trials = {name: forgetting.DOMAINS[name] for name in run.trials}
+trials = {name: rivals.DOMAINS[name] for name in run.trials}
 rows = forgetting.study(
     "here", {"as given": tasks}, trials, pipeline, settings, kept_in, steps=run.steps,
     shown=picks, start=start,

@@ -11,11 +11,12 @@ from PIL import Image
 import kdc
 from kdc import metrics, worlds
 from kdc.studies import exams, forgetting, retention, sequences
-from kdc.studies.forgetting import STAGES, Settings
+from kdc.studies.forgetting import Settings
+from kdc.studies.rivals import STAGES
 
 TINY = Settings(
-    pictures=12, test_pictures=4, steps=1, class_steps=1, batch_size=2, drawn=2, sampling_steps=1,
-    seeds=(0,), tuning=1,
+    pictures=12, test_pictures=4, steps=1, class_steps=1, batch_size=2, drawn=2, drawn_photos=2,
+    sampling_steps=1, seeds=(0,), tuning=1,
 )  # fmt: skip
 SIZES = {"pictures": 12, "test_pictures": 4, "drawn": 2}
 
@@ -134,8 +135,7 @@ def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, 
         "photos": {n: STAGES["photos"][n] for n in ("finetune",)},
     }
     monkeypatch.setattr(sequences, "STAGES", small)
-    monkeypatch.setattr(sequences, "DOMAINS", small["domains"])
-    monkeypatch.setattr(retention, "DOMAINS", small["domains"])
+    monkeypatch.setattr(retention, "STAGES", small)
     settings = dataclasses.asdict(TINY) | {"pictures": 30, "test_pictures": 30}
     rest = exams.beyond(teacher, ("flora",), exams.domain_tasks(teacher, ("flora",), **SIZES)[0])
     rest = dataclasses.replace(
@@ -158,7 +158,7 @@ def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, 
     assert lines["old_accuracy"].between(0, 1).all() and (lines["old_output_error"] > 0).all()
     assert lines.set_index("candidate")["bytes"].loc["replay"].min() > 0
     assert len(retention.table(retention.stored("buffers", tmp_path))) == 4
-    pictures, captions = retention.shown(tmp_path)
+    pictures, captions = retention.shown(results=tmp_path)
     assert (
         list(pictures) == ["teacher", "after the first task", *small["domains"]]
         and len(captions) == 8
@@ -166,6 +166,9 @@ def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, 
     assert (folder / "teacher" / "unet").is_dir()
     photo = retention.stored("photos", tmp_path)[0]
     assert set(photo["matrices"]) == {"output_error"} and photo["leakage"] is None
+    pictures, captions = retention.shown("photos", tmp_path)
+    assert [c.split()[-1] for c in captions] == ["aster", "iris", "lily", "rose"]
+    assert list(pictures) == ["teacher", "after the first task", "finetune"]
 
     def never(*arguments, **settings):
         raise AssertionError("made again")
@@ -234,6 +237,10 @@ def test_the_table_the_goals_and_the_claims_say_what_the_matrices_say():
     lines = pd.concat([lines, retention.table(rows_of("replay ratio 2", 0.9, 0.7))])
     ratios, old, *_ = retention.against_ratio(lines)["old task"]
     assert ratios == [1.0, 2.0] and old == pytest.approx([0.81, 0.91])
+    tasks, *curve = retention.along(rows, "accuracy")["replay"]  # .9, then the mean of old and new
+    assert tasks == [1, 2] and curve == [
+        pytest.approx([0.9, 0.845]), pytest.approx([0.9, 0.84]), pytest.approx([0.9, 0.85]),
+    ]  # fmt: skip
 
 
 def test_every_claim_compares_trials_of_its_stage_by_a_known_measure():
@@ -243,7 +250,7 @@ def test_every_claim_compares_trials_of_its_stage_by_a_known_measure():
         for claim in claims:
             assert {claim.candidate, claim.rival} <= known, claim
             assert claim.measure in retention.MEASURES
-    assert len({json.dumps(dataclasses.asdict(t)) for t in STAGES["classes"].values()}) == 9
+    assert len({json.dumps(dataclasses.asdict(t)) for t in STAGES["classes"].values()}) == 7
     stages = ["domains", "buffers", "ratios", "guides", "classes", "photos"]
     assert list(STAGES) == stages
     alike = [*STAGES["guides"].values()]

@@ -1,7 +1,7 @@
 """What is forgotten when tasks follow one another, and what each strategy saves: rows over seeds.
 
-A trial is a strategy with its buffer. All trials of one order and seed share the student after the
-first task, but for the two that learn it in their own way.
+All trials of one order and seed share the student after the first task, but for the two that learn
+it in their own way.
 """
 
 from __future__ import annotations
@@ -17,16 +17,7 @@ import numpy as np
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from kdc.continual import (
-    STRATEGIES,
-    Evaluate,
-    SequenceResult,
-    Strategy,
-    Task,
-    learn_first,
-    run_sequence,
-)
-from kdc.losses import LossWeights
+from kdc.continual import Evaluate, SequenceResult, Task, learn_first, run_sequence
 from kdc.mini import STUDENT_RECIPE
 from kdc.recipes import RECIPES
 from kdc.rehearsal import Learnt
@@ -36,6 +27,7 @@ from kdc.storage import fingerprint
 from kdc.studies.bench import kept, slug, strip
 from kdc.studies.exams import Scorer, leakage
 from kdc.studies.memory import Answer, remembering
+from kdc.studies.rivals import Trial
 from kdc.taps import tap_names
 
 SHOWN = (  # four of each world
@@ -63,70 +55,10 @@ class Settings:
     batch_size: int = 8
     learning_rate: float = 5e-4
     drawn: int = 72  # for each domain
+    drawn_photos: int = 256  # of a folder: for each half enough for a Fréchet distance
     sampling_steps: int = 10
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning: int = 1500  # steps in which the teacher first learns photographs
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A strategy with the buffer that it fills, if it does."""
-
-    strategy: Strategy
-    capacity: int = 64
-    policy: str = "reservoir"
-    dtype: str = "float16"
-
-    def buffer(self, seed: int) -> ReplayBuffer | None:
-        if self.strategy.source != "buffer":
-            return None
-        return ReplayBuffer(self.capacity, self.policy, self.dtype, seed=seed)
-
-
-def _with(**changed) -> Trial:
-    return dataclasses.replace(Trial(STRATEGIES["replay"]), **changed)
-
-
-def _replay(**changed) -> Trial:
-    return Trial(dataclasses.replace(STRATEGIES["replay"], **changed))
-
-
-DOMAINS = {name: Trial(strategy) for name, strategy in STRATEGIES.items()}
-BUFFERS = {f"replay {n}": _with(capacity=n) for n in (4, 256)}
-BUFFERS |= {f"replay {n} int8": _with(capacity=n, dtype="int8") for n in (4, 64)}
-RATIOS = {f"replay ratio {ratio:g}": _replay(ratio=ratio) for ratio in (0.25, 2.0)}
-# replay lets the teacher guide by all terms, replay+distil the old student by two of them
-GUIDES = {
-    "replay, task only": _replay(old_weights=LossWeights.only("task")),
-    "replay, task and output": _replay(old_weights=LossWeights.only("task", "output")),
-    "replay, old student, all terms": _replay(guide="old"),
-    "drawn, all terms": Trial(
-        dataclasses.replace(STRATEGIES["generative_distillation"], old_weights=None)
-    ),
-}
-IN_CLASSES = (
-    "finetune",
-    "carry_over",
-    "replay",
-    "replay+distil",
-    "generative_distillation",
-    "joint",
-)
-CLASSES = {name: Trial(STRATEGIES[name], capacity=48) for name in IN_CLASSES}
-CLASSES |= {
-    f"replay {policy}": _with(capacity=48, policy=policy)
-    for policy in ("class_balanced", "fifo", "herding")
-}
-STAGES: dict[str, Mapping[str, Trial]] = {
-    "domains": DOMAINS,
-    "buffers": BUFFERS,
-    "ratios": RATIOS,
-    "guides": GUIDES,
-    "classes": CLASSES,
-    "photos": {
-        n: DOMAINS[n] for n in ("finetune", "carry_over", "replay", "replay+distil", "joint")
-    },
-}
 
 
 def follow(

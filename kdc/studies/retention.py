@@ -14,7 +14,8 @@ from kdc.scores import ScoreMatrix
 from kdc.statistics import student_interval
 from kdc.studies.bench import cut
 from kdc.studies.claims import check, read_claims
-from kdc.studies.forgetting import DOMAINS, SHOWN
+from kdc.studies.forgetting import SHOWN
+from kdc.studies.rivals import STAGES
 
 MEASURES = {
     "old_accuracy": "higher",
@@ -24,10 +25,14 @@ MEASURES = {
     "old_output_error": "lower",
     "new_output_error": "lower",
     "forgetting_output_error": "lower",
+    "old_frechet": "lower",
+    "new_frechet": "lower",
+    "forgetting_frechet": "lower",
     "leakage": "lower",
 }
 RIVALS = ("finetune", "replay", "replay+distil", "generative_distillation", "joint")
 BESIDE = ("buffers", "ratios", "guides")  # stages whose rivals are rows of the domains
+EXTREMES = (np.mean, np.min, np.max)
 PICTURES = ("new_pictures", "old_pictures", "teacher_pictures", "guide_pictures")
 PICTURES += ("sampler_pictures", "fisher_pictures")
 # Written before the study ran. Each line: what is claimed, the trial, its rival, the measure, and
@@ -74,6 +79,10 @@ herding is better than chance | replay herding | replay class_balanced | old_acc
     "photos": """
 replay saves the old | replay | finetune | old_output_error
 one carried picture does not | carry_over | finetune | old_output_error | open
+and drawn ones show it | replay | finetune | old_frechet
+one carried picture does not there either | carry_over | finetune | old_frechet | open
+replay costs the new nothing | replay | finetune | new_frechet | not worse
+joint is the bound | replay | joint | old_frechet | not worse
 """,
 }  # fmt: skip
 CLAIMS = {stage: read_claims(text) for stage, text in _CLAIMS.items()}
@@ -165,6 +174,22 @@ def mean_matrices(rows: Iterable[Mapping], metric: str, order: str | None = None
     return {name: sum(frames) / len(frames) for name, frames in found.items()}
 
 
+def along(rows: Iterable[Mapping], metric: str) -> dict[str, tuple[list, ...]]:
+    """Lines of a panel: a metric's mean over the tasks learnt so far, after each task.
+
+    A line for every trial: the number of tasks, the mean over sequences, the smallest, the largest.
+    """
+    found: dict[str, list[list[float]]] = {}
+    for row in rows:
+        values = matrices(row)[metric].values
+        so_far = [values[t, : t + 1].mean() for t in range(len(values))]
+        found.setdefault(row["candidate"], []).append(so_far)
+    return {
+        name: (list(range(1, len(lines[0]) + 1)), *(f(lines, axis=0).tolist() for f in EXTREMES))
+        for name, lines in found.items()
+    }
+
+
 def against_bytes(lines: pd.DataFrame, column: str, dtype: str) -> tuple[list, ...]:
     """A line of a panel: bytes of the buffer, and a column's mean, smallest and largest.
 
@@ -192,10 +217,14 @@ def _extremes(lines: pd.DataFrame, names: list[str], column: str, x: pd.Series) 
     return x[known].tolist(), *(found[c].tolist() for c in found)
 
 
-def shown(results: str | Path | None = None) -> tuple[dict[str, list], tuple[str, ...]]:
+def shown(
+    stage: str = "domains", results: str | Path | None = None
+) -> tuple[dict[str, list], tuple[str, ...]]:
     """What the teacher draws, the student after the first task, and in the end every strategy's.
 
-    All from one seed; the second value are the captions.
+    All from one seed of the stage, "domains" or "photos"; the second value are the captions.
     """
-    sheet = np.asarray(Image.open(Path(results or ledger.RESULTS) / "forgetting_domains.png"))
-    return cut(sheet, ("teacher", "after the first task", *DOMAINS), len(SHOWN)), SHOWN
+    name = f"forgetting_{stage}"
+    captions = tuple(ledger.read(name, results).get("shown", SHOWN))
+    sheet = np.asarray(Image.open((Path(results or ledger.RESULTS) / name).with_suffix(".png")))
+    return cut(sheet, ("teacher", "after the first task", *STAGES[stage]), len(captions)), captions

@@ -17,7 +17,8 @@ from kdc.distillation import distill
 from kdc.losses import LossWeights
 from kdc.studies.bench import strip
 from kdc.studies.exams import beyond, class_tasks, domain_tasks
-from kdc.studies.forgetting import DOMAINS, SHOWN, STAGES, Settings, stem_of, study
+from kdc.studies.forgetting import SHOWN, Settings, stem_of, study
+from kdc.studies.rivals import STAGES
 
 
 def run(
@@ -31,8 +32,8 @@ def run(
 
     "domains", "buffers", "ratios", "guides" and "classes" use the worlds and the mini teacher;
     "photos" the classes of the folder `photos`, half of them and then the other half, and the mini
-    teacher after it was fine-tuned on all of them. Writes `forgetting_<stage>.json`, and for the
-    domains a sheet of pictures beside it. `settings` replace those of `Settings`. Raises
+    teacher after it was fine-tuned on all of them. Writes `forgetting_<stage>.json`, and for
+    domains and photos a sheet of pictures beside it. `settings` replace those of `Settings`. Raises
     `ValueError` for an unknown stage or a missing folder, before any work.
     """
     wanted = list(stages) or [name for name in STAGES if name != "photos"]
@@ -45,37 +46,47 @@ def run(
     chosen, paths = Settings(**settings), []
     for stage in wanted:
         teacher = models.load_teacher("mini")
-        rows = _measure(stage, teacher, chosen, Path(folder), photos)
-        path = ledger.write(f"forgetting_{stage}", {"rows": rows}, results, **vars(chosen))
-        if stage == "domains":
-            _sheet(teacher, chosen, Path(folder)).save(path.with_suffix(".png"))
+        rows, shown = _measure(stage, teacher, chosen, Path(folder), photos)
+        values = {"rows": rows, "shown": shown}
+        path = ledger.write(f"forgetting_{stage}", values, results, **vars(chosen))
+        if shown:
+            _sheet(teacher, stage, values, chosen, Path(folder)).save(path.with_suffix(".png"))
         paths.append(path)
     return paths
 
 
-def _measure(stage: str, teacher, settings: Settings, folder: Path, photos) -> list[dict]:
+def _measure(
+    stage: str, teacher, settings: Settings, folder: Path, photos
+) -> tuple[list[dict], tuple[str, ...]]:
+    """The rows of a stage, and the prompts drawn after each task."""
     sizes = {k: getattr(settings, k) for k in ("pictures", "test_pictures", "drawn")}
     common = dict(trials=STAGES[stage], teacher=teacher, folder=folder)
+    # what is known before a task is learnt, domains and photographs tell
+    common |= {"ahead": stage in ("domains", "photos")}
     if stage == "classes":  # an order for every seed
         rows = []
         for seed in settings.seeds:
             orders = {f"order {seed}": class_tasks(teacher, "flora", order=seed, **sizes)}
             one = dataclasses.replace(settings, seeds=(seed,))
             rows += study(stage, orders, settings=one, steps=settings.class_steps, **common)
-        return rows
+        return rows, ()
     if stage == "photos":
         fine_tune(teacher, [photos], settings, folder / "teacher")
+        sizes["drawn"] = settings.drawn_photos
         tasks = class_tasks(teacher, photos, per_task=None, **sizes)
-        return study(stage, {"halves": tasks}, settings=settings, steps=settings.steps, **common)
+        shown = tuple(name for task in tasks for name in sorted(set(task.prompts))[:4])
+        common |= {"steps": settings.steps, "shown": shown}
+        return study(stage, {"halves": tasks}, settings=settings, **common), shown
     names = tuple(worlds.WORLDS)
     both = domain_tasks(teacher, names, **sizes)
     orders = {f"{names[0]} first": both}
     if stage == "domains":
         orders[f"{names[1]} first"] = both[::-1]
-    extra = {"ahead": False}  # what is known before a task is learnt, the domains tell
-    if stage == "domains":
-        extra = {"reference": beyond(teacher, names, both[0]), "shown": SHOWN}
-    return study(stage, orders, settings=settings, steps=settings.steps, **common, **extra)
+    shown = SHOWN if stage == "domains" else ()
+    if shown:
+        common["reference"] = beyond(teacher, names, both[0])
+    common |= {"steps": settings.steps, "shown": shown}
+    return study(stage, orders, settings=settings, **common), shown
 
 
 def fine_tune(
@@ -97,10 +108,10 @@ def fine_tune(
     )
 
 
-def _sheet(teacher: StableDiffusionPipeline, settings: Settings, folder: Path) -> Image.Image:
+def _sheet(teacher, stage: str, values: dict, settings: Settings, folder: Path) -> Image.Image:
     """Strips, one below the other: see `retention.shown`."""
-    where = "domains", f"{next(iter(worlds.WORLDS))} first"
-    stems = [stem_of(folder, *where, name, settings.seeds[0]) for name in DOMAINS]
+    where, seed = (stage, values["rows"][0]["order"]), settings.seeds[0]
+    stems = [stem_of(folder, *where, name, seed) for name in STAGES[stage]]
     halves = [np.split(np.asarray(Image.open(s.with_suffix(".png"))), 2) for s in stems]
-    strips = [strip(teacher, SHOWN, settings.sampling_steps), halves[0][0]]
+    strips = [strip(teacher, values["shown"], settings.sampling_steps), halves[0][0]]
     return Image.fromarray(np.concatenate([*strips, *(after for _, after in halves)]))
