@@ -43,6 +43,6 @@ def test_measures_may_be_others_and_words_are_checked():
     table = check(ROWS, [Claim("turned", "new", "old", "accuracy")], {"accuracy": "lower"})
     assert table["outcome"].tolist() == ["FAILS"]
     absent = [Claim("a", "new", "older", "accuracy"), Claim("b", "new", "old", "unseen")]
-    assert check(ROWS, absent).empty
+    assert check(ROWS, absent).empty and laid_out(check(ROWS, absent)).empty
     with pytest.raises(ValueError, match="better, worse, not worse, open"):
         Claim("", "new", "old", "accuracy", "nicer")

@@ -9,6 +9,7 @@ import pandas as pd
 
 from kdc.studies.bench import MEASURES, compare
 
+COLUMNS = ("claim", "compared", "in", "expected", "difference", "seeds", "found", "outcome")
 EXPECTED = ("better", "worse", "not worse", "open")
 
 
@@ -80,4 +81,4 @@ def check(
                 "outcome": claim.outcome(found["verdict"]),
             }
         )
-    return pd.DataFrame(table)
+    return pd.DataFrame(table, columns=COLUMNS)
