@@ -18,6 +18,7 @@ from kdc.losses import DistillationLoss, LossWeights
 
 TERMS = ("task", "output", "soft", "feature")
 OUTWEIGHS = 100.0  # a term whose gradient is this many times all the others' together rules alone
+SOLE = 0.98  # and so does one that makes up this share of the update
 BLIND = 1e-3  # a term that sees less than this share of an error does not see it
 
 
@@ -27,8 +28,9 @@ class Diagnosis:
 
     `terms` has a row for every enabled term: its weighted `value`, the `gradient_norm` over all
     weights of the student (NaN: there is no gradient), and its `share` of the update, which is the
-    projection of its gradient on that of the whole loss, so that the shares sum to 1. `cosines` are
-    those between the terms' gradients, `faults` sentences on what is wrong.
+    projection of its gradient on that of the whole loss, so that the shares sum to 1; it is NaN
+    where the whole gradient is 0 or there is none. `cosines` are those between the terms' gradients
+    (NaN with one that is 0), `faults` sentences on what is wrong.
     """
 
     terms: pd.DataFrame
@@ -49,8 +51,9 @@ def diagnose(
     """Differentiate every weighted term by itself, on one batch, and look for faults.
 
     Each fault is a `UserWarning` as well: an enabled term without gradient, one whose gradient is
-    a hundred times that of all the others, and one that cannot see an error which all channels of
-    a pixel share. The student is left as it is.
+    a hundred times that of all the others or whose share of the update is at least 98 %, and one
+    that cannot see an error which all channels of a pixel share. A loss that has no gradient at all
+    is diagnosed like any other. The student is left as it is.
     """
     generator = torch.Generator().manual_seed(seed)
     lesson = Lesson(student, teacher.unet, forward_process(teacher), weights, seed)
@@ -62,12 +65,13 @@ def diagnose(
         gradients = {name: _gradient(value, parameters) for name, value in weighted.items()}
     alive = {name: g for name, g in gradients.items() if g is not None}
     whole = sum(alive.values())
+    none = 0.0 if alive else float("nan")  # no share of an update, or no update to have one of
     terms = pd.DataFrame(
         {
             name: {
                 "value": weighted[name].item(),
                 "gradient_norm": alive[name].norm().item() if name in alive else float("nan"),
-                "share": (alive[name] @ whole / (whole @ whole)).item() if name in alive else 0.0,
+                "share": (alive[name] @ whole / (whole @ whole)).item() if name in alive else none,
             }
             for name in weighted
         }
@@ -93,7 +97,9 @@ def _gradient(value: Tensor, parameters: list[Tensor]) -> Tensor | None:
 
 def _cosines(gradients: dict[str, Tensor]) -> pd.DataFrame:
     names = list(gradients)
-    unit = torch.stack([g / g.norm().clamp_min(1e-30) for g in gradients.values()])
+    if not names:
+        return pd.DataFrame()
+    unit = torch.stack([g / g.norm() for g in gradients.values()])
     return pd.DataFrame((unit @ unit.T).tolist(), names, names)
 
 
@@ -101,6 +107,7 @@ def _faults(terms: pd.DataFrame) -> list[str]:
     faults = []
     norms = terms["gradient_norm"]
     for name, norm in norms.items():
+        share = terms.loc[name, "share"]
         others = norms.drop(name).dropna().sum()
         if not norm > 0:
             faults.append(f"the {name} term is enabled and has no gradient: it teaches nothing")
@@ -108,6 +115,11 @@ def _faults(terms: pd.DataFrame) -> list[str]:
             faults.append(
                 f"the {name} term pulls {norm / others:,.0f} times as hard as all the others:"
                 " they hardly matter"
+            )
+        elif others > 0 and share >= SOLE:
+            faults.append(
+                f"the {name} term makes up {100 * share:.1f} % of the update: all the others"
+                f" together have {100 * (1 - share):.1f} %"
             )
     return faults
 

@@ -13,6 +13,7 @@ the output term, pixels of the soft term summed, features not normalised.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,8 +31,8 @@ class LossWeights:
     `temperature` belongs to the soft term. `soft_reduction` is "mean" (over pictures and pixels) or
     "batchmean" (over pictures; pixels are summed). `output_gradient` False detaches the output
     term, which then is logged but teaches nothing. `taps` says where the feature term compares: see
-    `tap_names`. `min_snr` caps the signal-to-noise weight of the
-    task term (5 is usual), None leaves it at 1.
+    `tap_names`. `min_snr` caps the signal-to-noise weight of the task term (5 is usual), None
+    leaves it at 1. Raises `ValueError` for weights or options with which nothing could be learnt.
     """
 
     task: float = 1.0
@@ -47,12 +48,17 @@ class LossWeights:
 
     def __post_init__(self):
         for name in ("task", "output", "soft", "feature"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"the weight of {name} must not be negative")
+            if not 0 <= (weight := getattr(self, name)) < math.inf:  # which refuses NaN too
+                raise ValueError(
+                    f"the weight of {name} must be finite and not negative, not {weight};"
+                    " 0 switches the term off"
+                )
         if not any((self.task, self.output, self.soft, self.feature)):
             raise ValueError("every term has weight 0: nothing would be learnt")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, not {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, not {self.temperature}")
+        if self.min_snr is not None and not self.min_snr > 0:
+            raise ValueError(f"min_snr must be positive, not {self.min_snr}; None leaves it out")
         if self.soft_reduction not in ("mean", "batchmean"):
             raise ValueError(f"soft_reduction must be mean or batchmean: {self.soft_reduction!r}")
         if self.taps not in TAPS:
@@ -123,9 +129,14 @@ def feature_term(
 
 
 def min_snr_weight(snr: Tensor, cap: float, prediction_type: str = "epsilon") -> Tensor:
-    """Min-SNR weights of each picture's task error (Hang et al. 2303.09556, equation 8)."""
-    divisor = snr if prediction_type == "epsilon" else snr + 1
-    return snr.clamp(max=cap) / divisor
+    """Min-SNR weights of each picture's task error (Hang et al. 2303.09556, equation 8).
+
+    snr (B,). At 0, where a schedule ends in noise alone, they are the limit: 1 for the noise,
+    0 for the velocity.
+    """
+    if prediction_type != "epsilon":
+        return snr.clamp(max=cap) / (snr + 1)
+    return torch.where(snr == 0, 1.0, snr.clamp(max=cap) / snr)
 
 
 @dataclass(frozen=True)

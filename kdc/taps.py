@@ -59,20 +59,35 @@ def tap_names(student: nn.Module, teacher: nn.Module, at: str = "blocks") -> lis
     last layer instead: its transformer, or its convolutions where the transformer is dropped.
     "attention" are the outputs of every self-attention that the student kept, the best targets in
     KOALA (Lee et al., arXiv 2312.04005); which of the teacher's it was cut from is read off the
-    student's plan. Raises `ValueError` for another `at`, or a student without attention.
+    student's plan, unless all stages have as many layers as the teacher's. Raises `ValueError` for
+    another `at`, for a student without attention, and for one with fewer layers and no plan.
     """
     if at not in TAPS:
         raise ValueError(f"taps at {at!r}; they can be at {', '.join(TAPS)}")
     pairs = [] if at == "attention" else _stage_taps(student, teacher)
     if at == "blocks":
         return pairs
-    plan = getattr(student, "slim_plan", None)
     theirs = dict(teacher.named_modules())
     ours = [name for name, _ in student.named_modules() if name.endswith(".attn1")]
-    sources = [(name, source_of(name, plan) if plan else name) for name in ours]
+    if _layers(student) == _layers(teacher):  # as where a student follows its older self
+        sources = [(name, name) for name in ours]
+    elif plan := getattr(student, "slim_plan", None):
+        sources = [(name, source_of(name, plan)) for name in ours]
+    else:  # the same names would pair layers that do not correspond
+        raise ValueError(
+            f"attention taps ({at!r}): the student has {_layers(student)} layers a stage, the"
+            f" teacher {_layers(teacher)}, and no plan says which of them it kept; open the student"
+            " with kdc.load_student, which reads the plan that kdc.save_student wrote, or cut it"
+            " with kdc.slim"
+        )
     if not ours or not all(source in theirs for _, source in sources):
         raise ValueError("the student kept no self-attention that the teacher has")
     return pairs + sources
+
+
+def _layers(unet: nn.Module) -> list[int]:
+    """Layers of every stage, down and up."""
+    return [len(block.resnets) for block in (*unet.down_blocks, *unet.up_blocks)]
 
 
 def _stage_taps(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:

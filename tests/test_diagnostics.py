@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pandas as pd
 import pytest
@@ -57,9 +58,35 @@ def test_the_published_recipe_is_told_what_is_wrong_with_it(teacher, data):
     assert pd.isna(found.terms.loc["output", "gradient_norm"])
     assert found.terms.loc["output", "share"] == 0
     assert any("soft term is blind" in fault for fault in found.faults)
+    assert 0.98 <= found.terms.loc["soft", "share"] < 1
+    share = r"soft term makes up 99\.\d % of the update: all the others together have 0\.\d %"
+    assert sum(bool(re.search(share, fault)) for fault in found.faults) == 1
     oversized = dataclasses.replace(weights, soft=1000.0)
     with pytest.warns(UserWarning, match="soft term pulls [0-9,]+ times as hard"):
-        diagnose(student, teacher, data, oversized, batch_size=4)
+        found = diagnose(student, teacher, data, oversized, batch_size=4)
+    assert not any("makes up" in fault for fault in found.faults)  # said once
+
+
+def test_a_loss_of_dead_terms_alone_is_told_so(student, teacher, data):
+    dead = LossWeights(task=0, output=1, soft=0, feature=0, output_gradient=False)
+    with pytest.warns(UserWarning, match="output term is enabled and has no gradient"):
+        found = diagnose(student, teacher, data, dead, batch_size=4)
+    assert list(found.terms.index) == ["output"] and found.terms.loc["output", "value"] > 0
+    assert found.terms.loc["output", ["gradient_norm", "share"]].isna().all()
+    assert found.cosines.empty and len(found.faults) == 1
+
+
+def test_a_gradient_of_zero_has_no_share_and_no_direction(teacher, data):
+    """A student that is its teacher: there is nothing to learn from it."""
+    same = kdc.slim(teacher.unet, "full").eval()
+    with pytest.warns(UserWarning, match="output term is enabled and has no gradient"):
+        found = diagnose(same, teacher, data, LossWeights.only("output"), batch_size=4)
+    assert found.terms.loc["output", "gradient_norm"] == 0
+    assert pd.isna(found.terms.loc["output", "share"]) and found.cosines.isna().all(axis=None)
+
+
+def test_a_term_alone_does_not_outweigh_anything(student, teacher, data):
+    assert diagnose(student, teacher, data, LossWeights.only("task"), batch_size=4).faults == ()
 
 
 def test_a_sound_loss_has_no_fault(student, teacher, data, recwarn):

@@ -125,11 +125,28 @@ def test_min_snr_caps_the_weight():
     assert min_snr_weight(snr, 5.0, "v_prediction").tolist() == pytest.approx(expected)
 
 
+def test_min_snr_has_its_limit_where_nothing_is_left_but_noise():
+    """min(snr, cap) / snr tends to 1, min(snr, cap) / (snr + 1) to 0."""
+    snr = torch.tensor([0.0, 1e-30, 1e-3])
+    assert min_snr_weight(snr, 5.0).tolist() == [1, 1, 1]
+    weights = min_snr_weight(snr, 5.0, "v_prediction").tolist()
+    assert weights == pytest.approx([0, 1e-30, 1e-3], rel=1e-2)
+    assert min_snr_weight(torch.tensor([float("nan")]), 5.0).isnan()
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (dict(task=-1), "negative"),
+        (dict(task=-1), "weight of task must be finite and not negative, not -1"),
+        (dict(output=math.nan), "weight of output must be finite and not negative, not nan"),
+        (dict(soft=math.inf), "weight of soft must be finite"),
+        (dict(feature=-math.inf), "weight of feature must be finite"),
         (dict(temperature=0), "temperature"),
+        (dict(temperature=math.nan), "temperature must be positive and finite, not nan"),
+        (dict(temperature=math.inf), "temperature must be positive and finite, not inf"),
+        (dict(min_snr=-5), "min_snr must be positive, not -5.*None"),
+        (dict(min_snr=0), "min_snr must be positive, not 0"),
+        (dict(min_snr=math.nan), "min_snr must be positive, not nan"),
         (dict(soft_reduction="sum"), "soft_reduction"),
         (dict(taps="skips"), "taps must be one of blocks, attention, both"),
         (dict(task=0, output=0, soft=0, feature=0), "nothing"),

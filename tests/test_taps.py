@@ -4,6 +4,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 import kdc
+from kdc import models
 from kdc.losses import feature_term
 from kdc.slimming import slim
 from kdc.taps import FeatureTaps, projections, tap_names
@@ -107,6 +108,27 @@ def test_attention_taps_are_those_the_students_were_cut_from(plan, tiny_unet):
     assert both == tap_names(student, tiny_unet) + pairs
     s, t = collect(student.eval(), tiny_unet.eval(), "both")
     assert all(a.shape == b.shape for a, b in zip(s, t, strict=True))
+
+
+@pytest.mark.parametrize("plan", ["kdc", "bk-tiny"])
+def test_a_student_that_lost_its_plan_is_refused_at_its_attentions(plan, tiny_unet, tmp_path):
+    """What plain diffusers reopens does not know that its second layer was the teacher's third."""
+    folder = kdc.save_student(slim(tiny_unet, plan), tmp_path)
+    reopened = UNet2DConditionModel.from_pretrained(folder / "unet")
+    for at in ("attention", "both"):
+        with pytest.raises(ValueError, match=r"kdc\.load_student.*kdc\.slim"):
+            tap_names(reopened, tiny_unet, at)
+    assert tap_names(reopened, tiny_unet) == tap_names(slim(tiny_unet, plan), tiny_unet)
+    reopened.slim_plan = models.read_plan(folder)
+    assert len(tap_names(reopened, tiny_unet, "attention")) > 0
+
+
+@pytest.mark.parametrize("plan", ["bk-base", "bk-tiny"])
+def test_a_student_and_its_older_self_are_tapped_at_the_same_attentions(plan, tiny_unet):
+    student = slim(tiny_unet, plan)
+    for guide in (slim(tiny_unet, plan), UNet2DConditionModel.from_config(student.config)):
+        pairs = tap_names(student, guide, "attention")
+        assert pairs and all(ours == theirs for ours, theirs in pairs)
 
 
 def test_taps_elsewhere_or_without_attention_are_refused(tiny_unet):
