@@ -161,6 +161,24 @@ def test_the_closed_forms_are_what_the_panels_show():
     assert raw[-1] == pytest.approx(1e4 * raw[0], rel=1e-3)
 
 
+def test_differences_fall_on_the_gradient_as_the_square_of_the_step():
+    """A central difference errs by h^2, not at all for a square, and by round-off / h at last."""
+    lines = terms.closed_forms()[0]["gradients"]
+    steps = lines["soft"][0]
+    assert steps[0] == 0.1 and np.isclose(steps[-1], 1e-7) and (np.diff(steps) < 0).all()
+    errors = {name: np.array(values) for name, (_, values) in lines.items()}
+    assert all((values > 0).all() for values in errors.values())
+    wide = steps > 0.9e-3
+    for name in ("soft", "corrected loss"):
+        slope = np.polyfit(np.log(steps[wide]), np.log(errors[name][wide]), 1)[0]
+        assert slope == pytest.approx(2, abs=0.05), name
+        assert errors[name].argmin() < len(steps) - 1 and errors[name].min() < 1e-9, name
+    squares = errors["task, output, feature"]
+    assert (squares[wide] < 1e-11).all() and squares[-1] > 10 * squares[0]
+    for a, b in zip(lines.values(), terms.closed_forms()[0]["gradients"].values(), strict=True):
+        assert np.array_equal(a, b)
+
+
 def test_a_stopped_study_goes_on_and_keeps_logs(bench, tmp_path, monkeypatch):
     recipes = {name: study.RECIPES[name] for name in ("task", "random start: task")}
     made, follow = [], study.follow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -95,14 +97,20 @@ def measured(
     dataset: str | Path,
     settings: Settings,
     folder: str | Path,
+    plan: str = "kdc",
 ) -> tuple[pd.DataFrame, dict, pd.DataFrame]:
     """The same study on a teacher and pictures of one's own; rows are kept in `folder`.
 
-    Where the attributes of the pictures are not known, the output error is the only measure, and
-    recipes that make or caption pictures by attributes are left out.
+    Students of the plan "kdc" are cut by `plan` instead. Where the attributes of the pictures are
+    not known, the output error is the only measure, and recipes that make or caption pictures by
+    attributes are left out.
     """
     bench = prepare(teacher, settings, dataset)
-    recipes = {n: r for n, r in RECIPES.items() if bench.asked or r.data == "real"}
+    recipes = {
+        name: dataclasses.replace(recipe, plan=plan) if recipe.plan == "kdc" else recipe
+        for name, recipe in RECIPES.items()
+        if bench.asked or recipe.data == "real"
+    }
     rows, logs = study(bench, settings, folder, recipes)
     goal = pd.DataFrame([{"seed": s} | score(bench, teacher, s) for s in settings.seeds])
     return rows, {n: [pd.DataFrame(x) for x in runs] for n, runs in logs.items()}, goal
@@ -145,6 +153,7 @@ def closed_forms(seed: int = 1) -> tuple[dict[str, dict], float]:
     "limit": the soft term by temperature, which tends to half the mean square of the
     channel-centred error, the second value. "null space": output and soft term of an error that all
     channels share, by its size. "feature term": normalised and raw, by the unit of the features.
+    "gradients": how far central differences are off, by their step; see `_gradient_errors`.
     """
     draw = torch.Generator().manual_seed(seed)
     right, wrong = (torch.randn(8, 4, 16, 16, generator=draw) for _ in range(2))
@@ -163,5 +172,35 @@ def closed_forms(seed: int = 1) -> tuple[dict[str, dict], float]:
         "limit": {"soft term": (hot, [losses.soft_term(wrong, right, t, "mean") for t in hot])},
         "null space": {"output term": (sizes, seen), "soft term": (sizes, blind)},
         "feature term": {name: (sizes, values) for name, values in features.items()},
+        "gradients": _gradient_errors(draw),
     }
     return panels, limit
+
+
+def _gradient_errors(draw: torch.Generator) -> dict[str, tuple[np.ndarray, list[float]]]:
+    """Relative error |difference - gradient| / |gradient| of central differences, in float64.
+
+    The difference of step h errs by h^2 times a third derivative, which a square does not have, and
+    by round-off over h. `gradient` is autograd's, in the student's prediction and its one tap.
+    """
+    noise = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    at, target, teacher, tap = noise(38), noise(2, 4, 2, 2), noise(2, 4, 2, 2), noise(2, 3)
+    losses_of = {
+        "corrected loss": losses.LossWeights(),
+        "soft": losses.LossWeights.only("soft"),
+        "task, output, feature": losses.LossWeights.only("task", "output", "feature"),
+    }
+    steps, every = np.logspace(-1, -7, 13), torch.eye(len(at), dtype=torch.float64)
+
+    def total(x, loss):
+        student, ours = x[: target.numel()].reshape(target.shape), x[target.numel() :]
+        return loss(student, target, teacher, [ours.reshape(tap.shape)], [tap])["loss"]
+
+    errors = {"$h^2$": (steps, list(steps**2))}
+    for name, weights in losses_of.items():
+        loss = functools.partial(total, loss=losses.DistillationLoss(weights))
+        gradient, values = torch.func.grad(loss)(at), torch.func.vmap(loss)
+        differences = [(values(at + h * every) - values(at - h * every)) / (2 * h) for h in steps]
+        off = [((d - gradient).norm() / gradient.norm()).item() for d in differences]
+        errors[name] = (steps, off)
+    return errors
