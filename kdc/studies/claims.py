@@ -18,7 +18,8 @@ class Claim:
     """That `candidate`, against `rival`, comes out as `expected` in `measure`.
 
     "not worse" is found false by "worse" alone; "open" says that there is no difference to be seen,
-    and is found false by "better" and by "worse". Raises `ValueError` for another word.
+    and is found false by "better" and by "worse". That no difference was seen does not show that
+    there is none: what those two claim is then "not refuted". Raises `ValueError` for another word.
     """
 
     text: str
@@ -32,12 +33,12 @@ class Claim:
             raise ValueError(f"expected {self.expected!r}; it can be {', '.join(EXPECTED)}")
 
     def outcome(self, verdict: str) -> str:
-        """What a verdict of `compare` means for the claim: holds, FAILS or open."""
-        if self.expected == "not worse":
-            return "FAILS" if verdict == "worse" else "holds"
-        if verdict == self.expected:
+        """What a verdict of `compare` means for it: holds, FAILS, not refuted or open."""
+        if verdict == "open":
+            return "not refuted" if self.expected in ("not worse", "open") else "open"
+        if verdict == self.expected or (self.expected, verdict) == ("not worse", "better"):
             return "holds"
-        return "open" if verdict == "open" else "FAILS"
+        return "FAILS"
 
 
 def read_claims(table: str) -> list[Claim]:
