@@ -77,7 +77,7 @@ def run_sequence(
 
     Every task takes `steps` steps of `batch_size` new pictures with the loss `weights` (default:
     the task term alone), whatever the strategy; see `Strategy` for what may come on top. A `buffer`
-    takes in each task once it is learnt.
+    is empty at first and takes in each task once it is learnt.
 
     `evaluate(pipeline, task)` gives a number for each metric of `directions`, {"accuracy":
     "higher", ...}, with the student in the pipeline. It is asked for every task before the first

@@ -11,7 +11,7 @@ from kdc.losses import DistillationLoss, LossWeights, min_snr_weight
 from kdc.speed import send
 from kdc.taps import FeatureTaps, projections, tap_names
 
-PROJECTIONS = "feature_projections"  # the student's submodule while it is taught
+PROJECTIONS = "feature_projections"  # the student's submodule while it is taught, and _2, _3
 
 
 def forward_process(pipeline: StableDiffusionPipeline) -> DDPMScheduler:
@@ -37,7 +37,8 @@ class Lesson:
     `guide` is the U-Net that the output, soft and feature terms of `weights` follow; it is not
     trained, and not called where no such term is on. Where student and guide differ in width, the
     student has projections of its taps as a submodule meanwhile, drawn from `seed` and trained with
-    it. Call `close` when done: it removes them, and the hooks.
+    it; each lesson of a student has its own. Call `close` when done: it removes them, and the
+    hooks.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Lesson:
         self.criterion, self.device = DistillationLoss(weights), PartialState().device
         self.snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
         self.taps: list[FeatureTaps] = []
+        self.projections: torch.nn.Module | None = None
         if weights.needs_teacher:
             guide.eval()
         if weights.feature:
@@ -60,7 +62,11 @@ class Lesson:
             self.taps = [FeatureTaps(unet, names) for unet, names in zip(unets, pairs, strict=True)]
             widths = [list(unet.config.block_out_channels) for unet in unets]
             if widths[0] != widths[1][: len(widths[0])]:
-                student.add_module(PROJECTIONS, self._projections(seed))
+                self.projections, self.name = self._projections(seed), PROJECTIONS
+                others, number = dict(student.named_children()), 2
+                while self.name in others:  # another lesson's
+                    self.name, number = f"{PROJECTIONS}_{number}", number + 1
+                student.add_module(self.name, self.projections)
 
     def _projections(self, seed: int) -> torch.nn.Module:
         config = self.guide.config
@@ -99,15 +105,15 @@ class Lesson:
             task_weight = min_snr_weight(self.snr[timesteps], weights.min_snr, prediction)
             task_weight = task_weight.to(device)
         ours, theirs = (tap.take() for tap in self.taps) if self.taps else ((), ())
-        if hasattr(self.student, PROJECTIONS):
-            layers = getattr(self.student, PROJECTIONS)
-            ours = [layer(tap) for layer, tap in zip(layers, ours, strict=True)]
+        if self.projections is not None:
+            ours = [layer(tap) for layer, tap in zip(self.projections, ours, strict=True)]
         target = send(target, device)
         return self.criterion(predicted, target, guidance, ours, theirs, task_weight=task_weight)
 
     def close(self) -> None:
-        """Remove the hooks, and the projections."""
+        """Remove the hooks, and the projections; once more does nothing."""
         for tap in self.taps:
             tap.close()
-        if hasattr(self.student, PROJECTIONS):
-            delattr(self.student, PROJECTIONS)
+        if self.projections is not None:
+            delattr(self.student, self.name)
+            self.projections = None

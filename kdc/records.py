@@ -103,13 +103,20 @@ class Records:
         self.counts: list[dict] = []
 
     def begin(self, resume: bool) -> None:
-        """Start the folder, or go back to where the sequence in it was after its last task."""
-        if not self.root:
-            return
-        file = self.root / "sequence.json"
-        if not file.is_file():
-            self._save("start")
-            self._write()
+        """Start the folder, or go back to where the sequence in it was after its last task.
+
+        Raises `ValueError` where a start finds items in the buffer.
+        """
+        file = self.root / "sequence.json" if self.root else None
+        if not (file and file.is_file()):
+            if self.buffer is not None and len(self.buffer):
+                raise ValueError(
+                    f"{self.buffer} already holds items, which the first task would rehearse: a new"
+                    " sequence fills its buffer itself, so give it a new one"
+                )
+            if file:
+                self._save("start")
+                self._write()
             return
         if not resume:
             raise FileExistsError(

@@ -76,11 +76,14 @@ class Learner:
         if generates:
             source = self._pool(t, old, records, counts)
         old_weights = strategy.old_weights or self.weights
+        held = [p for p in self.student.parameters() if p.requires_grad]  # without projections
         lesson = Lesson(self.student, self.teacher.unet, process, self.weights)
         rehearsal = None
         if rehearses:
             guide = old if strategy.guide == "old" else self.teacher.unet
-            rehearsal = Lesson(self.student, guide, process, old_weights)
+            rehearsal = lesson  # so that old and new pictures share what projections there are
+            if guide is old or old_weights != self.weights:
+                rehearsal = Lesson(self.student, guide, process, old_weights)
 
         def loss(model, generator):
             batch, rows = self._new(t, generator)
@@ -97,7 +100,7 @@ class Learner:
                 terms |= {f"old_{name}": value for name, value in past.items()}
                 terms |= {"new_loss": terms["loss"], "loss": total}
             if self.fisher and t > 0:
-                terms["ewc"] = self.fisher.penalty(self.student.parameters())
+                terms["ewc"] = self.fisher.penalty(held)
                 terms["loss"] = terms["loss"] + strategy.ewc * terms["ewc"]
             if strategy.source == "carry_over":
                 source.add(task.train, rows[-1:], task=t)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kdc.buffer_checks import EMBEDDED, STORED, check_items, labels_of, rows_of, whole_number
 from kdc.policies import POLICIES
 from kdc.storage import (
     DTYPES,
@@ -45,7 +46,7 @@ class ReplayBuffer:
 
     What is kept and what is sampled follow two generators of the buffer's own, both of `seed`;
     `generator` is the one that samples. Raises `ValueError` for an unknown policy or dtype or a
-    capacity below 1.
+    capacity below 1, `TypeError` for one that is no whole number.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class ReplayBuffer:
             capacity = 1
         if (capacity is None) == (capacity_bytes is None):
             raise ValueError("give the capacity in items or capacity_bytes, one of them")
-        for name, value in (("capacity", capacity), ("capacity_bytes", capacity_bytes)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        if capacity is None:
+            capacity_bytes = whole_number("capacity_bytes", capacity_bytes, 1)
+        else:
+            capacity = whole_number("capacity", capacity, 1)
         self.policy, self.dtype, self.capacity_bytes = policy, dtype, capacity_bytes
         self.capacity, self.folder, self.held = capacity, folder, 0
         self.generator = torch.Generator().manual_seed(2 * seed)
@@ -103,7 +105,7 @@ class ReplayBuffer:
     def add(
         self,
         data: Latents,
-        index: Tensor | None = None,
+        index: Tensor | Sequence[int] | None = None,
         *,
         task: int = 0,
         labels: Tensor | Sequence[int] | None = None,
@@ -111,14 +113,16 @@ class ReplayBuffer:
         """Offer items of a latent data set, all or the rows `index` (N,), in that order.
 
         `labels` (N,) are the classes of these rows, unique over all tasks; None takes the task's
-        number. The policy decides what stays. Raises `ValueError` where shapes disagree with each
-        other or with what is held, and for latents that the dtype cannot hold.
+        number. The policy decides what stays. Raises, before anything changes, `ValueError` where
+        shapes disagree with each other or with what is held, for rows that there are not, and for
+        latents, embeddings, labels and tasks that the storage cannot hold, and `TypeError` for
+        rows, labels and tasks that are no whole numbers.
         """
-        index = torch.arange(len(data.mean)) if index is None else torch.as_tensor(index)
-        count = len(index)
-        labels = torch.full((count,), task) if labels is None else torch.as_tensor(labels).long()
-        self._check(data, index, labels)
-        if not count:
+        task = whole_number("task", task, STORED.min, STORED.max)
+        index = rows_of(len(data.mean), index)
+        labels = labels_of(len(index), labels, task)
+        check_items(data, index, self._shapes if self._rows is not None else {}, self.dtype)
+        if not len(index):
             return
         if self._rows is None:
             self._allocate(data.mean.shape[1:], data.embeddings.shape[1:])
@@ -146,8 +150,11 @@ class ReplayBuffer:
         self.held = max(self.held, int(slots.max()) + 1)
 
     def sample(self, count: int) -> dict:
-        """`count` items, none twice: see `items`. Raises `ValueError` for more than are held."""
-        if not 0 <= count <= self.held:
+        """`count` items, none twice: see `items`.
+
+        Raises `ValueError` for fewer than 1 and more than are held.
+        """
+        if (count := whole_number("count", count, 1)) > self.held:
             raise ValueError(f"cannot sample {count} items: the buffer holds {self.held}")
         if count**2 > self.held:
             return self.items(torch.randperm(self.held, generator=self.generator)[:count])
@@ -190,31 +197,9 @@ class ReplayBuffer:
                     f"{self.capacity_bytes} bytes hold no item: one takes "
                     f"{item_bytes(latent, self.dtype)}"
                 )
-        precision = torch.float32 if self.dtype == "float32" else torch.float16
         self._policy = POLICIES[self.policy](self.capacity)
-        self._captions = Captions(embedding, precision, self.capacity, self.folder)
+        self._captions = Captions(embedding, EMBEDDED[self.dtype], self.capacity, self.folder)
         self._rows = Rows(columns_of(latent, self.dtype), self.capacity, self.folder)
-
-    def _check(self, data: Latents, index: Tensor, labels: Tensor) -> None:
-        if data.mean.ndim != 4 or data.mean.shape != data.std.shape:
-            raise ValueError(
-                "mean and std must be of one shape (N, C, h, w), not "
-                f"{tuple(data.mean.shape)} and {tuple(data.std.shape)}"
-            )
-        if labels.shape != index.shape or index.ndim != 1:
-            raise ValueError(f"{len(index)} items, but labels of shape {tuple(labels.shape)}")
-        if self._rows is not None:
-            for name, given in (("latent", data.mean), ("embedding", data.embeddings)):
-                if list(given.shape[1:]) != self._shapes[name]:
-                    raise ValueError(
-                        f"the buffer holds {name}s of shape {tuple(self._shapes[name])}, these "
-                        f"are {tuple(given.shape[1:])}"
-                    )
-        limit = torch.finfo(torch.float16 if self.dtype == "float16" else torch.float32).max
-        for name in ("mean", "std"):
-            x = getattr(data, name)[index]
-            if len(x) and not x.abs().amax() <= limit:  # also where it is not a number
-                raise ValueError(f"the latents' {name} is not finite in {self.dtype}")
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything, the generators included, as copies: a flat dictionary of tensors.

@@ -6,6 +6,7 @@ old model draws of its own tasks, and the rank-1 Fisher penalty.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -53,8 +54,10 @@ class Strategy:
             raise ValueError(f"source must be one of {SOURCES}, not {self.source!r}")
         if self.guide not in ("teacher", "old"):
             raise ValueError(f"guide must be teacher or old, not {self.guide!r}")
-        if self.ratio <= 0 or self.ewc < 0:
-            raise ValueError("ratio must be positive and ewc not negative")
+        if not 0 < self.ratio < math.inf:  # which refuses NaN too
+            raise ValueError(f"ratio must be positive and finite, not {self.ratio}")
+        if not 0 <= self.ewc < math.inf:
+            raise ValueError(f"ewc must be finite and not negative, not {self.ewc}; 0 is without")
         if self.joint and (self.source or self.ewc):
             raise ValueError("joint sees the pictures of all tasks: it goes with nothing else")
         for name in ("pool", "sampling_steps", "fisher_samples"):
@@ -168,6 +171,7 @@ class RankOneFisher:
         self.scales: list[float] = []
 
     def penalty(self, parameters: Iterable[Tensor]) -> Tensor:
+        """What holds these weights: those that `learn` saw, in the same order."""
         moved = _flat(parameters) - self.anchor
         return sum(
             0.5 * c * (m * moved).sum().square()  # a product of matrices would be in bf16

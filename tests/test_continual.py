@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
 
 import kdc
 from kdc import LossWeights, ReplayBuffer, Task, worlds
@@ -45,22 +46,25 @@ def three_tasks():
 tasks = pytest.fixture(three_tasks, scope="module")
 
 
-def narrowed(teacher):
-    """The mini teacher's pipeline around a U-Net of two narrow stages, which is quick to train."""
+def two_stages(*widths):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
+        return UNet2DConditionModel(
             sample_size=8,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             mid_block_type=None,
-            block_out_channels=(8, 16),
+            block_out_channels=widths,
             layers_per_block=1,
             cross_attention_dim=16,
             attention_head_dim=2,
             norm_num_groups=4,
         )
-    return kdc.with_unet(teacher, unet)
+
+
+def narrowed(teacher):
+    """The mini teacher's pipeline around a U-Net of two narrow stages, which is quick to train."""
+    return kdc.with_unet(teacher, two_stages(8, 16))
 
 
 narrow = pytest.fixture(narrowed)
@@ -88,9 +92,9 @@ def buffer_for(strategy, **settings):
     return ReplayBuffer(**({"capacity": 8, "policy": "class_balanced", "seed": 3} | settings))
 
 
-def run(tasks, strategy, narrow, **settings):
+def run(tasks, strategy, narrow, student=None, **settings):
     strategy = QUICK[strategy] if isinstance(strategy, str) else strategy
-    student = copy.deepcopy(narrow.unet)
+    student = student or copy.deepcopy(narrow.unet)
     settings = {
         "steps": 4, "batch_size": 3, "ema_decay": 0.9, "save_every": 2, "seed": 1,
         "evaluate": probe, "directions": DIRECTIONS, "buffer": buffer_for(strategy),
@@ -174,6 +178,43 @@ def test_only_what_was_learnt_is_scored_where_nothing_ahead_is_wanted(tasks, nar
     assert np.array_equal(~np.isnan(result.matrix.values), below)
     assert result.matrix.start is None and np.isfinite(result.matrix.reference).all()
     assert np.isfinite(result.matrix.retention) and np.isnan(result.matrix.forward_transfer)
+
+
+TAUGHT = QUICK | {
+    "replay, other terms": dataclasses.replace(
+        QUICK["replay"], old_weights=LossWeights.only("task", "feature")
+    ),
+    "replay, old student, all terms": dataclasses.replace(QUICK["replay"], guide="old"),
+}
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_narrower_student_learns_through_projections_by_every_strategy(
+    name, tasks, narrow, tmp_path, monkeypatch
+):
+    """They are neither part of what the penalty holds nor left behind, and survive a kill."""
+    strategy, settings = TAUGHT[name], {"weights": LossWeights()}
+    whole, expected = run(tasks[:2], strategy, narrow, two_stages(4, 8), **settings)
+    settings |= {"output_dir": tmp_path, "resume": True}
+    with monkeypatch.context() as patch:
+        dying(patch, 4 + 3)  # in step 4 of task 1, after a checkpoint
+        with pytest.raises(Killed):
+            run(tasks[:2], strategy, narrow, two_stages(4, 8), **settings)
+    (file,) = tmp_path.glob("task-1/checkpoint-*/model.safetensors")
+    added = {n.split(".")[0] for n in load_file(file) if n.startswith("feature_projections")}
+    # replay follows the teacher with one loss for old and new pictures, so through the same ones
+    assert len(added) == (2 if name == "replay, other terms" else 1)
+    student, result = run(tasks[:2], strategy, narrow, two_stages(4, 8), **settings)
+    assert torch.equal(weights(student), weights(whole)) and result.matrices == expected.matrices
+    assert set(student.state_dict()) == set(two_stages(4, 8).state_dict())
+    assert not any(m._forward_hooks for u in (student, narrow.unet) for m in u.modules())
+    assert not torch.equal(weights(student), weights(two_stages(4, 8)))
+    log = pd.read_csv(tmp_path / "task-1" / "log.csv")
+    assert (log["feature"] > 0).all() and log.notna().all(axis=None)
+    if strategy.ewc:
+        assert log["ewc"].iloc[0] == pytest.approx(0, abs=1e-12) and log["ewc"].iloc[-1] > 1e-12
+        size = 4 * sum(p.numel() for p in student.parameters())
+        assert result.counts["model_bytes"].tolist() == [2 * size, 3 * size]
 
 
 def test_costs_are_counted(tasks, narrow):
@@ -497,6 +538,37 @@ def test_resume_refuses_another_experiment_and_a_new_run_an_old_folder(tasks, na
     assert note["learnt"] == 2 and len(note["scores"]) == 6
 
 
+@pytest.mark.parametrize("name", ["replay", "carry_over"])
+def test_a_new_sequence_refuses_a_buffer_that_holds_items_and_resume_takes_it(
+    name, tasks, narrow, tmp_path, monkeypatch
+):
+    def never(*arguments):
+        raise AssertionError("scored")
+
+    def buffer():
+        if name == "carry_over":
+            return ReplayBuffer(policy="carry_over", dtype="float32")
+        return buffer_for(QUICK[name])
+
+    whole, expected = run(tasks[:2], name, narrow, buffer=buffer())
+    used = buffer()
+    with monkeypatch.context() as patch:
+        dying(patch, 5)
+        with pytest.raises(Killed):
+            run(tasks[:2], name, narrow, buffer=used, output_dir=tmp_path / "kept")
+    held = used.state_dict()
+    assert len(used)
+    for fresh in ({}, {"resume": True}, {"output_dir": tmp_path / "new"},
+                  {"output_dir": tmp_path / "new", "resume": True}):  # fmt: skip
+        with pytest.raises(ValueError, match="already holds .* give it a new one"):
+            run(tasks[:2], name, narrow, buffer=used, evaluate=never, **fresh)
+    assert not (tmp_path / "new").exists()
+    assert all(torch.equal(held[k], v) for k, v in used.state_dict().items())
+    again = {"output_dir": tmp_path / "kept", "resume": True}
+    student, result = run(tasks[:2], name, narrow, buffer=used, **again)
+    assert torch.equal(weights(student), weights(whole)) and result.matrices == expected.matrices
+
+
 def test_what_cannot_be_run_is_refused_before_anything_is_scored(tasks, narrow):
     def never(*arguments):
         raise AssertionError("scored")
@@ -525,6 +597,11 @@ def test_what_cannot_be_run_is_refused_before_anything_is_scored(tasks, narrow):
                      dict(joint=True, source="buffer")):  # fmt: skip
         with pytest.raises(ValueError):
             Strategy("wrong", **settings)
+    for value in (np.nan, np.inf, -np.inf, -0.5):
+        with pytest.raises(ValueError, match=f"ratio must be positive and finite, not {value}"):
+            Strategy("wrong", "buffer", ratio=value)
+        with pytest.raises(ValueError, match=f"ewc must be finite and not negative, not {value}"):
+            Strategy("wrong", ewc=value)
     with pytest.raises(ValueError, match="2 labels, 12 pictures"):
         Task("few", latents(), labels=["a", "b"])
 

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -189,6 +191,39 @@ def test_a_narrow_student_is_distilled_through_projections_that_do_not_stay(teac
     assert set(narrow.state_dict()) == names
     log = kdc.distill(narrow, teacher, data, steps=2, batch_size=2)
     assert set(narrow.state_dict()) == names and log["feature"].notna().all()
+
+
+@pytest.mark.parametrize("closed_first", [0, 1])
+def test_lessons_of_one_student_have_projections_of_their_own(teacher, data, closed_first):
+    """One follows the teacher, one the student's older self, one the teacher once more."""
+    config = dict(teacher.unet.config) | {"block_out_channels": (16, 32, 64, 64)}
+    narrow = UNet2DConditionModel.from_config(config)
+    old, names = copy.deepcopy(narrow), set(narrow.state_dict())
+    only, process = LossWeights.only("feature"), forward_process(teacher)
+
+    def loss(lesson):
+        g = torch.Generator().manual_seed(0)
+        return lesson(narrow, *data.draw(2, g, 0.1), g)["loss"]
+
+    alone = Lesson(narrow, teacher.unet, process, only)
+    expected = loss(alone).item()
+    alone.close()
+    first, mine, second = (
+        Lesson(narrow, guide, process, only, seed)
+        for guide, seed in ((teacher.unet, 0), (old, 0), (teacher.unet, 1))
+    )
+    assert loss(first).item() == expected != loss(second).item() > 0
+    assert loss(mine).item() == 0  # through a projection the older self would be at a distance
+    pair = [first, second]
+    left = pair.pop(1 - closed_first)
+    pair[0].close()
+    mine.close()
+    assert set(narrow.state_dict()) > names, "one lesson took another's projections away"
+    loss(left).backward()
+    added = [p for name, p in narrow.named_parameters() if name not in names]
+    assert added and all(p.grad.abs().sum() > 0 for p in added)
+    left.close()
+    assert set(narrow.state_dict()) == names
 
 
 @pytest.mark.parametrize("at", ["attention", "both"])

@@ -149,9 +149,9 @@ def test_herding_shares_the_room_among_classes_and_gives_up_the_last_chosen():
     data, buffer = latents(30), ReplayBuffer(12, "herding", "float32")
     first, second = torch.arange(20), torch.arange(20, 30)
     order = slow_herding(data.mean[first].flatten(1), 12)
-    buffer.add(data, first, labels=torch.zeros(20))
+    buffer.add(data, first, labels=torch.zeros(20).long())
     assert set(numbers(buffer.items())) == set(order)
-    buffer.add(data, second, labels=torch.ones(10))
+    buffer.add(data, second, labels=torch.ones(10).long())
     new = slow_herding(data.mean[second].flatten(1), 6)
     assert set(numbers(buffer.items())) == set(order[:6]) | {20 + i for i in new}
     assert torch.equal(buffer.items()["label"], (buffer.items()["mean"][:, 0, 0, 0] >= 20).long())
@@ -346,6 +346,10 @@ def test_what_cannot_be_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             ReplayBuffer(**settings)
+    for settings in (dict(capacity=2.5), dict(capacity=4.0), dict(capacity=True),
+                     dict(capacity="4"), dict(capacity_bytes=1e6)):  # fmt: skip
+        with pytest.raises(TypeError, match=f"{next(iter(settings))} must be a whole number, not"):
+            ReplayBuffer(**settings)
     with pytest.raises(ValueError, match="100 bytes hold no item: one takes 268"):
         ReplayBuffer(capacity_bytes=100).add(latents(1))
     buffer = ReplayBuffer(8)
@@ -354,6 +358,12 @@ def test_what_cannot_be_is_refused():
     buffer.add(latents(4))
     with pytest.raises(ValueError, match="sample 5 items: the buffer holds 4"):
         buffer.sample(5)
+    for some in (buffer, ReplayBuffer(4)):
+        for count in (0, -1):
+            with pytest.raises(ValueError, match=f"count must be at least 1, not {count}"):
+                some.sample(count)
+        with pytest.raises(TypeError, match="count must be a whole number, not 1.5"):
+            some.sample(1.5)
     with pytest.raises(ValueError, match=r"latents of shape \(4, 4, 4\), these are \(4, 5, 5\)"):
         buffer.add(latents(4, size=5))
     with pytest.raises(ValueError, match="labels of shape"):
@@ -370,3 +380,69 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="the state is of a buffer with"):
         ReplayBuffer(9).load_state_dict(buffer.state_dict())
     assert len(buffer) == 4
+
+
+REFUSED = {
+    "a mask": (dict(index=torch.ones(12).bool()), TypeError, "index must be whole numbers"),
+    "a mask by another name": (dict(index=torch.ones(12).byte()), TypeError, "not torch.uint8"),
+    "a row of no number": (dict(index=[0.0, 1.0]), TypeError, "not torch.float32"),
+    "a table of rows": (dict(index=torch.ones(2, 2).long()), ValueError, r"shape \(2, 2\)"),
+    "a row": (dict(index=3), ValueError, r"index .* shape \(\)"),
+    "a row past the end": (dict(index=[0, 12]), ValueError, r"index\[1\] is 12, .* -12 to 11"),
+    "a row before the start": (dict(index=[-13]), ValueError, r"index\[0\] is -13"),
+    "a large label": (dict(labels=[5] * 11 + [2**31]), ValueError, r"labels\[11\] is 2147483648"),
+    "a small label": (dict(labels=[-(2**31) - 1] * 12), ValueError, r"labels\[0\] is -2147483649"),
+    "a huge label": (dict(labels=[2**70] * 12), TypeError, "labels must be whole numbers"),
+    "fractions": (dict(labels=torch.arange(12) + 0.5), TypeError, "labels must be whole numbers"),
+    "texts": (dict(labels=["rose"] * 12), TypeError, "labels must be whole numbers"),
+    "a large task": (dict(task=2**31), ValueError, "task must be at most 2147483647, not"),
+    "half a task": (dict(task=0.5, labels=[0] * 12), TypeError, "task must be a whole number"),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_changes_nothing(case, policy):
+    """Not even what the policy has counted: the next items are kept as if nothing had been."""
+    settings, error, message = REFUSED[case]
+    buffer, other = (
+        ReplayBuffer(1 if policy == "carry_over" else 8, policy, seed=2) for _ in range(2)
+    )
+    for start in range(2):  # empty, and then with items
+        with pytest.raises(error, match=message):
+            buffer.add(latents(12, offset=50), **settings)
+        assert len(buffer) == len(other)
+        for each in (buffer, other):
+            each.add(latents(12, seed=start, offset=20 * start), labels=torch.arange(12) % 3)
+        assert same(buffer.items(), other.items())
+    state = other.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in buffer.state_dict().items())
+
+
+def test_rows_and_labels_may_be_any_whole_numbers():
+    """The greatest that fit, rows from the end, narrow types, an empty list."""
+    buffer, data = ReplayBuffer(8, "fifo", "float32"), latents(6)
+    ends = [-(2**31), 2**31 - 1]
+    buffer.add(data, [-1, 2], labels=ends, task=2**31 - 1)
+    buffer.add(data, torch.tensor([3, 4], dtype=torch.int16), labels=torch.tensor([7, 8]).byte())
+    buffer.add(data, [], labels=[])
+    items = buffer.items()
+    assert numbers(items) == [5, 2, 3, 4] and items["label"].tolist() == [*ends, 7, 8]
+    assert items["task"].tolist() == [2**31 - 1] * 2 + [0, 0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_embeddings_that_the_storage_cannot_hold_are_refused(dtype):
+    """Buffers of float16 and int8 keep them in float16; of the items offered alone."""
+    buffer, data = ReplayBuffer(12, "fifo", dtype), latents(12)
+    wide = 1e5 if dtype != "float32" else torch.inf
+    for value in (wide, -wide, torch.nan):
+        data.embeddings[1, 2, 3] = value
+        with pytest.raises(ValueError, match="embeddings of captions are not finite in float"):
+            buffer.add(data)
+    buffer.add(data, torch.arange(12)[data.caption_index != 1])
+    assert len(buffer) == 8 and buffer.items()["embedding"].isfinite().all()
+    if dtype == "float32":
+        data.embeddings[1, 2, 3] = 1e5
+        buffer.add(data)
+        assert buffer.items()["embedding"].amax() == 1e5
