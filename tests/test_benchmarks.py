@@ -1,13 +1,14 @@
 import sys
 import threading
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kdc
-from benchmarks import floor
+from benchmarks import floor, strategies
 from benchmarks.contenders import Contender, live_bytes, peak_of_step, waiting
 from benchmarks.distill_step import as_ratios, report
 from benchmarks.reference import draw, encode, hook_every_block, plain_terms, train_plainly
@@ -152,3 +153,11 @@ def test_goals_are_compared_the_right_way_round(capsys):
         "chosen": False,
     }
     assert rows["ours"]["seconds_over_floor"] == 2
+
+
+def test_strategies_are_timed_against_fine_tuning():
+    found = strategies.measure(1, 2, 2, ("finetune", "replay"))
+    assert found.shape == (2, 2) and (found > 0).all(axis=None)
+    table = strategies.summary(pd.DataFrame({"finetune": [1.0, 2.0], "replay": [2.0, 3.0]}))
+    assert table.loc["finetune", "ratio"] == 1 and table.loc["replay", "ratio"] == 1.75
+    assert table.loc["replay", "seconds"] == 2.5
