@@ -191,7 +191,7 @@ def matrix(values, direction, metric):
 
 def rows_of(name, old, new, seeds=(0, 1, 2)):
     counts = {n: [3, 4] for n in retention.PICTURES} | {
-        "buffer_bytes": [10, 20], "model_bytes": [0, 5], "seconds": [1.0, 2.0],
+        "buffer_bytes": [10, 20], "embedding_bytes": [0, 2], "model_bytes": [0, 5],
     }  # fmt: skip
     return [
         {
@@ -199,7 +199,7 @@ def rows_of(name, old, new, seeds=(0, 1, 2)):
             "order": "a first",
             "seed": seed,
             "counts": counts,
-            "leakage": {"share": 0.5},
+            "leakage": {"share": 0.5, "items": 3},
             "matrices": {
                 "accuracy": matrix([[0.9, 0.1], [old + 0.01 * seed, new]], "higher", "accuracy"),
                 "output_error": matrix([[0.1, 0.9], [0.3, 0.1]], "lower", "output_error"),
@@ -218,8 +218,8 @@ def test_the_table_the_goals_and_the_claims_say_what_the_matrices_say():
     assert (first["old_accuracy"], first["new_accuracy"]) == (0.2, 0.9)
     assert first["forgetting_accuracy"] == pytest.approx(0.7)
     assert first["forgetting_output_error"] == pytest.approx(0.2)
-    assert first["pictures"] == 7 * len(retention.PICTURES) and first["bytes"] == 25
-    assert first["seconds"] == 3.0 and first["seed"] == "a first, 0"
+    assert first["pictures"] == 7 * len(retention.PICTURES) and first["bytes"] == 27
+    assert first["buffer_bytes"] == 22 and first["seed"] == "a first, 0"
     met = retention.goals(lines)
     assert met["met"].tolist() == [True, True, True]
     assert met.loc["replay keeps 90% of joint", "value"] == pytest.approx(0.942, abs=1e-3)
@@ -228,12 +228,16 @@ def test_the_table_the_goals_and_the_claims_say_what_the_matrices_say():
         rows_of("finetune", 0.2, 0.9) + rows_of("replay", 0.7, 0.84) + rows_of("joint", 0.85, 0.8)
     )
     assert retention.goals(worse)["met"].tolist() == [True, False, False]
+    few = retention.table(rows_of("finetune", 0.2, 0.9) + rows_of("replay, task only", 0.3, 0.84))
+    assert retention.goals(few)["met"].to_dict() == {
+        "finetune forgets": True, "replay, task only loses at most 0.05 on the new": False,
+    }  # fmt: skip
     means = retention.mean_matrices(rows, "accuracy")
     assert means["replay"].to_numpy()[1].tolist() == pytest.approx([0.81, 0.88])
     checked = retention.check_stage("domains", lines)
     assert checked.set_index("claim").loc["replay saves the old", "outcome"] == "holds"
-    found = retention.against_bytes(lines, "old_accuracy", "float16")
-    assert [x[0] for x in found] == pytest.approx([20, 0.81, 0.8, 0.82])
+    found = retention.against_bytes(lines, "old_accuracy")
+    assert [x[0] for x in found] == pytest.approx([22, 0.81, 0.8, 0.82])
     lines = pd.concat([lines, retention.table(rows_of("replay ratio 2", 0.9, 0.7))])
     ratios, old, *_ = retention.against_ratio(lines)["old task"]
     assert ratios == [1.0, 2.0] and old == pytest.approx([0.81, 0.91])
@@ -251,13 +255,13 @@ def test_every_claim_compares_trials_of_its_stage_by_a_known_measure():
             assert {claim.candidate, claim.rival} <= known, claim
             assert claim.measure in retention.MEASURES
     assert len({json.dumps(dataclasses.asdict(t)) for t in STAGES["classes"].values()}) == 7
-    stages = ["domains", "buffers", "ratios", "guides", "classes", "photos"]
+    stages = ["domains", "buffers", "ratios", "guides", "plain", "classes", "photos"]
     assert list(STAGES) == stages
     alike = [*STAGES["guides"].values()]
     alike += [STAGES["domains"][name] for name in ("replay", "replay+distil")]
     kept = [t for t in alike if t.strategy.source == "buffer"]
-    assert len({(t.strategy.guide, str(t.strategy.old_weights)) for t in kept}) == 5
-    assert {(t.capacity, t.strategy.ratio) for t in alike} == {(64, 1.0)} and len(alike) == 6
+    assert len({(t.strategy.guide, str(t.strategy.old_weights)) for t in kept}) == 6
+    assert {(t.capacity, t.strategy.ratio) for t in alike} == {(64, 1.0)} and len(alike) == 7
 
 
 def test_a_study_begins_with_a_given_student(both, teacher, tmp_path):

@@ -37,10 +37,14 @@ def _replay(**changed) -> Trial:
 DOMAINS = {name: Trial(strategy) for name, strategy in STRATEGIES.items()}
 BUFFERS = {f"replay {n}": _with(capacity=n) for n in (4, 256)}
 BUFFERS |= {f"replay {n} int8": _with(capacity=n, dtype="int8") for n in (4, 64)}
+BUFFERS |= {f"replay 64 {p}": _with(policy=p) for p in ("class_balanced", "fifo")}
 RATIOS = {f"replay ratio {ratio:g}": _replay(ratio=ratio) for ratio in (0.25, 2.0)}
+PLAIN = LossWeights.only("task")
 # replay lets the teacher guide by all terms, replay+distil the old student by two of them
 GUIDES = {
-    "replay, task only": _replay(old_weights=LossWeights.only("task")),
+    "replay, task only": _replay(old_weights=PLAIN),
+    # four times the task's gradient is as long as that of all terms, on a freshly cut student
+    "replay, task times 4": _replay(old_weights=dataclasses.replace(PLAIN, task=4.0)),
     "replay, task and output": _replay(old_weights=LossWeights.only("task", "output")),
     "replay, old student, all terms": _replay(guide="old"),
     "drawn, all terms": Trial(
@@ -58,6 +62,7 @@ STAGES: dict[str, Mapping[str, Trial]] = {
     "buffers": BUFFERS,
     "ratios": RATIOS,
     "guides": GUIDES,
+    "plain": {n: DOMAINS[n] for n in ("finetune", "replay", "joint")},
     "classes": CLASSES,
     "photos": {
         n: DOMAINS[n] for n in ("finetune", "carry_over", "replay", "replay+distil", "joint")
