@@ -175,6 +175,7 @@ def test_the_numbers_that_chapter_03_states_are_those_stored():
 
     text = text_of("03_replay")
     old, leak, dose = means("guides"), means("buffers", "leakage"), means("ratios")
+    plain, six = means("plain"), means("classes")
     task, output = old["replay, task only"], old["replay, task and output"]
     copied = old["replay, old student, all terms"] - old["replay+distil"]
     for words in (
@@ -185,6 +186,10 @@ def test_the_numbers_that_chapter_03_states_are_those_stored():
         f"the output alone keeps {two(old['generative_distillation'])}",
         f"is {two(leak['replay 4'])} against {two(leak['replay'])}, where strangers",
         f"keeps {two(dose['replay ratio 0.25'])} where one for each keeps {two(dose['replay'])}",
+        f"as that of all terms, keeps {two(old['replay, task times 4'])}",
+        f"replay keeps {two(plain['replay'])} where fine-tuning ends at {two(plain['finetune'])}",
+        f"replay keeps {two(six['replay'])} of the first five, fine-tuning {two(six['finetune'])}",
+        f"class before, and keeps {two(six['replay fifo'])}",
     ):
         assert words in text, words
     few = means("buffers")
