@@ -215,8 +215,7 @@ shown.where(shown["source"].notna(), "–").assign(ewc=shown["ewc"], joint=shown
 # `generative_replay` keeps no pictures at all: the old student draws them, and the new one takes
 # them for real; in `generative_distillation` it follows the old student's prediction on them
 # instead. `ewc` penalises moving weights that mattered. `joint` sees all tasks at once, in the same
-# number of steps: each task in half of them. That is called the bound, and is none for a strategy that
-# adds old pictures *on top* of the new.
+# number of steps: each task in half of them. It is no bound for what adds old pictures *on top*.
 #
 # After each task the student is scored on *every* task. The scores make a matrix $R_{t,k}$: task
 # $k$ after learning task $t$. With $T$ tasks and a score where higher is better,
