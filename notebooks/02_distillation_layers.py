@@ -267,7 +267,6 @@ plt.show()
 # teacher on **test** pictures, over a grid of timesteps, with noise that no recipe trained on.
 # At the `quick` budget this is a demonstration with one seed; the study below decides.
 
-
 # %%
 def distance_to_teacher(unet) -> float:
     return kdc.output_error(unet, pipeline, test_data).mean()

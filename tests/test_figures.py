@@ -40,6 +40,15 @@ def test_lines_go_through_their_points_on_the_axes_that_were_asked_for():
     assert [axis.get_xlabel() for axis in figure.axes] == ["x", "y"]
 
 
+def test_long_numbers_do_not_run_into_each_other_on_an_axis():
+    panels = {"few": {"": ([1, 50], [1, 2])}, "long": {"": ([27_000, 1_840_000], [1, 2])}}
+    figure = figures.lines(panels, ["x", "x"], ["semilogx"] * 2)
+    figure.canvas.draw()
+    few, long = ([t.get_text() for t in axis.get_xticklabels()] for axis in figure.axes)
+    assert {"1", "2", "5", "10", "20", "50"} <= set(few)
+    assert all("10^" in text for text in long if text)
+
+
 def test_bars_are_as_high_as_their_values():
     figure = figures.bars({"x": {"a": 1.0, "b": 2.0}, "y": {"a": 3.0}}, "height")
     heights = [patch.get_height() for patch in figure.axes[0].patches]

@@ -112,9 +112,12 @@ def lines(
 
 
 def _log_ticks(axis, values: Sequence[float]) -> None:
-    """A logarithmic x axis with plain numbers: 1, 2 and 5 of each decade, or 1 alone if many."""
+    """A logarithmic x axis: 1, 2 and 5 of each decade in plain numbers, or powers of ten.
+
+    Powers where the decades are many or the numbers so long that they would run into each other.
+    """
     axis.set_xscale("log")
-    few = max(values) < 100 * min(values)
+    few = max(values) < min(100 * min(values), 1e4)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
     axis.xaxis.set_minor_formatter(NullFormatter())
     if few:
