@@ -8,11 +8,8 @@ EMA, a log, and checkpoints from which a stopped run goes on exactly where it wa
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import pandas as pd
 import torch
@@ -20,22 +17,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from kdc.checkpoints import Companion, Terms, TrainingState, newest_checkpoint
 from kdc.speed import average, refuse_infinite
 
-Terms = dict[str, Tensor]
 LossFunction = Callable[[nn.Module, torch.Generator], Terms]
-
-
-class Companion(Protocol):
-    """State that the loss function changes; its dictionary holds tensors only."""
-
-    def state_dict(self) -> Terms: ...
-
-    def load_state_dict(self, state: Terms) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +136,7 @@ def train(
             foreach=True,
         )
     made_with = dataclasses.asdict(settings) | {"seed": seed} | (identity or {})
-    state = _State(model, optimizer, schedule, ema, generator, made_with, companion)
+    state = TrainingState(model, optimizer, schedule, ema, generator, made_with, companion)
     rows: list[dict] = []
     start = 0
     if checkpoint:
@@ -195,92 +183,3 @@ def train(
     if accelerator.is_main_process and output_dir:
         pd.DataFrame(rows).to_csv(Path(output_dir) / "log.csv", index=False)
     return pd.DataFrame(rows)
-
-
-def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The folder of the last complete checkpoint below `output_dir`, or None."""
-    found = _checkpoints(Path(output_dir))
-    return found[-1] if found else None
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("checkpoint-*") if p.suffix != ".partial")
-
-
-@dataclasses.dataclass
-class _State:
-    """Everything a run needs to go on: weights, average, moments, schedule, generators, log."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LambdaLR
-    ema: EMAModel | None
-    generator: torch.Generator
-    made_with: dict
-    companion: Companion | None
-
-    def save(self, output_dir: Path, step: int, rows: list[dict], accelerator: Accelerator) -> None:
-        final = output_dir / f"checkpoint-{step:07d}"
-        partial = final.with_suffix(".partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        own = {"generator": self.generator.get_state()}
-        save_file(own, partial / f"generator-{accelerator.process_index}.safetensors")
-        if accelerator.is_main_process:
-            weights = {k: v.contiguous() for k, v in self.model.state_dict().items()}
-            save_file(weights, partial / "model.safetensors")
-            moments = {
-                f"{index}.{name}": value.contiguous()
-                for index, entry in self.optimizer.state_dict()["state"].items()
-                for name, value in entry.items()
-            }
-            save_file(moments, partial / "optimizer.safetensors")
-            if self.ema:
-                shadow = {str(i): p.contiguous() for i, p in enumerate(self.ema.shadow_params)}
-                save_file(shadow, partial / "ema.safetensors")
-            if self.companion:
-                save_file(self.companion.state_dict(), partial / "companion.safetensors")
-            note = {
-                "step": step,
-                "made_with": self.made_with,
-                "schedule": self.schedule.state_dict(),
-                "ema_steps": self.ema.optimization_step if self.ema else 0,
-                "rows": rows,
-            }
-            (partial / "state.json").write_text(json.dumps(note))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            partial.rename(final)
-            for old in _checkpoints(output_dir)[:-2]:
-                shutil.rmtree(old)
-
-    def load(self, checkpoint: Path, accelerator: Accelerator) -> tuple[int, list[dict]]:
-        note = json.loads((checkpoint / "state.json").read_text())
-        ours, theirs = json.loads(json.dumps(self.made_with)), note.get("made_with", {})
-        for key in ours | theirs:
-            if ours.get(key) != theirs.get(key):
-                raise ValueError(
-                    f"{checkpoint} was made with {key}={theirs.get(key)}, this run has "
-                    f"{key}={ours.get(key)}: use the same, or another output_dir"
-                )
-        self.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-        saved: dict[int, dict] = {}
-        for key, value in load_file(checkpoint / "optimizer.safetensors").items():
-            index, name = key.split(".", 1)
-            saved.setdefault(int(index), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
-        self.schedule.load_state_dict(note["schedule"])
-        rates = note["schedule"]["_last_lr"]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        if self.ema:
-            shadow = load_file(checkpoint / "ema.safetensors")
-            self.ema.shadow_params = [
-                shadow[str(i)].to(accelerator.device) for i in range(len(shadow))
-            ]
-            self.ema.optimization_step = note["ema_steps"]
-        own = load_file(checkpoint / f"generator-{accelerator.process_index}.safetensors")
-        self.generator.set_state(own["generator"])
-        if self.companion:
-            self.companion.load_state_dict(load_file(checkpoint / "companion.safetensors"))
-        return note["step"], note["rows"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kdc.training import TrainSettings, newest_checkpoint, train
+from kdc.checkpoints import newest_checkpoint
+from kdc.training import TrainSettings, train
 
 
 def regression(seed=0):
