@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kdc.storage import Latents
+from kdc.policies import POLICIES
+from kdc.storage import DTYPES, Latents
 
 STORED = torch.iinfo(torch.int32)  # tasks and labels are held as that
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -56,6 +57,25 @@ def whole_numbers(
         first = int(outside.nonzero()[0])
         raise ValueError(f"{name}[{first}] is {found[first]}, but must be from {low} to {high}")
     return found
+
+
+def check_settings(
+    policy: str, dtype: str, capacity: int | None, capacity_bytes: int | None
+) -> tuple[int | None, int | None]:
+    """The capacity in items and in bytes, one of them None; raises as `ReplayBuffer` says."""
+    if policy not in POLICIES:
+        raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(POLICIES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(DTYPES)}")
+    if policy == "carry_over":
+        if capacity not in (None, 1) or capacity_bytes is not None:
+            raise ValueError("carry_over holds one item: leave the capacity out")
+        capacity = 1
+    if (capacity is None) == (capacity_bytes is None):
+        raise ValueError("give the capacity in items or capacity_bytes, one of them")
+    if capacity is None:
+        return None, whole_number("capacity_bytes", capacity_bytes, 1)
+    return whole_number("capacity", capacity, 1), None
 
 
 def rows_of(count: int, index: Tensor | Sequence[int] | None) -> Tensor:

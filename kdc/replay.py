@@ -9,10 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdc.buffer_checks import EMBEDDED, STORED, check_items, labels_of, rows_of, whole_number
+from kdc.buffer_checks import (
+    EMBEDDED,
+    STORED,
+    check_items,
+    check_settings,
+    labels_of,
+    rows_of,
+    whole_number,
+)
 from kdc.policies import POLICIES
 from kdc.storage import (
-    DTYPES,
     Captions,
     Latents,
     Rows,
@@ -59,20 +66,7 @@ class ReplayBuffer:
         seed: int = 0,
         folder: str | Path | None = None,
     ):
-        if policy not in POLICIES:
-            raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(POLICIES)}")
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(DTYPES)}")
-        if policy == "carry_over":
-            if capacity not in (None, 1) or capacity_bytes is not None:
-                raise ValueError("carry_over holds one item: leave the capacity out")
-            capacity = 1
-        if (capacity is None) == (capacity_bytes is None):
-            raise ValueError("give the capacity in items or capacity_bytes, one of them")
-        if capacity is None:
-            capacity_bytes = whole_number("capacity_bytes", capacity_bytes, 1)
-        else:
-            capacity = whole_number("capacity", capacity, 1)
+        capacity, capacity_bytes = check_settings(policy, dtype, capacity, capacity_bytes)
         self.policy, self.dtype, self.capacity_bytes = policy, dtype, capacity_bytes
         self.capacity, self.folder, self.held = capacity, folder, 0
         self.generator = torch.Generator().manual_seed(2 * seed)
