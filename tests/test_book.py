@@ -127,6 +127,11 @@ def test_a_failure_is_named_and_the_other_notebooks_still_run(two_notebooks, cap
     kept = nbformat.read(book.NOTEBOOKS / "01_runs.ipynb", as_version=4)
     assert kept.cells[-1].outputs == ran.cells[-1].outputs
     assert len(kept.cells) == 2 and set(kept.metadata) == {"kernelspec"}
+    ran.cells[-1].execution_count = None  # as papermill leaves it where a run is killed before it
+    nbformat.write(ran, book.EXECUTED / "01_runs.ipynb")
+    with pytest.raises(book.BookError, match="01_runs.ipynb was stopped half-way: run it again"):
+        book.keep("01")
+    assert nbformat.read(book.NOTEBOOKS / "01_runs.ipynb", as_version=4) == kept
 
 
 def pins() -> dict[str, str]:

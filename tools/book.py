@@ -152,7 +152,11 @@ def keep(only: str | None = None) -> None:
 def read_executed(name: str, folder: Path) -> nbformat.NotebookNode:
     if not (folder / name).is_file():
         raise BookError(f"{name} has not been run: no {folder / name}")
-    return nbformat.read(folder / name, as_version=4)
+    notebook = nbformat.read(folder / name, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source]
+    if any(cell.execution_count is None for cell in code):  # papermill writes as it goes
+        raise BookError(f"{folder / name} was stopped half-way: run it again")
+    return notebook
 
 
 def stage(source: Path = EXECUTED) -> None:
