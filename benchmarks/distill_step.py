@@ -11,6 +11,8 @@ is measured: each contender's in a process of its own.
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import functools
 import json
 import os
@@ -30,6 +32,7 @@ from benchmarks import floor, setups
 from benchmarks.contenders import Contender, peak_of_step, waiting
 from benchmarks.reference import train_plainly
 from kdc import ledger
+from kdc.models import with_unet
 from kdc.training import has_bf16
 
 GOALS = {"mini": {"equal": 2.0, "memory": 0.75}, "full": {"equal": 1.4, "chosen": 2.5}}
@@ -41,6 +44,7 @@ NAMES = {
     "ours": "kdc.distill in float32",
     "compiled": "kdc.distill in float32, compile=True",
     "checkpointed": "kdc.distill in float32, gradient_checkpointing=True",
+    "channels last": "kdc.distill in float32, both networks in that memory format",
     "chosen": "kdc.distill in the precision it chooses itself on this device",
 }
 
@@ -60,10 +64,15 @@ def loop_of(
         return lambda wait: train_plainly(
             student, setup.pipeline, setup.pictures, setup.captions, wait=wait, **common
         )
+    if name == "channels last":  # a copy of the teacher, whose weights the others share
+        teacher = copy.deepcopy(setup.pipeline.unet).to(memory_format=torch.channels_last)
+        student.to(memory_format=torch.channels_last)
+        setup = dataclasses.replace(setup, pipeline=with_unet(setup.pipeline, teacher))
     common |= {
         "ours": {"precision": "no"},
         "compiled": {"precision": "no", "compile": True},
         "checkpointed": {"precision": "no", "gradient_checkpointing": True},
+        "channels last": {"precision": "no"},
         "chosen": {"precision": "auto"},
     }[name]
     return lambda wait: kdc.distill(
@@ -179,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
 
     names = ["reference", "ours"] + ["compiled"] * args.compile
     if args.size == "mini":
-        names = ["reference", "other seed", "ours"] + names[2:] + ["checkpointed"]
+        names = ["reference", "other seed", "ours"] + names[2:] + ["checkpointed", "channels last"]
     bf16 = has_bf16(device)
     peak_of = functools.partial(peak, args.size, device=args.device, batch_size=batch_size)
     measured = [name for name in names if name != "other seed"] + ["chosen"] * bf16

@@ -337,8 +337,8 @@ laid_out(retention.check_stage("domains" if metric == "accuracy" else "photos", 
 #
 # On top of the same new pictures come old ones, a guide's forwards, pictures to be drawn, old weights to
 # be kept. A *picture* below is one pass of one picture through a network, forwards, or forwards and
-# backwards. Seconds are those of the second task (`python -m benchmarks.strategies`, beside other work:
-# `joint` does what `finetune` does, so its ratio tells the noise).
+# backwards. Seconds are those of the second task (`python -m benchmarks.strategies`); `joint` does what
+# `finetune` does, so its ratio tells the noise.
 
 # %%
 costs = lines.assign(kilobytes=lines["bytes"] / 1e3, thousands=lines["pictures"] / 1e3)

@@ -211,3 +211,19 @@ def test_the_numbers_that_chapter_04_and_the_readme_state_are_those_stored():
     ):
         assert words in text, words
     assert f"at {best['steps']} steps is {1 / best['ratio']:.1f} times as fast" in text_of("README")
+
+
+def test_the_speed_of_a_step_that_is_stated_is_the_one_stored():
+    def reached(size, name):
+        row = ledger.read(f"distill_step_{size}")["contenders"][name]
+        return row["images_over_reference"], row["peak_over_reference"]
+
+    (ours, _), (compiled, memory) = reached("mini", "ours"), reached("mini", "compiled")
+    full = reached("full", "ours")[0]
+    chapter, readme = text_of("02_distillation_layers"), text_of("README")
+    compact = f"{memory:.2f}".lstrip("0")
+    assert f"gives {compiled:.2f} times the pictures in {compact} of the memory" in chapter
+    assert f"{ours:.1f} times its pictures a second on the mini teacher, {full:.1f} times" in readme
+    assert f"a compiled step too: {compiled:.1f} times on the mini teacher" in readme
+    assert memory == pytest.approx(2 / 3, abs=0.03)  # two thirds
+    assert reached("mini", "channels last")[0] - ours == pytest.approx(0.1, abs=0.05)  # a tenth
