@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kdc.data import LatentDataset
+from kdc.data.latents import LatentDataset
 
 
 class Contender:

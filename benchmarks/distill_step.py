@@ -31,9 +31,9 @@ import kdc
 from benchmarks import floor, setups
 from benchmarks.contenders import Contender, peak_of_step, waiting
 from benchmarks.reference import train_plainly
-from kdc import ledger
-from kdc.models import with_unet
-from kdc.training import has_bf16
+from kdc.pipelines import with_unet
+from kdc.training.loop import has_bf16
+from studies.common import ledger
 
 GOALS = {"mini": {"equal": 2.0, "memory": 0.75}, "full": {"equal": 1.4, "chosen": 2.5}}
 SIZES = {"mini": {"batch_size": 16, "rounds": 29}, "full": {"batch_size": 1, "rounds": 5}}

@@ -22,8 +22,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from kdc import LossWeights
-from kdc.costs import block_of
-from kdc.taps import tap_names
+from kdc.distillation.features import tap_names
+from kdc.unet.costs import block_of
 
 CAPTION_DROPOUT = 0.1
 

@@ -22,9 +22,10 @@ from diffusers import StableDiffusionPipeline
 from tqdm.auto import trange
 
 import kdc
-from kdc import LatentDataset, LossWeights, ReplayBuffer, ledger
-from kdc.lesson import Lesson, forward_process
-from kdc.policies import POLICIES
+from kdc import LatentDataset, LossWeights, ReplayBuffer
+from kdc.distillation.step import Lesson, forward_process
+from kdc.replay.policies import POLICIES
+from studies.common import ledger
 
 GOAL = 0.01
 DTYPES = ("float16", "int8")

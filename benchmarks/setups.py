@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import kdc
-from kdc.data import LatentDataset
-from kdc.models import with_unet
-from kdc.studies.full_size import sd_unet
+from kdc.data.latents import LatentDataset
+from kdc.pipelines import with_unet
+from studies.slimming.full_size import sd_unet
 
 PLAN = "kdc"
 

@@ -18,9 +18,10 @@ from pathlib import Path
 import pandas as pd
 
 import kdc
-from kdc import ledger
-from kdc.continual import STRATEGIES, learn_first, run_sequence
-from kdc.studies import exams, forgetting
+from kdc.continual.sequence import STRATEGIES, learn_first, run_sequence
+from studies.common import ledger
+from studies.replay import study
+from studies.replay import tasks as exams
 
 PART = 4
 
@@ -31,8 +32,8 @@ def measure(
     """Seconds of the second task: a row for each round, a column for each strategy."""
     teacher = kdc.load_teacher("mini")
     tasks = exams.domain_tasks(teacher, tuple(kdc.WORLDS), pictures=200, test_pictures=8, drawn=4)
-    settings = forgetting.Settings(batch_size=batch_size)
-    training = forgetting.training(settings, steps, seed=0)
+    settings = study.Settings(batch_size=batch_size)
+    training = study.training(settings, steps, seed=0)
     fresh = kdc.slim(teacher.unet, settings.plan)
     first = learn_first(tasks[0], copy.deepcopy(fresh), teacher, **training)
     nothing = {"evaluate": lambda pipeline, task: {"none": 0.0}, "directions": {"none": "higher"}}
@@ -68,9 +69,9 @@ def summary(seconds: pd.DataFrame) -> pd.DataFrame:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.strategies")
-    parser.add_argument("--steps", type=int, default=forgetting.Settings().steps // PART)
+    parser.add_argument("--steps", type=int, default=study.Settings().steps // PART)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=forgetting.Settings().batch_size)
+    parser.add_argument("--batch-size", type=int, default=study.Settings().batch_size)
     parser.add_argument("--results", help="where to write (default: results/)")
     args = parser.parse_args(argv)
     table = summary(measure(args.steps, args.rounds, args.batch_size))

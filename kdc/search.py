@@ -8,13 +8,14 @@ import pandas as pd
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
 
-from kdc.agreement import drawing_judge, output_error
-from kdc.costs import call_of, measure_latency
-from kdc.data import LatentDataset
-from kdc.distillation import distill
-from kdc.knapsack import Budget, block_seconds, cost_every_subset, full_plans, rank_plans
-from kdc.parts import PARTS, plan_without
-from kdc.slimming import SlimPlan, slim
+from kdc.data.latents import LatentDataset
+from kdc.distillation.distill import distill
+from kdc.distillation.fidelity import drawing_judge, output_error
+from kdc.unet.blocks import PARTS, plan_without
+from kdc.unet.budget import Budget, block_seconds, cost_every_subset, full_plans, rank_plans
+from kdc.unet.costs import call_of, measure_latency
+from kdc.unet.plans import SlimPlan
+from kdc.unet.slimming import slim
 
 Judge = Callable[[UNet2DConditionModel], float]  # of a student; lower is better
 

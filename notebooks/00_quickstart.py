@@ -45,8 +45,9 @@ import torch
 from IPython.display import display
 
 import kdc
-from kdc import figures, ledger
-from kdc.budgets import settle
+from studies import figures
+from studies.common import ledger
+from studies.common.budgets import settle
 
 started = time.perf_counter()
 table = {

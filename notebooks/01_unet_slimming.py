@@ -52,13 +52,16 @@ import pandas as pd
 from IPython.display import Code, display
 
 import kdc
-from kdc import anatomy, figures, ledger, panel, slimming
-from kdc.budgets import settle
-from kdc.knapsack import cost_every_subset, full_plans, rank_plans
-from kdc.parts import PARTS, group_of, kept_blocks, subset_of
-from kdc.studies import full_size, report, stages
-from kdc.studies import slimming as study
-from kdc.studies.bench import Bench, Extent
+from studies.figures import panel, unets
+from studies import figures
+from studies.common import ledger
+from kdc.unet import slimming
+from studies.common.budgets import settle
+from kdc.unet.budget import cost_every_subset, full_plans, rank_plans
+from kdc.unet.blocks import PARTS, group_of, kept_blocks, subset_of
+from studies.slimming import full_size, report, stages
+from studies.slimming import study
+from studies.common.protocol import Bench, Extent
 
 started = time.perf_counter()
 large = {"seeds": [0, 1, 2], "pictures": 1600, "draws": 6, "count": 32, "levels": 8, "sampling": 25}
@@ -100,7 +103,7 @@ tables = {name: report.blocks_of(sd, name) for name in kdc.PLANS}
 labels = [*(f"{64 >> stage} x {64 >> stage}" for stage in range(4)), "mid-block"]
 areas = {"parameters": "parameters", "multiply-accumulates": "macs"}
 drawn = {label: report.side_by_side(tables, cost) for label, cost in areas.items()}
-anatomy.u_nets(drawn, labels).savefig(output / "anatomy.png", dpi=150)
+unets.u_nets(drawn, labels).savefig(output / "anatomy.png", dpi=150)
 plt.show()
 
 # %% [markdown]
@@ -444,7 +447,7 @@ drawn = {
     "parameters": report.side_by_side({name: tables[name] for name in shown}, "parameters"),
     "seconds": pd.DataFrame(timings).reindex(seconds[False].index),
 }
-anatomy.u_nets(drawn, labels).savefig(output / "found_plans.png", dpi=150)
+unets.u_nets(drawn, labels).savefig(output / "found_plans.png", dpi=150)
 plt.show()
 
 # %% [markdown]

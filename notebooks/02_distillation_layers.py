@@ -65,12 +65,16 @@ import torch
 from IPython.display import Code, display
 
 import kdc
-from kdc import FeatureTaps, LossWeights, figures, ledger, losses
-from kdc.budgets import settle
-from kdc.lesson import forward_process
-from kdc.studies import distillation as study
-from kdc.studies import report, terms
-from kdc.studies.claims import check, laid_out
+from kdc import FeatureTaps, LossWeights
+from studies import figures
+from studies.common import ledger
+from kdc.distillation import losses
+from studies.common.budgets import settle
+from kdc.distillation.step import forward_process
+from studies.distillation import study
+from studies.slimming import report
+from studies.distillation import report as terms
+from studies.common.claims import check, laid_out
 
 started = time.perf_counter()
 table = {

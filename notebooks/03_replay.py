@@ -68,15 +68,25 @@ import torch
 from IPython.display import Code, display
 
 import kdc
-from kdc import figures, ledger, policies
-from kdc.budgets import settle
-from kdc.replay import item_bytes
-from kdc.studies import buffers, exams, forgetting, report, retention, rivals, sequences
-from kdc.studies.claims import laid_out
+from studies import figures
+from studies.common import ledger
+from kdc.replay import policies
+from studies.common.budgets import settle
+from kdc.replay.buffer import item_bytes
+from studies.replay import (
+    buffers,
+    report as retention,
+    stages,
+    study as forgetting,
+    tasks as exams,
+    variants,
+)
+from studies.slimming import report
+from studies.common.claims import laid_out
 
 started = time.perf_counter()
 few = ["finetune", "replay"]
-whole = list(rivals.DOMAINS)
+whole = list(variants.DOMAINS)
 small = {"pictures": 240, "test_pictures": 16, "drawn": 12}
 usual = {"pictures": 800, "test_pictures": 64, "drawn": 72}
 table = {
@@ -121,7 +131,7 @@ sizes = {k: getattr(settings, k) for k in ("pictures", "test_pictures", "drawn")
 if folders and teacher == "mini":
     for name in folders:
         kdc.load_dataset(name, "test")  # what is wrong with a folder is said before the training
-    sequences.fine_tune(pipeline, folders, settings, output / "teacher")
+    stages.fine_tune(pipeline, folders, settings, output / "teacher")
 tasks = exams.tasks_of(pipeline, dataset, **sizes)
 for task in tasks:
     print(f"{task.name}: {len(task.train)} pictures, {len(task.prompts)} prompts to draw")
@@ -236,7 +246,7 @@ shown.where(shown["source"].notna(), "–").assign(ewc=shown["ewc"], joint=shown
 # as large as the study's, which do harm quickly. Rows are kept, so that a run that was stopped goes on.
 
 # %%
-trials = {name: rivals.DOMAINS[name] for name in run.trials}
+trials = {name: variants.DOMAINS[name] for name in run.trials}
 rows = forgetting.study(
     "here", {"as given": tasks}, trials, pipeline, settings, kept_in, steps=run.steps,
     shown=picks, start=start,
@@ -435,7 +445,7 @@ laid_out(retention.check_stage("guides", every["guides"]))
 found = retention.along(retention.stored("classes"), "accuracy")
 tables = {s: retention.table(retention.stored(s)) for s in ("plain", "classes", "photos")}
 display(report.summary(tables["plain"], measures))
-panels = {"accuracy so far, by strategy": {name: found[name] for name in rivals.IN_CLASSES}}
+panels = {"accuracy so far, by strategy": {name: found[name] for name in variants.IN_CLASSES}}
 panels["by policy"] = {name: line for name, line in found.items() if name.startswith("replay")}
 figures.lines(panels, ["classes learnt"] * 2)
 plt.show()

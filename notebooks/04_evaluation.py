@@ -40,10 +40,12 @@ import pandas as pd
 from IPython.display import display
 
 import kdc
-from kdc import figures, ledger, worlds
-from kdc.budgets import settle
-from kdc.mini.grades import renderings_of
-from kdc.studies import headline, standings
+from studies import figures
+from studies.common import ledger
+from kdc.data import worlds
+from studies.common.budgets import settle
+from studies.common.renderings import renderings_of
+from studies.evaluation import report as standings, study
 
 started = time.perf_counter()
 large = {"seeds": [0, 1, 2], "drawn": 144, "rounds": 7, "schedulers": ("dpm++", "ddim"),
@@ -74,7 +76,7 @@ cut = kdc.with_unet(pipeline, kdc.slim(pipeline.unet, "kdc"))
 candidates = {"teacher": pipeline, "student": student, "only cut": cut}
 known = dataset in ("worlds", *kdc.WORLDS)
 if known:
-    asked = [a for a in headline.asked_for(288) if dataset in ("worlds", a.world)]
+    asked = [a for a in study.asked_for(288) if dataset in ("worlds", a.world)]
     asked = asked[:: max(1, len(asked) // run.drawn)][: run.drawn]
     prompts = [worlds.caption(a) for a in asked]
     reference = renderings_of(asked * (2 + 256 // len(asked)), seed=5)
@@ -142,12 +144,12 @@ kdc.compare(scores["student"], scores["teacher"], permutations=100)
 # counted. *ratio* is over the teacher at 50 steps.
 
 # %%
-settings = headline.Settings(
+settings = study.Settings(
     steps=run.sweep, schedulers=run.schedulers, drawn=run.drawn, choosing_drawn=run.drawn,
     seeds=tuple(run.seeds), batch_sizes=(1,), rounds=run.rounds,
 )  # fmt: skip
-both = {"teacher": pipeline, headline.SHIPPED: student}
-timed, calls = headline.timed(both, settings)
+both = {"teacher": pipeline, study.SHIPPED: student}
+timed, calls = study.timed(both, settings)
 timed[["pipeline", "steps", "median", "low", "high", "ratio"]].round(3)
 
 # %%
@@ -167,8 +169,8 @@ own = budget != "quick" or teacher != "mini" or not known
 if not own:
     found, clock = (ledger.read(f"evaluation_{name}") for name in ("steps", "timing"))
 elif known:
-    swept = headline.sweep(both, settings, output / f"sweep-{budget}")
-    found = headline.report(both, swept, timed, settings)
+    swept = study.sweep(both, settings, output / f"sweep-{budget}")
+    found = study.report(both, swept, timed, settings)
     clock = {"pictures": timed.to_dict("records")}
 if known:
     curves = standings.frontier(found, clock)

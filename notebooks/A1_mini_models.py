@@ -38,9 +38,13 @@ import pandas as pd
 import torch
 
 import kdc
-from kdc import figures, ledger, metrics, mini, models, worlds
-from kdc.budgets import settle
-from kdc.mini import grades, pictures
+from studies import figures, mini
+from studies.common import ledger
+from kdc.evaluation import metrics
+from kdc import pipelines
+from kdc.data import worlds
+from studies.common.budgets import settle
+from studies.mini import grades, images
 
 started = time.perf_counter()
 table = {
@@ -96,8 +100,8 @@ for world in worlds.WORLDS.values():
 # %%
 pipeline = kdc.load_teacher("mini")
 rng = np.random.default_rng(3)
-leaves = [pictures.dead_leaves(rng) for _ in range(4)]
-leaves = pictures.to_signed(torch.from_numpy(np.stack(leaves)).permute(0, 3, 1, 2))
+leaves = [images.dead_leaves(rng) for _ in range(4)]
+leaves = images.to_signed(torch.from_numpy(np.stack(leaves)).permute(0, 3, 1, 2))
 test = kdc.load_dataset(dataset, "test", count=400)
 originals = torch.stack([test[i]["image"] for i in np.linspace(0, len(test) - 1, 4).astype(int)])
 originals = torch.cat([originals, leaves])
@@ -113,7 +117,7 @@ plt.show()
 # kept are shipped beside the weights and drawn here.
 
 # %%
-logs = {p.stem: pd.read_csv(p) for p in sorted((models.ASSETS / "logs").glob("*.csv"))}
+logs = {p.stem: pd.read_csv(p) for p in sorted((pipelines.ASSETS / "logs").glob("*.csv"))}
 figure, axes = plt.subplots(1, len(logs), figsize=(2.6 * len(logs), 2.4), layout="constrained")
 for axis, (name, log) in zip(np.atleast_1d(axes), logs.items(), strict=True):
     smooth = log.set_index("step")["loss"].rolling(15, min_periods=1).mean()

@@ -34,18 +34,20 @@ import pandas as pd
 import torch
 
 import kdc
-from kdc import figures, ledger, worlds
-from kdc.budgets import settle
-from kdc.extractors import find_extractor
-from kdc.statistics import SET_MEASURES, floor
-from kdc.studies import trial
+from studies import figures
+from studies.common import ledger
+from kdc.data import worlds
+from studies.common.budgets import settle
+from kdc.evaluation.extractors import find_extractor
+from kdc.evaluation.statistics import SET_MEASURES, floor
+from studies.metrics import study
 
 started = time.perf_counter()
 few = ["mode dropping", "wrong caption"]
 table = {
     "quick": {"seeds": [0], "count": 132, "faults": few},
-    "standard": {"seeds": [0, 1, 2], "count": 192, "faults": list(trial.FAULTS)},
-    "full": {"seeds": [0, 1, 2, 3, 4], "count": 576, "faults": list(trial.FAULTS)},
+    "standard": {"seeds": [0, 1, 2], "count": 192, "faults": list(study.FAULTS)},
+    "full": {"seeds": [0, 1, 2, 3, 4], "count": 576, "faults": list(study.FAULTS)},
 }
 run = settle(budget, table, seeds=seeds)
 output = Path(output_dir)
@@ -61,9 +63,9 @@ output.mkdir(parents=True, exist_ok=True)
 # some are all the same one.
 
 # %%
-shown = trial.exhibit(8, seed=0)
+shown = study.exhibit(8, seed=0)
 rows = {}
-for fault, (spoil, doses) in trial.FAULTS.items():
+for fault, (spoil, doses) in study.FAULTS.items():
     rows[fault] = spoil(shown, doses[-2], torch.Generator().manual_seed(1)).pictures
 captions = [worlds.caption(a) for a in shown.asked]
 figures.picture_grid({"no fault": shown.pictures, **rows}, captions).savefig(output / "faults.png")
@@ -75,8 +77,8 @@ plt.show()
 # Two of the faults that no single picture shows, judged here and now.
 
 # %%
-here = trial.hold(run.faults, run.count, run.seeds)
-here.groupby(["fault", "dose"], sort=False)[list(trial.SCORES)].mean().round(3)
+here = study.hold(run.faults, run.count, run.seeds)
+here.groupby(["fault", "dose"], sort=False)[list(study.SCORES)].mean().round(3)
 
 # %% [markdown]
 # ## The whole trial
@@ -89,16 +91,16 @@ here.groupby(["fault", "dose"], sort=False)[list(trial.SCORES)].mean().round(3)
 # %%
 stored = ledger.read("metrics_trial")
 rows = pd.DataFrame(stored["rows"]) if budget == "quick" else here
-figures.doses(trial.scaled(rows), list(trial.SCORES)).savefig(output / "doses.png", dpi=150)
+figures.doses(study.scaled(rows), list(study.SCORES)).savefig(output / "doses.png", dpi=150)
 plt.show()
 
 # %%
-found = trial.verdicts(rows)
+found = study.verdicts(rows)
 marks = {(True, True): "caught", (True, False): "CAUGHT, not expected",
          (False, True): "MISSED, expected to catch", (False, False): "-"}  # fmt: skip
 found["outcome"] = [marks[n, e] for n, e in zip(found["noticed"], found["expected"], strict=True)]
 wide = found.pivot(index="fault", columns="score", values="outcome")
-wide.loc[rows["fault"].unique(), list(trial.SCORES)]
+wide.loc[rows["fault"].unique(), list(study.SCORES)]
 
 # %% [markdown]
 # No score sees everything, and each of them is blind to something that matters.
@@ -125,7 +127,7 @@ wide.loc[rows["fault"].unique(), list(trial.SCORES)]
 # they were differences: it is too large, the more so the fewer the samples, and never too small on
 # average. KID estimates a squared distance without bias, and so lies around 0 for equal sets, below it
 # half of the time. Two Gaussians in 16 dimensions show it, because their distance is known: equal ones
-# have 0, and where the means are 1 apart the Fréchet distance is 1. `trial.bias` draws them again.
+# have 0, and where the means are 1 apart the Fréchet distance is 1. `study.bias` draws them again.
 
 # %%
 gaussians = pd.DataFrame(stored["gaussians"])
@@ -166,7 +168,7 @@ except ValueError as error:
 
 # %%
 see = find_extractor("mini-clip")
-every = trial.exhibit(384, seed=7)
+every = study.exhibit(384, seed=7)
 features = torch.cat([see(every.pictures), see(every.reference)])
 floors = {}
 for count in (128, 192, 256, 384):
@@ -187,7 +189,7 @@ pd.DataFrame(floors).T.rename_axis("real against real, pictures")
 # 1. Spoil pictures by a fault of your own: a function of an `Exhibit`, a dose and a generator. Does any
 #    score notice a watermark in one corner?
 # 2. Which fault would let a model win a contest that is judged by Fréchet distance alone?
-# 3. Hold the trial with 64 pictures (`trial.hold(count=64)`). Which scores are refused, and why?
+# 3. Hold the trial with 64 pictures (`study.hold(count=64)`). Which scores are refused, and why?
 #
 # ## Provenance
 

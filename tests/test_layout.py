@@ -1,39 +1,84 @@
-"""The library stands as the README's layout says: a module imports only from below or its left."""
+"""The folder tree is the architecture: which package may import from which, as a table."""
 
 import ast
-import re
 from pathlib import Path
 
-import kdc
+import pytest
 
-ROOT = Path(kdc.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
+
+# Each package or module, and what it may import from beside itself. Nothing else is allowed.
+ALLOWED = {
+    "kdc.io": "",
+    "kdc.unet": "",
+    "kdc.pipelines": "io unet",
+    "kdc.data": "io pipelines",
+    "kdc.training": "io",
+    "kdc.distillation": "io unet pipelines data training",
+    "kdc.replay": "io data",
+    "kdc.continual": "io unet pipelines data training distillation replay",
+    "kdc.evaluation": "io unet pipelines data",
+    "kdc.search": "unet data distillation",
+}
+STUDIES = {
+    "studies.figures": "",
+    "studies.common": "",
+    "studies.mini": "common",
+    "studies.slimming": "common figures",
+    "studies.distillation": "common figures",
+    "studies.replay": "common figures",
+    "studies.evaluation": "common figures distillation slimming",
+    "studies.metrics": "common figures",
+}
 
 
-def floors():
-    """The modules in the README's order, those of one floor in one list."""
-    readme = (ROOT.parent / "README.md").read_text()
-    text = re.search(r"from its left:\n(.*?)\n +mini \(", readme, re.DOTALL).group(1)
-    joined = re.sub(r",\s*\n\s*", ", ", text)  # a floor goes on where its line ends in a comma
-    return [line.strip().split(", ") for line in joined.splitlines()]
+def files_of(package):
+    place = ROOT / package.replace(".", "/")
+    return sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
 
 
 def imported(file):
-    """The modules of `kdc` that a file imports from."""
+    """The packages, two names deep, that a file imports from: `kdc.unet`, `studies.common`, ..."""
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "kdc":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kdc."):
-            yield node.module.split(".")[1]
+        modules = []
+        if isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+            if node.module in ("kdc", "studies"):
+                modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        yield from (".".join(m.split(".")[:2]) for m in modules)
 
 
-def test_the_readme_names_every_module():
-    there = {p.stem for p in ROOT.glob("[!_]*.py")} | {p.parent.name for p in ROOT.glob("*/*.py")}
-    assert sorted(sum(floors(), [])) == sorted(there - {"mini", "studies", "assets"})
+@pytest.mark.parametrize("package", ALLOWED)
+def test_a_package_imports_only_what_the_table_allows(package):
+    allowed = {package} | {f"kdc.{name}" for name in ALLOWED[package].split()}
+    for file in files_of(package):
+        found = {name for name in imported(file) if name.split(".")[0] in ("kdc", "studies")}
+        assert found <= allowed, f"{file.relative_to(ROOT)} imports {sorted(found - allowed)}"
 
 
-def test_a_module_imports_only_from_before_itself():
-    order = {name: at for at, name in enumerate(sum(floors(), []))}
-    for name, at in order.items():
-        for file in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py")]:
-            for other in set(imported(file)) - {name}:
-                assert order.get(other, len(order)) < at, f"{file.name} imports from {other}"
+@pytest.mark.parametrize("package", STUDIES)
+def test_a_study_imports_the_library_and_what_the_table_allows(package):
+    allowed = {package} | {f"studies.{name}" for name in STUDIES[package].split()}
+    for file in files_of(package):
+        found = {name for name in imported(file) if name.startswith("studies")}
+        assert found <= allowed, f"{file.relative_to(ROOT)} imports {sorted(found - allowed)}"
+
+
+@pytest.mark.parametrize(("table", "root"), [(ALLOWED, "kdc"), (STUDIES, "studies")])
+def test_the_tables_name_every_package(table, root):
+    there = {
+        f"{root}.{path.stem}"
+        for path in (ROOT / root).iterdir()
+        if not path.name.startswith(("_", ".")) and path.name != "assets"
+        and (path.suffix == ".py" or any(path.glob("*.py")))
+    }  # fmt: skip
+    assert there == set(table)
+
+
+def test_the_tests_mirror_the_packages():
+    for root in ("kdc", "studies"):
+        for folder in (ROOT / root).iterdir():
+            if any(folder.glob("*.py")) and folder.name != "__pycache__":
+                assert any((ROOT / "tests" / root / folder.name).glob("test_*.py")), folder.name

@@ -1,0 +1,104 @@
+"""Tasks: what a model learns one after the other, and how a data set is cut into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kdc.data.latents import LatentDataset
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One step of a sequence: pictures to learn, and what its test needs.
+
+    `labels` are the classes of the training items, one text each (default: their captions);
+    `prompts` what a test asks for (default: the distinct captions). `test` is for the caller's own
+    evaluation, the library never looks at it. Raises `ValueError` for an empty task and for labels
+    that do not match.
+    """
+
+    name: str
+    train: LatentDataset
+    prompts: Sequence[str] = ()
+    labels: Sequence[str] = ()
+    test: Any = field(default=None, repr=False)
+
+    def __post_init__(self):
+        if not len(self.train):
+            raise ValueError(f"the task {self.name!r} has no pictures")
+        captions = [self.train.captions[i] for i in self.train.caption_index.tolist()]
+        labels = tuple(self.labels) or tuple(captions)
+        if len(labels) != len(self.train):
+            raise ValueError(f"{self.name!r}: {len(labels)} labels, {len(self.train)} pictures")
+        object.__setattr__(self, "labels", labels)
+        object.__setattr__(self, "prompts", tuple(self.prompts) or tuple(sorted(set(captions))))
+
+
+def select(data: LatentDataset, rows: torch.Tensor) -> LatentDataset:
+    """The items `rows` (N,) of a latent data set, with the captions that they use."""
+    used, index = data.caption_index[rows].unique(return_inverse=True)
+    return LatentDataset(
+        data.mean[rows],
+        data.std[rows],
+        data.embeddings[used],
+        index,
+        data.empty,
+        [data.captions[i] for i in used.tolist()],
+    )
+
+
+def split_classes(
+    data: LatentDataset,
+    label_of: Callable[[str], str] = str,
+    *,
+    per_task: int = 1,
+    order: int | Sequence[str] | None = None,
+    test: LatentDataset | None = None,
+) -> list[Task]:
+    """Class-incremental tasks of `per_task` classes each.
+
+    `label_of` reads a caption's class, such as `lambda c: worlds.read_caption(c).kind`; as it
+    stands every caption is a class, as for a folder with a folder a class. `order` is a seed that
+    shuffles the classes, a list of some of them or all, or None for alphabetical order. `test` is
+    cut in the same way. Raises `ValueError` for a class without pictures and fewer than two tasks.
+    """
+    if per_task < 1:
+        raise ValueError(f"per_task must be at least 1, not {per_task}")
+    rows = _rows_by_label(data, label_of)
+    classes = sorted(rows)
+    if isinstance(order, int):
+        generator = torch.Generator().manual_seed(order)
+        classes = [classes[i] for i in torch.randperm(len(classes), generator=generator)]
+    elif order is not None:
+        classes = list(order)
+        if unknown := [c for c in classes if c not in rows]:
+            raise ValueError(f"no pictures of {unknown}; the classes are {', '.join(rows)}")
+    groups = [classes[i : i + per_task] for i in range(0, len(classes), per_task)]
+    if len(groups) < 2:
+        raise ValueError(f"{len(classes)} classes, {per_task} a task: a sequence needs two tasks")
+    held_out = _rows_by_label(test, label_of) if test is not None else {}
+    tasks = []
+    for group in groups:
+        mine = [row for label in group for row in rows[label]]
+        theirs = [row for label in group for row in held_out.get(label, ())]
+        tasks.append(
+            Task(
+                " + ".join(group),
+                select(data, torch.tensor(mine)),
+                labels=[label for label in group for _ in rows[label]],
+                test=select(test, torch.tensor(theirs)) if theirs else None,
+            )
+        )
+    return tasks
+
+
+def _rows_by_label(data: LatentDataset, label_of: Callable[[str], str]) -> dict[str, list[int]]:
+    labels = [label_of(caption) for caption in data.captions]
+    rows: dict[str, list[int]] = {}
+    for row, caption in enumerate(data.caption_index.tolist()):
+        rows.setdefault(labels[caption], []).append(row)
+    return rows

@@ -1,0 +1,85 @@
+"""Captioned images by name or folder: the procedural worlds, and folders of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from kdc.data import worlds
+from kdc.data.folders import FOLDER_SPLITS, read_folder
+
+
+class WorldDataset(Dataset):
+    """Renderings of one world or of both in turn, drawn when asked for.
+
+    Items: {"image" (3, size, size) in [-1, 1], "caption", "attributes"}.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        split: str = "train",
+        size: int = 64,
+        count: int = 2000,
+        seed: int = 0,
+        held_out: bool = False,
+    ):
+        self.names = [worlds.world(name).name for name in names]
+        self.split, self.size, self.count = split, size, count
+        self.seed, self.held_out = seed, held_out
+        worlds.rendering_rng(self.names[0], split, 0)  # an unknown split is refused here
+
+    def __len__(self) -> int:
+        return self.count
+
+    def caption(self, index: int) -> str:
+        return worlds.caption(self._draw(index)[0])
+
+    def _draw(self, index: int):
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        name = self.names[index % len(self.names)]
+        rng = worlds.rendering_rng(name, self.split, index // len(self.names), self.seed)
+        return worlds.draw_attributes(name, rng, self.held_out), rng
+
+    def __getitem__(self, index: int) -> dict:
+        attributes, rng = self._draw(index)
+        picture = torch.from_numpy(worlds.render(attributes, rng, self.size)).permute(2, 0, 1)
+        return {
+            "image": picture.float() / 127.5 - 1,
+            "caption": worlds.caption(attributes),
+            "attributes": attributes,
+        }
+
+
+def load_dataset(
+    name_or_folder: str | Path,
+    split: str = "train",
+    size: int = 64,
+    *,
+    count: int = 2000,
+    seed: int = 0,
+    held_out: bool = False,
+) -> Dataset:
+    """A captioned data set: "flora", "lepidoptera", "worlds" (both), or a folder of pictures.
+
+    `count`, `seed` and `held_out` concern the worlds. A folder may hold `train/` and `test/`; where
+    it does not, one picture in five, chosen by the hash of its name, is for testing. Every file is
+    opened once: those that are no readable picture are left out and named in a warning. Raises
+    `FileNotFoundError` for a missing folder and `ValueError` for one without pictures.
+    """
+    if split not in FOLDER_SPLITS:
+        raise ValueError(f"unknown split {split!r}; the splits are train and test")
+    names = list(worlds.WORLDS) if name_or_folder == "worlds" else [str(name_or_folder)]
+    if all(name in worlds.WORLDS for name in names):
+        return WorldDataset(names, split, size, count, seed, held_out)
+    folder = Path(name_or_folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no data set {str(name_or_folder)!r}: neither a folder nor one of "
+            f"{', '.join(worlds.WORLDS)}, worlds"
+        )
+    return read_folder(folder, split, size)

@@ -1,0 +1,153 @@
+"""The cache of latents and text embeddings: what training needs of images and captions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from kdc.pipelines import generate
+
+
+@dataclass
+class LatentDataset(Dataset):
+    """Encoded pictures: what training needs, and the pictures no more.
+
+    mean, std (N, C, h, w) of the scaled latents, so that sampling stays random; embeddings
+    (M, L, D) of the distinct captions, `caption_index` (N,) into them, and the empty caption's
+    embedding (L, D).
+    """
+
+    mean: Tensor
+    std: Tensor
+    embeddings: Tensor
+    caption_index: Tensor
+    empty: Tensor
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def __getitem__(self, index) -> dict:
+        return {
+            "mean": self.mean[index],
+            "std": self.std[index],
+            "embedding": self.embeddings[self.caption_index[index]],
+        }
+
+    def draw(self, count: int, generator: torch.Generator, dropout: float = 0.1) -> tuple:
+        """A random batch: latents (B, C, h, w) sampled from their posteriors, embeddings (B, L, D).
+
+        A share `dropout` of the captions is replaced by the empty one.
+        """
+        index = torch.randint(len(self), (count,), generator=generator)
+        return sample_posterior(**self[index], empty=self.empty, generator=generator, drop=dropout)
+
+
+def sample_posterior(
+    mean: Tensor,
+    std: Tensor,
+    embedding: Tensor,
+    *,
+    empty: Tensor,
+    generator: torch.Generator,
+    drop: float,
+) -> tuple[Tensor, Tensor]:
+    """Latents drawn from their posteriors, and embeddings of which a share `drop` is `empty`.
+
+    mean, std (B, C, h, w), embedding (B, L, D), empty (L, D) -> (B, C, h, w) and (B, L, D).
+    """
+    spread = torch.randn(mean.shape, generator=generator)
+    dropped = torch.rand(len(mean), generator=generator) < drop
+    return mean + std * spread, torch.where(dropped[:, None, None], empty, embedding)
+
+
+@torch.inference_mode()
+def embed_captions(
+    pipeline: StableDiffusionPipeline, captions: Sequence[str], batch_size: int = 64
+) -> Tensor:
+    """(M, L, D) text embeddings as the pipeline makes them for its U-Net, on the CPU."""
+    parts = []
+    for start in range(0, len(captions), batch_size):
+        part = list(captions[start : start + batch_size])
+        embedded, _ = pipeline.encode_prompt(part, pipeline.device, 1, False)
+        parts.append(embedded.float().cpu())
+    return torch.cat(parts).clone()
+
+
+@torch.inference_mode()
+def cache_latents(
+    pipeline: StableDiffusionPipeline, dataset: Dataset, batch_size: int = 32
+) -> LatentDataset:
+    """Encode every picture and every distinct caption once.
+
+    Raises `ValueError` if a picture's size is not what the autoencoder and U-Net expect.
+    """
+    if len(dataset) == 0:
+        raise ValueError("the data set is empty")
+    vae = pipeline.vae
+    expected = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    loader = torch.utils.data.DataLoader(dataset, batch_size, collate_fn=list)
+    means, stds, captions = [], [], []
+    for items in tqdm(loader, desc="encoding", mininterval=2):
+        pictures = torch.stack([item["image"] for item in items])
+        if pictures.shape[-2:] != (expected, expected):
+            raise ValueError(
+                f"pictures are {tuple(pictures.shape[-2:])}, the U-Net expects {expected} x "
+                f"{expected}: load the data set with size={expected}"
+            )
+        posterior = vae.encode(pictures.to(pipeline.device, vae.dtype)).latent_dist
+        means.append((posterior.mean * vae.config.scaling_factor).float().cpu())
+        stds.append((posterior.std * vae.config.scaling_factor).float().cpu())
+        captions += [item["caption"] for item in items]
+    distinct, index = _number(captions)
+    return LatentDataset(
+        torch.cat(means).clone(),
+        torch.cat(stds).clone(),
+        embed_captions(pipeline, distinct),
+        index,
+        embed_captions(pipeline, [""])[0],
+        distinct,
+    )
+
+
+def with_captions(
+    data: LatentDataset, pipeline: StableDiffusionPipeline, captions: Sequence[str]
+) -> LatentDataset:
+    """The same pictures under other captions, one for each picture.
+
+    Raises `ValueError` where there are not as many captions as pictures.
+    """
+    if len(captions) != len(data):
+        raise ValueError(f"{len(captions)} captions for {len(data)} pictures")
+    distinct, index = _number(captions)
+    embeddings = embed_captions(pipeline, distinct)
+    return dataclasses.replace(data, embeddings=embeddings, caption_index=index, captions=distinct)
+
+
+def latents_of_captions(
+    pipeline: StableDiffusionPipeline, captions: Sequence[str], seed: int = 0, **settings
+) -> LatentDataset:
+    """What the pipeline itself draws for captions, as a data set; nothing is decoded or encoded.
+
+    `settings` are those of `generate`. A drawn latent is known exactly, so its deviation is 0.
+    """
+    latents = generate(pipeline, captions, seed=seed, decode=False, **settings).clone()
+    distinct, index = _number(captions)
+    embeddings = embed_captions(pipeline, [*distinct, ""])
+    return LatentDataset(
+        latents, torch.zeros_like(latents), embeddings[:-1], index, embeddings[-1], distinct
+    )
+
+
+def _number(captions: Sequence[str]) -> tuple[list[str], Tensor]:
+    """The distinct captions, sorted, and for each caption its place among them, (N,)."""
+    distinct = sorted(set(captions))
+    place = {caption: i for i, caption in enumerate(distinct)}
+    return distinct, torch.tensor([place[caption] for caption in captions])

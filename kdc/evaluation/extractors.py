@@ -1,0 +1,151 @@
+"""Feature extractors by name. What computed a score is part of the score: name and checksum.
+
+The embedded one is always there. The published ones come from the local cache or the network, and
+where neither has them that is an error: a score is never silently computed by another network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdc.evaluation import metrics
+from kdc.io import fingerprint
+
+BATCH = 64
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+@dataclass(frozen=True, eq=False)
+class Extractor:
+    """Pictures (N, 3, H, W) uint8 to features (N, width) float32, of any size: it resizes itself.
+
+    `read` does the same for texts where there is one: features of the same space, for CLIP scores.
+    """
+
+    name: str
+    width: int
+    model: nn.Module
+    see: Callable[[Tensor], Tensor]
+    read: Callable[[Sequence[str]], Tensor] | None = None
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """A hash of the weights."""
+        return fingerprint(*self.model.state_dict().values())
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Raises `ValueError` for anything but uint8 pictures, `RuntimeError` in training mode."""
+        metrics.check_pictures(pictures)
+        if self.model.training:
+            raise RuntimeError(f"the extractor {self.name} is in training mode: call .eval() on it")
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            parts = [self.see(batch.to(device)).float().cpu() for batch in pictures.split(BATCH)]
+        return torch.cat(parts)
+
+
+def _mini_clip() -> Extractor:
+    model, _ = metrics.mini_clip()
+    width = model.config.projection_dim
+    see, read = metrics.clip_features, metrics.clip_text_features
+    return Extractor("mini-clip", width, model, see, read)
+
+
+def _clip_vit_b16() -> Extractor:
+    from transformers import CLIPModel, CLIPTokenizer
+
+    source = "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"
+    model = CLIPModel.from_pretrained(source, use_safetensors=True).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(source)
+
+    def see(pictures: Tensor) -> Tensor:
+        hidden = model.vision_model(pixel_values=_normalised(pictures, 224, OPENAI)).pooler_output
+        return model.visual_projection(hidden)
+
+    def read(texts: Sequence[str]) -> Tensor:
+        words = metrics.pad_tokens(tokenizer, texts).to(model.device)
+        hidden = model.text_model(**words).pooler_output
+        return model.text_projection(hidden)
+
+    return Extractor("clip-vit-b16", model.config.projection_dim, model, see, read)
+
+
+def _dinov2() -> Extractor:
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained("facebook/dinov2-base", use_safetensors=True).eval()
+
+    def see(pictures: Tensor) -> Tensor:
+        return model(pixel_values=_normalised(pictures, 224, IMAGENET)).pooler_output
+
+    return Extractor("dinov2", model.config.hidden_size, model, see)
+
+
+def _inception_v3() -> Extractor:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with _tensors_only():
+        model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval()
+    return Extractor("inception-v3", 2048, model, lambda pictures: model(pictures)[0])
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Inside, files in PyTorch's own format are read by the unpickler that knows tensors alone.
+
+    The weights of the published Inception network exist in no other format, and torch-fidelity
+    would read them with the one that runs whatever code a file holds.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+EXTRACTORS: dict[str, Callable[[], Extractor]] = {
+    "mini-clip": _mini_clip,
+    "clip-vit-b16": _clip_vit_b16,
+    "dinov2": _dinov2,
+    "inception-v3": _inception_v3,
+}
+
+
+@functools.cache
+def find_extractor(name: str) -> Extractor:
+    """The extractor of that name, loaded once.
+
+    Raises `ValueError` for an unknown name, and `RuntimeError` where its weights are neither in the
+    local cache nor to be had from the network.
+    """
+    if name not in EXTRACTORS:
+        raise ValueError(f"unknown extractor {name!r}; there are {', '.join(EXTRACTORS)}")
+    try:
+        return EXTRACTORS[name]()
+    except Exception as error:  # each library has errors of its own for a missing file or network
+        raise RuntimeError(
+            f"the extractor {name!r} cannot be loaded: its weights are neither in the local cache "
+            "nor to be had from the network. Go online once, or take extractor='mini-clip', whose "
+            f"scores are its own and do not compare. It said: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _normalised(pictures: Tensor, size: int, statistics) -> Tensor:
+    x = pictures.float() / 255
+    if x.shape[-2:] != (size, size):
+        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in statistics)
+    return (x - mean) / std

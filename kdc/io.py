@@ -1,0 +1,117 @@
+"""Reading and writing: whole files or none, fingerprints, and "made with the same settings".
+
+Every file of the project is written by one of these functions, beside its place and then renamed,
+so that a reader never sees half of it. Formats are JSON and safetensors, never pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """A short hash of the tensors' bytes, by which a run knows its data and teacher again."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def plain(values: Any) -> Any:
+    """`values` as JSON gives them back: tuples become lists, keys become texts."""
+    return json.loads(json.dumps(values))
+
+
+def write_text(file: str | Path, text: str) -> Path:
+    """Write a text beside its place and rename it; the folder is made."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    return partial.replace(file)
+
+
+def write_json(file: str | Path, values: Any, indent: int | None = 2) -> Path:
+    """Write plain values as JSON, beside and then renamed."""
+    return write_text(file, json.dumps(values, indent=indent) + "\n")
+
+
+def refuse_other_settings(where: Path, stored: Mapping, given: Mapping, remedy: str) -> None:
+    """Raise `ValueError` where something stored was made with other settings than these.
+
+    The message names `where` it lies, each setting that differs with both values, and a `remedy`.
+    """
+    stored, given = plain(stored), plain(given)
+    differing = [key for key in stored | given if stored.get(key) != given.get(key)]
+    if differing:
+        said = "; ".join(
+            f"{key}={_short(stored.get(key))}, now {key}={_short(given.get(key))}"
+            for key in differing
+        )
+        raise ValueError(f"{where} was made with {said}: {remedy}")
+
+
+def _short(value: Any, length: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= length else text[:length] + "..."
+
+
+def make_once(file: Path, made_with: dict, make: Callable[[], dict]) -> dict:
+    """What `make()` gives, from `file` if it is there already, and there afterwards.
+
+    Raises `ValueError` where `file` was made with other settings.
+    """
+    if file.is_file():
+        note = json.loads(file.read_text())
+        refuse_other_settings(
+            file, note["made_with"], made_with, "use another folder, or delete it"
+        )
+        return note["row"]
+    row = plain(make())
+    write_json(file, {"made_with": plain(made_with), "row": row}, indent=None)
+    return row
+
+
+def write_tensors(file: str | Path, state: dict[str, Tensor], kind: str, version: str) -> Path:
+    """Write tensors as safetensors that name their format, beside and then renamed."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    save_file(state, partial, {"format": kind, "version": version})
+    return partial.replace(file)
+
+
+def read_tensors(file: str | Path, kind: str, version: str) -> dict[str, Tensor]:
+    """What `write_tensors` wrote.
+
+    Raises `FileNotFoundError`, and `ValueError` for a damaged file, another format or version.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no file {file}")
+    try:
+        with safe_open(file, "pt") as opened:
+            note = opened.metadata() or {}
+            if note.get("format") != kind:
+                raise ValueError(f"{file} holds no {kind}: its metadata are {note}")
+            if note.get("version") != version:
+                raise ValueError(
+                    f"{file} is of version {note.get('version')}, this code reads version "
+                    f"{version}: read it with the code that wrote it"
+                )
+            return {name: opened.get_tensor(name) for name in opened.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut off: {error}") from error
+
+
+def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The entries below `name`, without it."""
+    return {k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(f"{name}.")}

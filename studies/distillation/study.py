@@ -1,0 +1,171 @@
+"""What each distillation term is good for: recipes after equal steps on equal data, over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+from kdc import pipelines
+from kdc.data.latents import LatentDataset
+from kdc.distillation.distill import distill
+from kdc.distillation.features import tap_names
+from kdc.distillation.fidelity import output_error
+from kdc.io import fingerprint, make_once
+from kdc.unet.slimming import slim
+from studies.common import ledger
+from studies.common.protocol import Bench, Extent, prepare, score, slug, strip
+from studies.common.recipes import RECIPES, Recipe, pictures_of
+from studies.common.teacher_cache import Answer, remembering
+
+SHOWN = (  # the last four show a combination that no training picture shows
+    "a red daisy on a sky background",
+    "a purple lily on a meadow background",
+    "a blue eyed butterfly on a night background",
+    "a white bordered butterfly on a sand background",
+    "a red sunflower on a night background",
+    "a yellow lily on a sky background",
+    "an orange eyed butterfly on a meadow background",
+    "a pink plain butterfly on a sand background",
+)
+
+
+@dataclass(frozen=True)
+class Settings(Extent):
+    """How much is measured. The defaults are those of the budget `standard`."""
+
+    thinned: int = 2
+    unseen_copies: int = 2
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 200
+    batch_size: int = 16
+    learning_rate: float = 5e-4
+    made: int = 4  # pictures that the teacher makes of each combination, never-trained ones too
+
+
+def follow(
+    bench: Bench,
+    data: LatentDataset,
+    recipe: Recipe,
+    seed: int,
+    settings: Settings,
+    answers: dict[str, Answer] | None = None,
+) -> tuple[UNet2DConditionModel, pd.DataFrame]:
+    """Make a student by a recipe; the student, and the log of its training.
+
+    `answers` are those of the teacher, to be shared by recipes of the same seed and data.
+    """
+    teacher = bench.teacher.unet
+    unet = slim(teacher, recipe.plan, recipe.init, seed)
+    names = [name for _, name in tap_names(slim(teacher, "kdc"), teacher, "both")]
+    with remembering(teacher, names, {} if answers is None else answers):
+        log = distill(
+            unet,
+            bench.teacher,
+            data,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            weights=recipe.weights,
+            learning_rate=settings.learning_rate,
+            caption_dropout=recipe.caption_dropout,
+            seed=seed,
+            label=f"seed {seed}",
+        )
+    return unet, log
+
+
+def judge(bench: Bench, unet: UNet2DConditionModel, seed: int) -> dict:
+    """A student's scores on test pictures."""
+    row = {"output_error": output_error(unet, bench.teacher, bench.test).mean()}
+    return row | score(bench, pipelines.with_unet(bench.teacher, unet), seed)
+
+
+def _as_usual(recipe: Recipe) -> bool:
+    """Whether a recipe draws its batches as most do, and so asks the teacher what they ask."""
+    return (recipe.data, recipe.caption_dropout) == ("real", Recipe().caption_dropout)
+
+
+def _fixed(bench: Bench, settings: Settings) -> dict:
+    """What all rows of a folder share."""
+    fixed = {k: v for k, v in dataclasses.asdict(settings).items() if k != "seeds"}
+    return fixed | {"teacher": fingerprint(*bench.teacher.unet.state_dict().values())}
+
+
+def study(
+    bench: Bench,
+    settings: Settings,
+    folder: str | Path,
+    recipes: Mapping[str, Recipe] = RECIPES,
+) -> tuple[pd.DataFrame, dict[str, list]]:
+    """A row for each recipe and seed, and each recipe's logs, one a seed.
+
+    Each is kept in `folder` as soon as it is there and read back by a later call, so a study that
+    was stopped goes on. Raises `ValueError` where `folder` holds rows of other settings.
+    """
+    fixed = _fixed(bench, settings)
+    makes = {"made": settings.made, "steps": settings.sampling_steps}
+    pictures = functools.cache(
+        functools.partial(pictures_of, pipeline=bench.teacher, real=bench.train, **makes)
+    )
+    rows, logs = [], {}
+    for seed in settings.seeds:
+        answers: dict[str, Answer] = {}  # 5 MB a step
+        for name, recipe in recipes.items():
+            stem = Path(folder) / f"{slug(name)}-{seed}"
+
+            def make(recipe=recipe, seed=seed, answers=answers, stem=stem) -> dict:
+                shared = answers if _as_usual(recipe) else {}
+                unet, log = follow(bench, pictures(recipe.data), recipe, seed, settings, shared)
+                if seed == settings.seeds[0] and bench.asked:
+                    student = pipelines.with_unet(bench.teacher, unet)
+                    Image.fromarray(strip(student, SHOWN, settings.sampling_steps)).save(
+                        stem.with_suffix(".png")
+                    )
+                return {"row": judge(bench, unet, seed), "log": log.to_dict("list")}
+
+            made_with = fixed | {"recipe": dataclasses.asdict(recipe), "seed": seed}
+            found = make_once(stem.with_suffix(".json"), made_with, make)
+            rows.append({"candidate": name, "seed": seed} | found["row"])
+            logs.setdefault(name, []).append(found["log"])
+    return pd.DataFrame(rows), logs
+
+
+def run(
+    results: str | Path | None = None,
+    folder: str | Path = "outputs/distillation",
+    only: Sequence[str] = (),
+    **settings,
+) -> Path:
+    """Follow all recipes (or those of `only`) on the mini teacher; writes `distillation.json`.
+
+    With the rows and logs stand the teacher's own scores. Beside it, `distillation.png` has a strip
+    of pictures for the teacher and then for each recipe, all from the first seed. `settings`
+    replace those of `Settings`. Raises `ValueError` for an unknown recipe.
+    """
+    if unknown := set(only) - set(RECIPES):
+        raise ValueError(f"unknown recipes {sorted(unknown)}; they are {'; '.join(RECIPES)}")
+    chosen = Settings(**settings)
+    bench = prepare(pipelines.load_teacher("mini"), chosen)
+    recipes = {name: recipe for name, recipe in RECIPES.items() if not only or name in only}
+    rows, logs = study(bench, chosen, folder, recipes)
+    goal = []
+    for seed in chosen.seeds:
+        file, made_with = Path(folder) / f"teacher-{seed}.json", _fixed(bench, chosen)
+        found = make_once(file, made_with, functools.partial(score, bench, bench.teacher, seed))
+        goal.append({"seed": seed} | found)
+    values = {"rows": rows.to_dict("records"), "logs": logs, "teacher": goal}
+    path = ledger.write("distillation", values, results, **vars(chosen))
+    first = [Path(folder) / f"{slug(name)}-{chosen.seeds[0]}.png" for name in recipes]
+    strips = [
+        strip(bench.teacher, SHOWN, chosen.sampling_steps),
+        *(np.asarray(Image.open(file)) for file in first),
+    ]
+    Image.fromarray(np.concatenate(strips)).save(path.with_suffix(".png"))
+    return path

@@ -1,0 +1,107 @@
+"""The stages of the study of chapter 04: the clock, how few steps do, students of equal steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from diffusers import StableDiffusionPipeline
+
+from kdc.evaluation.compare import compare, retraining
+from kdc.pipelines import load_student, load_teacher, save_student
+from studies.common import ledger
+from studies.common.protocol import Bench, prepare, slug
+from studies.common.recipes import RECIPES
+from studies.distillation import study as distillation
+from studies.distillation.study import follow
+from studies.evaluation.study import (
+    SHIPPED,
+    Settings,
+    pipelines,
+    plain,
+    report,
+    scored,
+    sweep,
+    timed,
+)
+
+
+def run(
+    results: str | Path | None = None,
+    folder: str | Path = "outputs/evaluation",
+    stages: Sequence[str] = (),
+    **settings,
+) -> list[Path]:
+    """Measure the stages (default: all three); a result file for each.
+
+    "timing" writes `evaluation_timing.json` and wants a quiet machine; "steps" the sweep and the
+    headline, `evaluation_steps.json`, which needs the timing; "table" `evaluation_table.json`, the
+    students after equal steps and the shipped one. `settings` replace those of `Settings`. Raises
+    `ValueError` for an unknown stage.
+    """
+    known = {"timing": _timing, "steps": _steps, "table": _table}
+    if unknown := set(stages) - set(known):
+        raise ValueError(f"unknown stages {sorted(unknown)}; they are {', '.join(known)}")
+    chosen, teacher = Settings(**settings), load_teacher("mini")
+    paths = []
+    for name in stages or known:
+        values = known[name](teacher, chosen, Path(folder), results)
+        paths.append(
+            ledger.write(f"evaluation_{name}", values, results, **dataclasses.asdict(chosen))
+        )
+    return paths
+
+
+def _timing(teacher, settings: Settings, folder: Path, results) -> dict:
+    pictures, calls = timed(pipelines(teacher), settings)
+    return {"pictures": pictures.to_dict("records"), "calls": calls.to_dict("records")}
+
+
+def _steps(teacher, settings: Settings, folder: Path, results) -> dict:
+    candidates = pipelines(teacher)
+    drawn = sweep(candidates, settings, folder)
+    times = pd.DataFrame(ledger.read("evaluation_timing", results)["pictures"])
+    return report(candidates, drawn, times, settings)
+
+
+def trained(
+    teacher: StableDiffusionPipeline, settings: Settings, folder: Path
+) -> dict[str, list[StableDiffusionPipeline]]:
+    """Students of each recipe after equal steps, one a seed; kept below `folder`."""
+    bench: Bench | None = None
+    study = distillation.Settings(steps=settings.training_steps)
+    students: dict[str, list] = {name: [] for name in settings.recipes}
+    for seed in settings.trainings:
+        answers: dict = {}
+        for name in settings.recipes:
+            where = folder / f"{slug(name)}-{seed}-{settings.training_steps}"
+            if not (where / "unet").is_dir():
+                bench = bench or prepare(teacher, study)
+                unet, _ = follow(bench, bench.train, RECIPES[name], seed, study, answers)
+                save_student(unet, where, recipe=name, seed=seed)
+            students[name].append(load_student(where, teacher))
+    return students
+
+
+def _table(teacher, settings: Settings, folder: Path, results) -> dict:
+    students = trained(teacher, settings, folder / "students")
+    steps = settings.table_steps
+    goal = scored(teacher, settings, steps)
+    shipped = scored(pipelines(teacher)[SHIPPED], settings, steps, goal)
+    tables = {"teacher": plain(goal.table), SHIPPED: plain(shipped.table)}
+    every = {
+        name: [scored(one, settings, steps, goal) for one in group]
+        for name, group in students.items()
+    }
+    compared = {f"{SHIPPED} - teacher": plain(compare(shipped, goal))}
+    first = settings.recipes[0]
+    for name, found in every.items():
+        for seed, one in zip(settings.trainings, found, strict=True):
+            tables[f"{name}, {seed}"] = plain(one.table)
+        compared[f"{name} - teacher"] = plain(compare(found[0], goal))
+        if name != first:
+            compared[f"{first} - {name}"] = plain(compare(every[first][0], found[0]))
+    spreads = {name: plain(retraining(found)) for name, found in every.items()}
+    return {"tables": tables, "compared": compared, "retraining": spreads}

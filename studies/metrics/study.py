@@ -1,0 +1,179 @@
+"""The metrics on trial: which score notices which of `kdc.studies.faults`, and at which dose."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from kdc.data import worlds
+from kdc.evaluation import metrics
+from kdc.evaluation.extractors import find_extractor
+from kdc.evaluation.perceptual import find_perceptual
+from kdc.evaluation.statistics import SET_MEASURES, share_nearer
+from kdc.io import make_once
+from studies.common import ledger
+from studies.common.protocol import slug
+from studies.common.renderings import balanced_prompts, renderings_of
+from studies.metrics.faults import FAULTS, Exhibit
+
+SCORES = {
+    "fid": "lower",
+    "kid": "lower",
+    "precision": "higher",
+    "recall": "higher",
+    "clip": "higher",
+    "lpips": "lower",
+    "accuracy": "higher",
+    "leakage": "lower",
+}
+
+
+# What each score is expected to notice at the largest dose, written before the trial was held.
+NOTICED: Mapping[str, Sequence[str]] = {
+    "blur": ("fid", "kid", "precision", "lpips", "accuracy"),
+    "colour shift": ("fid", "kid", "clip", "lpips", "accuracy"),
+    "mode dropping": ("fid", "kid", "recall"),
+    "wrong caption": ("clip", "accuracy"),
+    "memorised copies": ("leakage",),
+    "one picture": ("fid", "kid", "recall", "clip", "accuracy"),
+    "resize": ("fid", "kid", "precision", "lpips"),
+    "jpeg": ("fid", "kid", "precision", "lpips"),
+}
+
+
+def exhibit(count: int, seed: int) -> Exhibit:
+    """`count` renderings of balanced attributes, and twice as many others of the same."""
+    every = balanced_prompts(1, held_out=False)
+    rows = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
+    asked = [every[rows[i % len(every)]] for i in range(count)]
+    pictures, *others = (renderings_of(asked, base + seed) for base in (100, 200, 300))
+    return Exhibit(pictures, asked, *others)
+
+
+def judge(spoilt: Exhibit, original: Exhibit) -> dict[str, float]:
+    """All scores of spoilt pictures; LPIPS pairs them with the originals.
+
+    `leakage` is the share of pictures whose nearest neighbour, in normalised features of the
+    embedded CLIP, is in the reference and not among those held back: a half for strangers.
+    """
+    features = find_extractor("mini-clip")(spoilt.pictures)
+    reference = _features(original.reference)
+    scores = {name: measure(features, reference) for name, measure in SET_MEASURES.items()}
+    captions = [worlds.caption(a) for a in spoilt.asked]
+    scores["clip"] = metrics.clip_score(spoilt.pictures, captions).mean().item()
+    distance = find_perceptual("mini-lpips")
+    scores["lpips"] = distance(spoilt.pictures, original.pictures).mean().item()
+    scores["accuracy"] = metrics.attribute_accuracy(spoilt.pictures, spoilt.asked)["all"]
+    scores["leakage"] = share_nearer(features, reference, _features(original.held_back))
+    return scores
+
+
+@functools.lru_cache(maxsize=2)
+def _features(pictures: Tensor) -> Tensor:
+    """Those of the sets that every fault is compared with, computed once for each set."""
+    return find_extractor("mini-clip")(pictures)
+
+
+def hold(
+    faults: Sequence[str] = (),
+    count: int = 192,
+    seeds: Sequence[int] = (0, 1, 2),
+    folder: str | Path | None = None,
+) -> pd.DataFrame:
+    """A row for each fault (default: all), dose and seed, with all scores.
+
+    With a `folder` each is kept there, so that a trial that was stopped goes on. Raises
+    `ValueError` for an unknown fault, or where `folder` holds rows of another count.
+    """
+    if unknown := set(faults) - set(FAULTS):
+        raise ValueError(f"unknown faults {sorted(unknown)}; they are {', '.join(FAULTS)}")
+    rows = []
+    todo = [(f, d, s) for s in seeds for f in faults or FAULTS for d in FAULTS[f][1]]
+    shown = functools.lru_cache(maxsize=1)(functools.partial(exhibit, count))
+    for fault, dose, seed in tqdm(todo, desc="trial", mininterval=2):
+
+        def make(fault=fault, dose=dose, seed=seed) -> dict:
+            original, generator = shown(seed), torch.Generator().manual_seed(seed)
+            return judge(FAULTS[fault][0](original, dose, generator), original)
+
+        made_with = {"fault": fault, "dose": dose, "seed": seed}
+        file = Path(folder) / f"{slug(fault)}-{slug(str(dose))}-{seed}.json" if folder else None
+        found = make_once(file, made_with | {"count": count}, make) if file else make()
+        rows.append(made_with | found)
+    return pd.DataFrame(rows)
+
+
+def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each fault and score: how much worse it got at the largest dose, in units of its spread.
+
+    The spread is the deviation over seeds of the unspoilt pictures' score, at least a thousandth of
+    the scores' range. `noticed` is a fall of more than three of them, `expected` what was written
+    down, `ok` whether they agree.
+    """
+    found = []
+    for fault, group in rows.groupby("fault", sort=False):
+        clean = group[group["dose"] == group["dose"].min()]
+        worst = group[group["dose"] == group["dose"].max()]
+        for score, aim in SCORES.items():
+            change = worst[score].mean() - clean[score].mean()
+            worse = change if aim == "lower" else -change
+            spread = clean[score].std(ddof=1) if len(clean) > 1 else 0.0
+            spread = max(spread, 1e-3 * (rows[score].max() - rows[score].min()), 1e-9)
+            noticed, expected = worse / spread > 3, score in NOTICED[fault]
+            found.append(
+                {"fault": fault, "score": score, "change": change, "spreads": worse / spread}
+                | {"noticed": noticed, "expected": expected, "ok": noticed == expected}
+            )
+    return pd.DataFrame(found)
+
+
+def scaled(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with every score turned so that higher is better and scaled to its range, 0 to 1."""
+    out = rows.copy()
+    for score, aim in SCORES.items():
+        values = rows[score] if aim == "higher" else -rows[score]
+        out[score] = (values - values.min()) / max(values.max() - values.min(), 1e-12)
+    return out
+
+
+def bias(
+    counts: Sequence[int], width: int = 16, shift: float = 1.0, seeds: Sequence[int] = range(20)
+) -> pd.DataFrame:
+    """Fréchet distance and KID of Gaussians, equal and shifted, by the number of samples.
+
+    The true Fréchet distances are 0 for "equal" and `shift`^2 for "shifted": the means of two unit
+    Gaussians of that width differ by `shift`.
+    """
+    rows = []
+    for count in counts:
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(1000 * count + seed)
+            a, b = (
+                torch.randn(count, width, generator=generator, dtype=torch.float64)
+                for _ in range(2)
+            )
+            for name, delta in (("equal", 0.0), ("shifted", shift)):
+                moved = b.clone()
+                moved[:, 0] += delta
+                scores = {n: SET_MEASURES[n](a, moved) for n in ("fid", "kid")}
+                rows.append({"count": count, "seed": seed, "pair": name} | scores)
+    return pd.DataFrame(rows)
+
+
+def run(
+    results: str | Path | None = None,
+    folder: str | Path = "outputs/trial",
+    count: int = 192,
+    seeds: Sequence[int] = (0, 1, 2),
+) -> Path:
+    """Hold the whole trial and write `metrics_trial.json`; see `hold`."""
+    gaussians = bias((32, 64, 128, 256, 512, 1024, 2048))
+    rows = hold(count=count, seeds=seeds, folder=folder)
+    values = {"rows": rows.to_dict("records"), "gaussians": gaussians.to_dict("records")}
+    return ledger.write("metrics_trial", values, results, count=count, seeds=seeds)

@@ -1,0 +1,1 @@
+"""Makes the embedded mini models from nothing: `python -m studies mini`."""

@@ -1,0 +1,76 @@
+"""The mini autoencoder: 64x64 pictures to 16x16x4 latents, as Stable Diffusion's does by 8."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from kdc.training.loop import TrainSettings, train
+from studies.mini.images import leaf_pictures, to_signed, world_pictures
+
+KL_WEIGHT = 1e-6
+
+
+def new_autoencoder() -> AutoencoderKL:
+    """A randomly initialised autoencoder of 0.65M parameters."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+def autoencoder_loss(vae: nn.Module, pictures: Tensor, generator: torch.Generator) -> dict:
+    """Squared error of the reconstruction plus a small pull of the latents towards N(0, 1).
+
+    pictures (B, 3, 64, 64) in [-1, 1].
+    """
+    posterior = vae.encode(pictures).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(pictures.device)
+    restored = vae.decode(posterior.mean + posterior.std * noise).sample
+    error = (restored - pictures).square().mean()
+    kl = posterior.kl().mean()
+    return {"loss": error + KL_WEIGHT * kl, "error": error.detach(), "kl": kl.detach()}
+
+
+def train_autoencoder(
+    output_dir: Path, steps: int = 3400, batch_size: int = 16, pool: int = 6000, seed: int = 0
+) -> tuple[AutoencoderKL, object]:
+    """Train on renderings and dead leaves, half and half; returns the model and its log.
+
+    The scale that makes latents of unit deviation is measured and kept in the configuration.
+    """
+    torch.manual_seed(seed)
+    worlds_pool, _ = world_pictures(pool, "train", seed=seed)
+    leaves = leaf_pictures(pool // 2, seed)
+    vae = new_autoencoder()
+
+    def loss(model, generator):
+        half = batch_size // 2
+        a = worlds_pool[torch.randint(len(worlds_pool), (half,), generator=generator)]
+        b = leaves[torch.randint(len(leaves), (batch_size - half,), generator=generator)]
+        if torch.rand((), generator=generator) < 0.5:
+            b = b.flip(2)
+        if torch.rand((), generator=generator) < 0.5:
+            b = b.transpose(2, 3)
+        batch = torch.cat([a, b])
+        if torch.rand((), generator=generator) < 0.5:
+            batch = batch.flip(3)
+        device = next(model.parameters()).device
+        return autoencoder_loss(model, to_signed(batch).to(device), generator)
+
+    settings = TrainSettings(steps, learning_rate=2e-3, warmup=100, ema_decay=0.998)
+    log = train(vae, loss, settings, output_dir, seed=seed, resume=True, label="autoencoder")
+    with torch.no_grad():
+        sample = to_signed(worlds_pool[:512]).to(vae.device)
+        latents = vae.encode(sample).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    return vae, log

@@ -1,0 +1,189 @@
+"""Grades of the mini models on held-out renderings; `make grades` writes them to `results/`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from kdc import pipelines
+from kdc.data import worlds
+from kdc.data.datasets import load_dataset
+from kdc.evaluation import metrics
+from studies.common.renderings import balanced_prompts, renderings_of
+
+GOALS = {  # what was asked of the models; lower is better for "fd_over_floor" only
+    "classifier": 0.99,
+    "psnr_worlds": 28.0,
+    "psnr_photos": 22.0,
+    "colour": 0.95,
+    "kind": 0.90,
+    "background": 0.95,
+    "held_out": 0.80,
+    "fd_over_floor": 3.0,
+}
+STEPS, GUIDANCE, SEED = 25, 7.5, 2026
+
+
+@torch.inference_mode()
+def reconstruct(pipeline: StableDiffusionPipeline, pictures: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1], encoded and decoded by the pipeline's autoencoder."""
+    parts = []
+    for batch in pictures.split(64):
+        latents = pipeline.vae.encode(batch.to(pipeline.device)).latent_dist.mean
+        parts.append(pipeline.vae.decode(latents).sample.clamp(-1, 1).cpu())
+    return torch.cat(parts)
+
+
+def psnr(pipeline: StableDiffusionPipeline, pictures: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, (N,), of the autoencoder on pictures in [-1, 1]."""
+    error = (reconstruct(pipeline, pictures) - pictures.cpu()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / error)
+
+
+def grade_classifier(copies: int = 6) -> dict[str, float]:
+    """Accuracy of the attribute classifier on real renderings, held-out combinations included."""
+    shown = balanced_prompts(copies, False) + balanced_prompts(copies, True)
+    return metrics.attribute_accuracy(renderings_of(shown, seed=1), shown)
+
+
+def grade_autoencoder(
+    pipeline: StableDiffusionPipeline, photos: str | Path | None = None
+) -> dict[str, float]:
+    """Mean PSNR on test renderings and, where a folder is given, on its test photographs."""
+    pictures = renderings_of(balanced_prompts(2, False), seed=2).float() / 127.5 - 1
+    grades = {"psnr_worlds": psnr(pipeline, pictures).mean().item()}
+    if photos:
+        dataset = load_dataset(photos, split="test")
+        pictures = torch.stack([dataset[i]["image"] for i in range(len(dataset))])
+        grades["psnr_photos"] = psnr(pipeline, pictures).mean().item()
+        grades["photos"] = len(dataset)
+    return grades
+
+
+def grade_pipeline(
+    pipeline: StableDiffusionPipeline,
+    copies: int = 2,
+    held_out_copies: int = 6,
+    guidance: float = GUIDANCE,
+) -> dict[str, float]:
+    """Attribute accuracy on usual and on never-trained combinations; Fréchet distance and floor.
+
+    The reference and the floor's second half are two sets of test renderings of the very
+    combinations that were asked for, at the same count.
+    """
+    asked = balanced_prompts(copies, False)
+    rare = balanced_prompts(held_out_copies, True)
+    drawn = pipelines.generate(
+        pipeline,
+        [worlds.caption(a) for a in asked + rare],
+        seed=SEED,
+        steps=STEPS,
+        guidance=guidance,
+    )
+    usual = drawn[: len(asked)]
+    grades = metrics.attribute_accuracy(usual, asked)
+    held_out = metrics.attribute_accuracy(drawn[len(asked) :], rare)
+    grades |= {f"held_out_{name}": value for name, value in held_out.items()}
+    first, second = (metrics.clip_features(renderings_of(asked, seed)) for seed in (3, 4))
+    grades["frechet"] = metrics.frechet_distance(metrics.clip_features(usual), first)
+    grades["frechet_floor"] = metrics.frechet_distance(second, first)
+    grades["fd_over_floor"] = grades["frechet"] / grades["frechet_floor"]
+    captions = [worlds.caption(a) for a in asked]
+    grades["clip_score"] = metrics.clip_score(usual, captions).mean().item()
+    return grades | {"samples": len(asked), "held_out_samples": len(rare), "guidance": guidance}
+
+
+def explain_frechet(
+    pipeline: StableDiffusionPipeline, guidances: tuple[float, ...] = (1.5, 3.0, 7.5)
+) -> dict:
+    """Where the Fréchet distance comes from: its ratio to the floor for several kinds of pictures.
+
+    "autoencoder": real renderings, only encoded and decoded; "guidance g": pictures of the pipeline
+    at that guidance, one for every combination, from another seed than the grades'.
+    """
+    asked = balanced_prompts(1, False)
+    first, second = (renderings_of(asked, seed) for seed in (5, 6))
+    reference = metrics.clip_features(first)
+    floor = metrics.frechet_distance(metrics.clip_features(second), reference)
+    restored = reconstruct(pipeline, second.float() / 127.5 - 1)
+    pictures = {"autoencoder": ((restored + 1) * 127.5).round().to(torch.uint8)}
+    captions = [worlds.caption(a) for a in asked]
+    for guidance in guidances:
+        pictures[f"guidance {guidance:g}"] = pipelines.generate(
+            pipeline, captions, seed=SEED + 1, steps=STEPS, guidance=guidance
+        )
+    ratios = {
+        name: metrics.frechet_distance(metrics.clip_features(drawn), reference) / floor
+        for name, drawn in pictures.items()
+    }
+    return {"ratios": ratios, "floor": floor, "samples": len(asked)}
+
+
+def standard_error(share: float, count: int) -> float:
+    """Binomial standard error of an observed share."""
+    return math.sqrt(share * (1 - share) / count)
+
+
+NAMES = {
+    "classifier": "attribute classifier on real renderings, its worst attribute",
+    "psnr_worlds": "autoencoder on the worlds",
+    "psnr_photos": "autoencoder on photographs",
+    "colour": "pictures show the asked-for colour",
+    "kind": "... species or wing pattern",
+    "background": "... background",
+    "held_out": "... of never-trained combinations, the worst attribute",
+    "fd_over_floor": "Fréchet distance over its floor (lower is better)",
+}
+
+
+def report(stored: dict) -> pd.DataFrame:
+    """The stored grades beside their goals, as the README and the appendix show them.
+
+    Columns: goal, reached (judges, autoencoder and teacher), met, student.
+    """
+    attributes = ("colour", "kind", "background")
+    teacher, student, autoencoder = stored["teacher"], stored["student"], stored["autoencoder"]
+    reached = {
+        "classifier": min(stored["classifier"][name] for name in attributes),
+        "psnr_worlds": autoencoder["psnr_worlds"],
+        "psnr_photos": autoencoder.get("psnr_photos"),
+    }
+    both = [*attributes, "fd_over_floor"]
+    reached |= {name: teacher[name] for name in both}
+    small = {name: student[name] for name in both}
+    for grades, column in ((teacher, reached), (student, small)):
+        column["held_out"] = min(grades[f"held_out_{name}"] for name in attributes)
+
+    def shown(name: str, value: float | None) -> str:
+        if value is None:
+            return "-"
+        if name.startswith("psnr"):
+            return f"{value:.1f} dB"
+        return f"{value:.1f}" if name == "fd_over_floor" else f"{100 * value:.1f} %"
+
+    def met(name: str, value: float | None) -> str:
+        if value is None:
+            return "not measured"
+        goal = GOALS[name]
+        return "yes" if (value <= goal if name == "fd_over_floor" else value >= goal) else "no"
+
+    rows = [
+        (label, shown(name, GOALS[name]), shown(name, reached[name]), met(name, reached[name]),
+         shown(name, small.get(name)))
+        for name, label in NAMES.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["grade", "goal", "reached", "met", "student"]).set_index(
+        "grade"
+    )
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """That table in Markdown, with its index as first column."""
+    lines = [[table.index.name, *table.columns], ["---"] * (table.shape[1] + 1)]
+    lines += [[index, *row] for index, row in zip(table.index, table.values.tolist(), strict=True)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,141 @@
+"""Training of the judges: attribute classifier, mini CLIP, perceptual trunk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import functional as vision
+
+from kdc.data.worlds import TEMPLATES, caption
+from kdc.evaluation.judges import (
+    AttributeClassifier,
+    PerceptualTrunk,
+    attribute_loss,
+    labels_of,
+    new_clip,
+)
+from kdc.training.loop import TrainSettings, train
+from studies.mini.images import leaf_pictures, to_signed, world_pictures
+from studies.mini.text import new_tokenizer, text_config, tokenize
+
+# The judges see every combination, held-out ones too: they must recognise what they grade. Their
+# renderings come from seeds of their own, apart from those of the generator and of the grades.
+SEEDS = {"classifier": 101, "clip": 102, "trunk": 103}
+
+
+def judge_pool(count: int, seed: int) -> tuple[Tensor, list]:
+    """Renderings of all combinations: six in seven of training ones, the rest held-out."""
+    usual, shown = world_pictures(count * 6 // 7, "train", seed)
+    rare, shown_rare = world_pictures(count - count * 6 // 7, "train", seed + 1000, held_out=True)
+    return torch.cat([usual, rare]), shown + shown_rare
+
+
+def _choose(generator: torch.Generator, count: int, size: int) -> Tensor:
+    return torch.randint(count, (size,), generator=generator)
+
+
+def train_classifier(
+    output_dir: Path, steps: int = 500, batch_size: int = 64, pool: int = 8000
+) -> tuple[AttributeClassifier, object]:
+    """Train the attribute classifier, with light noise and blur so that it forgives both."""
+    torch.manual_seed(SEEDS["classifier"])
+    pictures, shown = judge_pool(pool, SEEDS["classifier"])
+    labels = labels_of(shown)
+    model = AttributeClassifier()
+
+    def loss(model, generator):
+        index = _choose(generator, len(pictures), batch_size)
+        batch = to_signed(pictures[index])
+        if torch.rand((), generator=generator) < 0.5:
+            batch = batch.flip(3)
+        if torch.rand((), generator=generator) < 0.3:
+            batch = vision.gaussian_blur(batch, 3, 0.3 + torch.rand((), generator=generator).item())
+        level = 0.08 * torch.rand((batch_size, 1, 1, 1), generator=generator)
+        batch = batch + level * torch.randn(batch.shape, generator=generator)
+        device = next(model.parameters()).device
+        target = {name: values[index].to(device) for name, values in labels.items()}
+        return {"loss": attribute_loss(model(batch.to(device)), target)}
+
+    settings = TrainSettings(steps, learning_rate=2e-3, warmup=50, ema_decay=0.995)
+    return model, train(
+        model, loss, settings, output_dir, resume=True, label="attribute classifier"
+    )
+
+
+def train_clip(
+    output_dir: Path, steps: int = 700, batch_size: int = 128, pool: int = 8000
+) -> tuple[object, object]:
+    """Train the mini CLIP contrastively; pictures of equal captions count as matches."""
+    torch.manual_seed(SEEDS["clip"])
+    pictures, shown = judge_pool(pool, SEEDS["clip"])
+    tokenizer = new_tokenizer()
+    model = new_clip(text_config(tokenizer, width=64))
+    kinds = {a: i for i, a in enumerate(sorted(set(shown)))}
+    identity = torch.tensor([kinds[a] for a in shown])
+    ids = torch.stack([tokenize(tokenizer, [caption(a, t) for a in kinds]) for t in range(4)])
+
+    def loss(model, generator):
+        index = _choose(generator, len(pictures), batch_size)
+        template = _choose(generator, len(TEMPLATES), batch_size)
+        device = next(model.parameters()).device
+        batch = to_signed(pictures[index])
+        if torch.rand((), generator=generator) < 0.5:
+            batch = batch.flip(3)
+        words = ids[template, identity[index]]
+        out = model(input_ids=words.to(device), pixel_values=batch.to(device))
+        same = (identity[index][:, None] == identity[index][None]).float().to(device)
+        target = same / same.sum(dim=1, keepdim=True)
+        logits = out.logits_per_image
+        return {"loss": (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2}
+
+    settings = TrainSettings(steps, learning_rate=1e-3, warmup=100, ema_decay=0.995)
+    log = train(model, loss, settings, output_dir, resume=True, label="mini CLIP")
+    return (model, tokenizer), log
+
+
+def distort(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Distort each picture (B, 3, H, W) in one of `PerceptualTrunk.DISTORTIONS`; also which."""
+    which = torch.randint(len(PerceptualTrunk.DISTORTIONS), (len(pictures),), generator=generator)
+    strength = 0.25 + 0.75 * torch.rand((len(pictures), 1, 1, 1), generator=generator)
+    blurred = vision.gaussian_blur(pictures, 7, 1.6)
+    noisy = pictures + 0.35 * strength * torch.randn(pictures.shape, generator=generator)
+    flat = pictures.mean(dim=(1, 2, 3), keepdim=True)
+    versions = [
+        pictures,
+        pictures + strength * (blurred - pictures),
+        noisy,
+        flat + (pictures - flat) * (1 - 0.7 * strength),
+        pictures + 0.5 * strength * torch.randn((len(pictures), 3, 1, 1), generator=generator),
+    ]
+    return torch.stack(versions)[which, torch.arange(len(pictures))].clamp(-1, 1), which
+
+
+def train_trunk(
+    output_dir: Path, steps: int = 800, batch_size: int = 64, pool: int = 6000
+) -> tuple[PerceptualTrunk, object]:
+    """Train the perceptual trunk on attributes (renderings) and distortions (dead leaves too)."""
+    torch.manual_seed(SEEDS["trunk"])
+    pictures, shown = judge_pool(pool, SEEDS["trunk"])
+    leaves = leaf_pictures(pool // 4, SEEDS["trunk"])
+    labels = labels_of(shown)
+    model = PerceptualTrunk()
+    half = batch_size // 2
+
+    def loss(model, generator):
+        index = _choose(generator, len(pictures), half)
+        batch = torch.cat([pictures[index], leaves[_choose(generator, len(leaves), half)]])
+        if torch.rand((), generator=generator) < 0.5:
+            batch = batch.flip(3)
+        batch, which = distort(to_signed(batch), generator)
+        device = next(model.parameters()).device
+        logits = model(batch.to(device))
+        target = {name: values[index].to(device) for name, values in labels.items()}
+        shown_part = attribute_loss({k: v[:half] for k, v in logits.items()}, target)
+        distorted = F.cross_entropy(logits["distortion"], which.to(device))
+        return {"loss": shown_part + distorted, "distortion": distorted.detach()}
+
+    settings = TrainSettings(steps, learning_rate=5e-4, warmup=100, ema_decay=0.995)
+    return model, train(model, loss, settings, output_dir, resume=True, label="perceptual trunk")

@@ -1,0 +1,197 @@
+"""What is forgotten when tasks follow one another, and what each strategy saves: rows over seeds.
+
+All trials of one order and seed share the student after the first task, but for the two that learn
+it in their own way.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from kdc.continual.learner import Learnt
+from kdc.continual.sequence import Evaluate, SequenceResult, Task, learn_first, run_sequence
+from kdc.distillation.features import tap_names
+from kdc.io import fingerprint, make_once
+from kdc.replay.buffer import ReplayBuffer
+from kdc.unet.slimming import slim
+from studies.common.protocol import slug, strip
+from studies.common.recipes import RECIPES, STUDENT_RECIPE
+from studies.common.teacher_cache import Answer, remembering
+from studies.replay.tasks import Scorer, leakage
+from studies.replay.variants import Trial
+
+SHOWN = (  # four of each world
+    "a red daisy on a sky background",
+    "a purple lily on a meadow background",
+    "a yellow rose on a night background",
+    "a white tulip on a sand background",
+    "a blue eyed butterfly on a night background",
+    "a white bordered butterfly on a sand background",
+    "an orange striped butterfly on a sky background",
+    "a red plain butterfly on a meadow background",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured. The defaults are those of the budget `standard`."""
+
+    plan: str = "kdc"
+    pictures: int = 800  # of each domain, to train on
+    test_pictures: int = 64
+    recipe: str = STUDENT_RECIPE  # of `kdc.recipes`, whose loss teaches new pictures
+    steps: int = 80  # of each domain
+    class_steps: int = 40  # of each class
+    batch_size: int = 8
+    learning_rate: float = 5e-4
+    drawn: int = 72  # for each domain
+    drawn_photos: int = 256  # of a folder: for each half enough for a Fréchet distance
+    sampling_steps: int = 10
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuning: int = 1500  # steps in which the teacher first learns photographs
+
+
+def follow(
+    tasks: Sequence[Task],
+    trial: Trial,
+    teacher: StableDiffusionPipeline,
+    evaluate: Evaluate,
+    directions: Mapping[str, str],
+    settings: Settings,
+    *,
+    steps: int,
+    seed: int,
+    reference: Task | None = None,
+    ahead: bool = True,
+    first: Learnt | None = None,
+    start: UNet2DConditionModel | None = None,
+) -> tuple[SequenceResult, ReplayBuffer | None]:
+    """One sequence with the recipe's loss on new pictures; `start` as in `study`."""
+    buffer = trial.buffer(seed)
+    result = run_sequence(
+        tasks,
+        trial.strategy,
+        _begin(teacher, settings, start),
+        teacher,
+        evaluate=evaluate,
+        directions=directions,
+        buffer=buffer,
+        reference=reference,
+        ahead=ahead,
+        first=first,
+        **training(settings, steps, seed),
+    )
+    return result, buffer
+
+
+def training(settings: Settings, steps: int, seed: int) -> dict:
+    """What every sequence is trained with, the shared first task too."""
+    return {
+        "steps": steps,
+        "batch_size": settings.batch_size,
+        "weights": RECIPES[settings.recipe].weights,
+        "learning_rate": settings.learning_rate,
+        "ema_decay": 0.99,
+        "seed": seed,
+    }
+
+
+def study(
+    name: str,
+    orders: Mapping[str, Sequence[Task]],
+    trials: Mapping[str, Trial],
+    teacher: StableDiffusionPipeline,
+    settings: Settings,
+    folder: str | Path,
+    *,
+    steps: int,
+    reference: Task | None = None,
+    ahead: bool = True,
+    shown: Sequence[str] = (),
+    start: UNet2DConditionModel | None = None,
+) -> list[dict]:
+    """A row for each order, seed and trial; each is kept in `folder` as soon as it is there.
+
+    `reference` and `ahead` are those of `run_sequence`. Sequences begin with a copy of the student
+    `start`, or with one freshly cut from the teacher by `settings.plan`. A row holds the matrices
+    by metric, the counts by task, and where there is a buffer its `leakage`. The student of the
+    first order and seed also draws the prompts `shown` after each task, into a sheet of strips
+    beside the rows; that goes with `ahead` alone.
+    """
+    made_with = {k: v for k, v in dataclasses.asdict(settings).items() if k != "seeds"}
+    made_with |= {"steps": steps, "teacher": fingerprint(*teacher.unet.state_dict().values())}
+    if start is not None:
+        made_with |= {"start": fingerprint(*start.state_dict().values())}
+    rows = []
+    for order, tasks in orders.items():
+        for seed in settings.seeds:
+            scorer = Scorer(teacher, tasks[0], seed, settings.sampling_steps)
+            first = functools.cache(
+                functools.partial(_first, tasks[0], teacher, settings, steps, seed, start)
+            )
+            answers: dict[str, Answer] = {}  # the teacher's, on new pictures alike for all trials
+            draws = shown if order == next(iter(orders)) and seed == settings.seeds[0] else ()
+            for label, trial in trials.items():
+                stem = stem_of(folder, name, order, label, seed)
+
+                def make(
+                    trial=trial, seed=seed, scorer=scorer, tasks=tasks, first=first, draws=draws,
+                    stem=stem, answers=answers,
+                ) -> dict:  # fmt: skip
+                    strips = []
+
+                    def evaluate(pipeline, asked):
+                        if draws and asked is tasks[0]:
+                            strips.append(strip(pipeline, draws, settings.sampling_steps))
+                        return scorer(pipeline, asked)
+
+                    with remembering(teacher.unet, _tapped(teacher, settings), answers):
+                        begun = None if trial.strategy.begins_its_own_way else first()
+                        result, buffer = follow(
+                            tasks, trial, teacher, evaluate, scorer.directions, settings,
+                            steps=steps, seed=seed, reference=reference, ahead=ahead, first=begun,
+                            start=start,
+                        )  # fmt: skip
+                    if draws:  # all but the first, which the student drew before the first task
+                        sheet = Image.fromarray(np.concatenate(strips[1:]))
+                        stem.parent.mkdir(parents=True, exist_ok=True)
+                        sheet.save(stem.with_suffix(".png"))
+                    return {
+                        "matrices": {k: m.to_dict() for k, m in result.matrices.items()},
+                        "counts": result.counts.to_dict("list"),
+                        "leakage": leakage(buffer, tasks[0], scorer) if buffer else None,
+                    }
+
+                known = made_with | {"trial": dataclasses.asdict(trial), "seed": seed}
+                known |= {"order": [task.name for task in tasks]}
+                row = make_once(stem.with_suffix(".json"), known, make)
+                rows.append({"candidate": label, "order": order, "seed": seed} | row)
+    return rows
+
+
+def stem_of(folder: str | Path, name: str, order: str, label: str, seed: int) -> Path:
+    """Where a sequence's row (.json) and pictures (.png) lie, without the suffix."""
+    return Path(folder) / f"{name}-{slug(order)}-{slug(label)}-{seed}"
+
+
+def _tapped(teacher: StableDiffusionPipeline, settings: Settings) -> list[str]:
+    taps = RECIPES[settings.recipe].weights.taps
+    return [name for _, name in tap_names(slim(teacher.unet, settings.plan), teacher.unet, taps)]
+
+
+def _first(task, teacher, settings: Settings, steps: int, seed: int, start) -> Learnt:
+    student = _begin(teacher, settings, start)
+    return learn_first(task, student, teacher, **training(settings, steps, seed))
+
+
+def _begin(teacher, settings: Settings, start: UNet2DConditionModel | None):
+    return slim(teacher.unet, settings.plan) if start is None else copy.deepcopy(start)

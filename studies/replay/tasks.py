@@ -1,0 +1,239 @@
+"""Tasks with their tests: what is asked after each task, and how near drawings are to a buffer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from kdc import pipelines
+from kdc.continual.sequence import Task
+from kdc.continual.tasks import split_classes
+from kdc.data import worlds
+from kdc.data.datasets import load_dataset
+from kdc.data.latents import LatentDataset, cache_latents
+from kdc.distillation.fidelity import output_error
+from kdc.evaluation import metrics
+from kdc.evaluation.statistics import share_nearer
+from kdc.io import fingerprint
+from kdc.replay.buffer import ReplayBuffer
+from studies.common.renderings import renderings_of
+from studies.common.teacher_cache import Answer, remembering
+
+ENOUGH = 2 * 64  # samples of the embedded CLIP's features, below which there is no Fréchet distance
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The test of a task: pictures held back, and real ones to compare drawings with.
+
+    `asked` are the attributes of the task's prompts, empty where they are not known; `reference`
+    (N, 64) features of real pictures, None where they are too few for a Fréchet distance.
+    """
+
+    latents: LatentDataset
+    asked: Sequence[worlds.Attributes] = ()
+    reference: Tensor | None = None
+
+
+class Scorer:
+    """`evaluate` for `run_sequence` on tasks whose `test` is an `Exam`; a memory of what it scored.
+
+    `output_error` is the student's distance to the teacher on the pictures held back, `accuracy`
+    the share of drawn pictures that show all that was asked for, `frechet` the distance of drawn
+    to real pictures in the features of the embedded CLIP. A student that was scored before is not
+    drawn from again. `directions` are the metrics that the exam of `task` gives; for another task
+    that lacks one it is NaN. `last` is the pipeline that was scored last, `drawn` its pictures by
+    task.
+    """
+
+    def __init__(self, teacher: StableDiffusionPipeline, task: Task, seed: int, steps: int = 10):
+        self.teacher, self.seed, self.steps = teacher, seed, steps
+        self.directions = {"output_error": "lower"}
+        if task.test.asked:
+            self.directions["accuracy"] = "higher"
+        if task.test.reference is not None:
+            self.directions["frechet"] = "lower"
+        self.last: StableDiffusionPipeline | None = None
+        self.drawn: dict[str, Tensor] = {}
+        self._known: dict[tuple[str, str], tuple[dict, Tensor]] = {}
+        self._answers: dict[str, Answer] = {}
+
+    def __call__(self, pipeline: StableDiffusionPipeline, task: Task) -> dict[str, float]:
+        key = fingerprint(*pipeline.unet.state_dict().values()), task.name
+        if key not in self._known:
+            self._known[key] = self._score(pipeline, task)
+        scores, self.drawn[task.name] = self._known[key]
+        self.last = pipeline
+        return scores
+
+    def _score(self, pipeline, task: Task) -> tuple[dict[str, float], Tensor]:
+        exam = task.test
+        with remembering(self.teacher.unet, [], self._answers):
+            error = output_error(pipeline.unet, self.teacher, exam.latents).mean()
+        scores = {"output_error": error}
+        pictures = pipelines.generate(
+            pipeline, task.prompts, seed=self.seed, steps=self.steps, progress=False
+        )
+        if exam.asked:
+            scores["accuracy"] = metrics.attribute_accuracy(pictures, exam.asked)["all"]
+        if exam.reference is not None:
+            features = metrics.clip_features(pictures)
+            scores["frechet"] = metrics.frechet_distance(features, exam.reference)
+        given = {name: float(scores.get(name, float("nan"))) for name in self.directions}
+        return given, pictures
+
+
+def domain_tasks(
+    teacher: StableDiffusionPipeline,
+    names: Sequence[str | Path],
+    *,
+    pictures: int = 800,
+    test_pictures: int = 96,
+    drawn: int = 144,
+) -> list[Task]:
+    """A task for each name of a world or folder of pictures, with an `Exam`."""
+    size = teacher.unet.config.sample_size * teacher.vae_scale_factor
+    tasks = []
+    for name in names:
+        train, test = (
+            load_dataset(name, split, size, count=count)
+            for split, count in (("train", pictures), ("test", test_pictures))
+        )
+        latents = cache_latents(teacher, train)
+        if name in worlds.WORLDS:
+            exam, prompts = _world_exam(cache_latents(teacher, test), str(name), drawn)
+            labels = [worlds.read_caption(train.caption(i)).kind for i in range(len(train))]
+        else:
+            real = torch.stack([train[i]["image"] for i in range(len(train))])
+            exam = Exam(cache_latents(teacher, test), (), _features(real))
+            prompts, labels = _repeated(latents.captions, drawn), ()
+        tasks.append(Task(Path(name).name, latents, prompts, labels, exam))
+    return tasks
+
+
+def class_tasks(
+    teacher: StableDiffusionPipeline,
+    name: str | Path,
+    *,
+    per_task: int | None = 1,
+    order: int | Sequence[str] | None = None,
+    pictures: int = 800,
+    test_pictures: int = 96,
+    drawn: int = 144,
+) -> list[Task]:
+    """The classes of one world (its kinds) or folder as tasks of `per_task`, each with an `Exam`.
+
+    `per_task` None makes two tasks, of half the classes each. `order` is that of
+    `split_classes`; None is alphabetical, for a folder that of its pictures. `drawn` pictures are
+    drawn for all tasks together.
+    """
+    size = teacher.unet.config.sample_size * teacher.vae_scale_factor
+    loaded = [
+        load_dataset(name, split, size, count=count)
+        for split, count in (("train", pictures), ("test", test_pictures))
+    ]
+    train, test = (cache_latents(teacher, dataset) for dataset in loaded)
+    world = name in worlds.WORLDS
+    label_of = (lambda caption: worlds.read_caption(caption).kind) if world else str
+    if not world and order is None:  # that of the folders, which no article disturbs
+        order = list(dict.fromkeys(loaded[0].caption(i) for i in range(len(loaded[0]))))
+    if per_task is None:
+        per_task = math.ceil(len({label_of(caption) for caption in train.captions}) / 2)
+    tasks = split_classes(train, label_of, per_task=per_task, order=order, test=test)
+    if any(task.test is None for task in tasks):
+        raise ValueError(f"{name}: a class has no test picture; give it more pictures")
+    done = []
+    for task in tasks:
+        if world:
+            kinds = set(task.labels)
+            share = drawn * len(kinds) // len(worlds.world(str(name)).kinds)
+            exam, prompts = _world_exam(task.test, str(name), share, kinds)
+        else:
+            mine = set(task.labels)
+            rows = [i for i in range(len(loaded[0])) if loaded[0].caption(i) in mine]
+            real = torch.stack([loaded[0][i]["image"] for i in rows])
+            prompts = _repeated(task.train.captions, drawn // len(tasks))
+            enough = min(len(real), len(prompts)) >= ENOUGH
+            exam = Exam(task.test, (), _features(real) if enough else None)
+        done.append(dataclasses.replace(task, prompts=prompts, test=exam))
+    return done
+
+
+def tasks_of(teacher: StableDiffusionPipeline, dataset: str | Path, **sizes: int) -> list[Task]:
+    """Two tasks by one text.
+
+    "worlds" are flora and then lepidoptera; "A then B" two worlds or folders of pictures, one after
+    the other; a world or folder alone is half of its classes and then the other half. `sizes` are
+    `pictures`, `test_pictures` and `drawn`.
+    """
+    names = tuple(worlds.WORLDS) if dataset == "worlds" else str(dataset).split(" then ")
+    if len(names) == 1:
+        return class_tasks(teacher, names[0], per_task=None, **sizes)
+    for name in names:  # what is wrong with any of them is said before the first is encoded
+        load_dataset(name, "test")
+    return domain_tasks(teacher, names, **sizes)
+
+
+def beyond(teacher: StableDiffusionPipeline, names: Sequence[str], like: Task) -> Task:
+    """What the teacher knows beyond the tasks: combinations that no training picture shows."""
+    asked = [a for name in names for a in worlds.world(name).combinations(held_out=True)]
+    exam = Exam(like.test.latents, asked)
+    return Task("beyond", like.train, [worlds.caption(a) for a in asked], like.labels, exam)
+
+
+def _world_exam(
+    latents: LatentDataset, name: str, drawn: int, kinds: set[str] | None = None
+) -> tuple[Exam, list[str]]:
+    every = [a for a in worlds.world(name).combinations() if kinds is None or a.kind in kinds]
+    asked = sorted(random.Random(0).sample(every, min(drawn, len(every))))
+    reference = None
+    if len(asked) >= ENOUGH:
+        reference = metrics.clip_features(renderings_of(asked, seed=3))
+    return Exam(latents, asked, reference), [worlds.caption(a) for a in asked]
+
+
+def _features(real: Tensor) -> Tensor | None:
+    if len(real) < ENOUGH:
+        return None
+    return metrics.clip_features(metrics.as_bytes(real))
+
+
+def _repeated(captions: Sequence[str], count: int) -> list[str]:
+    """Every caption equally often, `count` in all or one more for some, never less than once."""
+    count = max(count, len(captions))
+    return [captions[i % len(captions)] for i in range(count)]
+
+
+@torch.inference_mode()
+def leakage(buffer: ReplayBuffer, task: Task, scorer: Scorer) -> dict[str, float] | None:
+    """How near drawings of the first task are to what the buffer holds of it.
+
+    Each drawing looks for its nearest picture, in normalised features of the embedded CLIP, among
+    the decoded items of the task and as many pictures held back. `share` is how many find it in the
+    buffer: a half where nothing leaks. Items that later tasks pushed out are not seen. None where
+    the buffer holds nothing of the task any more.
+    """
+    items = buffer.items()
+    mean = items["mean"][items["task"] == 0]
+    other = task.test.latents.mean
+    count = min(len(mean), len(other))
+    if not count:
+        return None
+    vae = scorer.teacher.vae
+
+    def seen(latents: Tensor) -> Tensor:
+        parts = latents.to(vae.device, vae.dtype).split(64)
+        real = torch.cat([vae.decode(x / vae.config.scaling_factor).sample for x in parts])
+        return metrics.clip_features(metrics.as_bytes(real))
+
+    drawn = metrics.clip_features(scorer.drawn[task.name])
+    share = share_nearer(drawn, seen(mean[:count]), seen(other[:count]))
+    return {"share": share, "items": count, "drawn": len(drawn)}

@@ -1,0 +1,59 @@
+"""Stable Diffusion's U-Net at full size, with random weights: costs need no trained ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+import torch
+from diffusers import UNet2DConditionModel
+
+from kdc.unet.costs import call_of, count_costs, measure_latency
+from kdc.unet.plans import SlimPlan
+from kdc.unet.slimming import copy_map, student_config
+
+SD_V1 = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,  # diffusers reads it as the number of heads
+}
+
+
+def sd_unet(
+    device: torch.device | str = "meta", dtype: torch.dtype = torch.float32
+) -> UNet2DConditionModel:
+    """The U-Net of Stable Diffusion 1.x, 859,520,964 parameters, random; no memory on "meta"."""
+    with torch.device(device):
+        unet = UNet2DConditionModel(**SD_V1).eval()
+    return unet if dtype == unet.dtype else unet.to(dtype=dtype)
+
+
+def time_plans(
+    unet: UNet2DConditionModel, plans: Mapping[str, SlimPlan], rounds: int = 5, **inputs
+) -> pd.DataFrame:
+    """Costs and latency of the students that the plans cut from `unet`, the teacher in row "full".
+
+    `parameters` and `macs`, the same over the teacher's (`parameter_ratio`, `mac_ratio`), and the
+    columns of `measure_latency`, all candidates interleaved. `inputs` are `size`, `words` and
+    `batch_size` as in `count_costs`. Students borrow the teacher's tensors, so all fit into the
+    memory of one.
+    """
+    unets = {"full": unet} | {n: borrow(unet, plan) for n, plan in plans.items() if n != "full"}
+    totals = {name: count_costs(one, **inputs).loc["total"] for name, one in unets.items()}
+    costs = pd.DataFrame(totals).T[["parameters", "macs"]]
+    shares = (costs / costs.loc["full"]).set_axis(["parameter_ratio", "mac_ratio"], axis=1)
+    calls = {name: call_of(one, **inputs) for name, one in unets.items()}
+    times = measure_latency(calls, rounds=rounds, warmup=1, device=unet.device)
+    return costs.join(shares).join(times)
+
+
+def borrow(unet: UNet2DConditionModel, plan: str | SlimPlan) -> UNet2DConditionModel:
+    """`slim` with the teacher's own tensors instead of copies: to be called, not to be trained."""
+    theirs = dict(unet.named_parameters())
+    sources = copy_map(unet, plan)
+    with torch.device("meta"):
+        student = UNet2DConditionModel.from_config(student_config(unet, plan))
+    borrowed = {name: theirs[source] for name, source in sources.items()}
+    student.load_state_dict(borrowed, assign=True)
+    return student.eval()

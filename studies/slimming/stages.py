@@ -1,0 +1,208 @@
+"""The stages of chapter 01's study: each writes one file of `results/`, and reads earlier ones.
+
+blocks    seconds of every block of Stable Diffusion's U-Net at full size, random weights
+worth     sensitivity of every part of the mini teacher, by timestep
+search    the plans found for the budgets of the `kdc` plan, and for time at full size
+latency   parameters, multiply-accumulates and latency of all plans at full size
+recovery  every plan after equal recovery on the mini teacher, over seeds
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from diffusers import UNet2DConditionModel
+
+from kdc import pipelines
+from kdc.unet.blocks import PARTS
+from kdc.unet.budget import Budget, block_seconds, cost_every_subset
+from kdc.unet.plans import SlimPlan
+from studies.common import ledger
+from studies.common.protocol import Bench, prepare, score
+from studies.slimming import full_size, study
+
+# What the search for time asks of Stable Diffusion's U-Net: at most the parameters of the `kdc`
+# plan, and a predicted latency that leaves some room below the 0.45 that is to be measured.
+FAST = Budget(parameters=482_346_884, latency=0.43)
+
+
+def run(
+    stages: Sequence[str] = (),
+    results: str | Path | None = None,
+    folder: str | Path = "outputs/slimming",
+    device: str = "cpu",
+    **settings,
+) -> Iterator[Path]:
+    """Run stages (default: all) in the order of `STAGES`; yields each file that was written.
+
+    On a CPU the full-size U-Nets run in float32, elsewhere in bfloat16, and their file is named
+    after the device. `settings` replace those of `study.Settings`; stages that train keep what
+    they have done in `folder`. Raises `ValueError` for an unknown stage.
+    """
+    if unknown := set(stages) - set(STAGES):
+        raise ValueError(f"unknown stages {sorted(unknown)}; the stages are {', '.join(STAGES)}")
+    chosen = study.Settings(**settings)
+    for name in STAGES:
+        if not stages or name in stages:
+            yield STAGES[name](results, chosen, Path(folder), device)
+
+
+def _blocks(results, settings, folder, device) -> Path:
+    seconds = block_seconds(_at_full_size(device))
+    values = {"whole": seconds[False].to_dict(), "without stage 3": seconds[True].to_dict()}
+    return ledger.write("sd_blocks" + _suffix(device), values, results)
+
+
+def _at_full_size(device: str) -> UNet2DConditionModel:
+    return full_size.sd_unet(device, torch.float32 if device == "cpu" else torch.bfloat16)
+
+
+def _suffix(device: str) -> str:
+    return "" if device == "cpu" else "_" + device.partition(":")[0]
+
+
+def full_size_costs(results: Path | None = None) -> pd.DataFrame:
+    """`cost_every_subset` of Stable Diffusion's U-Net, with the block times that were stored."""
+    stored = ledger.read("sd_blocks", results)
+    seconds = {
+        False: pd.Series(stored["whole"]),
+        True: pd.Series(stored["without stage 3"]),
+    }
+    return cost_every_subset(full_size.sd_unet("meta"), seconds)
+
+
+def _worth(results, settings, folder, device) -> Path:
+    bench = prepare(pipelines.load_teacher("mini"), settings)
+    values = {}
+    for name, how in study.CRITERIA.items():
+        if how.recovery:
+            values[name] = study.worth_after_recovery(bench, settings, how).to_dict()
+            continue
+        rows = study.worth(bench, settings, how.guidance)
+        values[name] = {
+            part: {str(t): list(e["error"]) for t, e in of_part.groupby("timestep")}
+            for part, of_part in rows.groupby("part", sort=False)
+        }
+    return ledger.write("worth", values, results, **vars(settings))
+
+
+def stored_worth(criterion: str = "guided", results: Path | None = None) -> pd.DataFrame:
+    """What the stage `worth` measured without recovery, as `sensitivity` gives it."""
+    rows = [
+        {"part": part, "timestep": int(timestep), "draw": draw, "error": error}
+        for part, by_time in ledger.read("worth", results)[criterion].items()
+        for timestep, errors in by_time.items()
+        for draw, error in enumerate(errors)
+    ]
+    return pd.DataFrame(rows)
+
+
+def scores_of(rows: pd.DataFrame) -> pd.Series:
+    """Mean error of every part over timesteps and draws, in the order of `PARTS`."""
+    return rows.groupby("part")["error"].mean().reindex(PARTS)
+
+
+def stored_scores(criterion: str = "found", results: Path | None = None) -> pd.Series:
+    """What every part is worth by a criterion, in the order of `PARTS`."""
+    if study.CRITERIA[criterion].recovery:
+        return pd.Series(ledger.read("worth", results)[criterion]).reindex(PARTS)
+    return scores_of(stored_worth(criterion, results))
+
+
+def _search(results, settings, folder, device) -> Path:
+    bench = prepare(pipelines.load_teacher("mini"), settings)
+    scores = {name: stored_scores(name, results) for name in study.CRITERIA}
+    budgets = study.budgets_of(bench) | {"time": FAST}
+    costs = {"time": full_size_costs(results)}
+    values = study.find_plans(bench, scores, budgets, settings, folder, costs)
+    return ledger.write("found_plans", values, results, **vars(settings))
+
+
+def found_plans(results: Path | None = None) -> dict[str, SlimPlan]:
+    """The plans that the stage `search` found."""
+    stored = ledger.read("found_plans", results)
+    return {name: SlimPlan.from_dict(entry["plan"]) for name, entry in stored.items()}
+
+
+def _plans(results: Path | None) -> dict[str, SlimPlan]:
+    """The named plans and those that the first and the last search found."""
+    found = {n: p for n, p in found_plans(results).items() if not n.startswith("guided")}
+    return study.named_plans() | found
+
+
+def _candidates(bench: Bench, results: Path | None, settings: study.Settings) -> dict:
+    """For every candidate its plan by seed.
+
+    The later searches were thought of when the first had been seen to fail with `seeds`. So what
+    the last one found is measured with fresh ones, and `kdc` beside it with both; what the one
+    between found is not measured.
+    """
+    both = (*settings.seeds, *settings.fresh_seeds)
+    seeds = {"kdc": both} | {
+        name: settings.fresh_seeds for name in found_plans(results) if name.startswith("found")
+    }
+    plans = _plans(results)
+    of_seeds = {
+        name: dict.fromkeys(seeds.get(name, settings.seeds), plan) for name, plan in plans.items()
+    }
+    return of_seeds | study.random_control(bench, study.budgets_of(bench), settings.seeds)
+
+
+def _latency(results, settings, folder, device) -> Path:
+    bench = prepare(pipelines.load_teacher("mini", device=device), settings)
+    plans = _plans(results)  # random ones would fill the memory
+    mini = dict(plans)
+    for name, by_seed in _candidates(bench, results, settings).items():
+        if name not in plans:
+            mini |= {of_seed(name, seed): plan for seed, plan in by_seed.items()}
+    tables = {
+        "full size": full_size.time_plans(_at_full_size(device), plans),
+        "mini": full_size.time_plans(bench.teacher.unet, mini, batch_size=16, **bench.inputs),
+    }
+    values = {
+        which: json.loads(table.to_json(orient="index", double_precision=15))
+        for which, table in tables.items()
+    }
+    return ledger.write("latency" + _suffix(device), values, results)
+
+
+def of_seed(candidate: str, seed: int) -> str:
+    """The name under which a candidate's plan for that seed was timed."""
+    return f"{candidate}, seed {seed}"
+
+
+def _recovery(results, settings, folder, device) -> Path:
+    bench = prepare(pipelines.load_teacher("mini"), settings)
+    candidates = _candidates(bench, results, settings)
+    rows = study.recover(bench, candidates, settings, folder)
+    drawn = [{"seed": seed} | score(bench, bench.teacher, seed) for seed in settings.seeds]
+    values = {"rows": rows.to_dict("records"), "teacher": drawn}
+    return ledger.write("recovery", values, results, **vars(settings))
+
+
+def stored_recovery(results: Path | None = None) -> pd.DataFrame:
+    """The rows of the stage `recovery`, each cost also as a share of the teacher's.
+
+    `parameter_ratio` and `mac_ratio` are counted, `latency_ratio` is the mini's, measured.
+    """
+    rows = pd.DataFrame(ledger.read("recovery", results)["rows"])
+    timed = pd.DataFrame(ledger.read("latency", results)["mini"]).T
+    names = [
+        candidate if candidate in timed.index else of_seed(candidate, seed)
+        for candidate, seed in zip(rows["candidate"], rows["seed"], strict=True)
+    ]
+    ratios = timed.loc[names, ["parameter_ratio", "mac_ratio", "ratio"]].astype(float)
+    return rows.join(ratios.rename(columns={"ratio": "latency_ratio"}).reset_index(drop=True))
+
+
+STAGES = {
+    "blocks": _blocks,
+    "worth": _worth,
+    "search": _search,
+    "latency": _latency,
+    "recovery": _recovery,
+}

@@ -1,0 +1,229 @@
+"""Every notebook: paired, clean, within its limits, described to papermill, and it runs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import papermill
+import pytest
+import yaml
+from IPython.core.inputtransformer2 import TransformerManager
+
+from studies.common import ledger
+from studies.replay import report
+from tools import book
+
+PATHS = sorted(book.NOTEBOOKS.glob("*.ipynb"))
+PARAMETERS = set("budget teacher dataset plan steps batch_size seeds output_dir".split())
+MAX_CELLS, MAX_CODE_LINES, MAX_WORDS, MAX_CLASS_LINES = 44, 200, 2500, 15
+MACHINE_PATH = re.compile(r"(/home/|/Users/|/root/|/tmp/|site-packages)")
+
+every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_of(notebook) -> list[str]:
+    """The code cells as plain Python: magics become calls."""
+    plain = TransformerManager().transform_cell
+    return [plain(c.source) for c in notebook.cells if c.cell_type == "code"]
+
+
+def test_there_are_notebooks():
+    assert PATHS, "notebooks/ is empty, so the checks below would check nothing"
+
+
+def test_every_notebook_is_in_the_table_of_contents_and_nothing_else():
+    toc = yaml.safe_load((book.ROOT / "_toc.yml").read_text())
+    listed = [c["file"] for part in toc["parts"] for c in part["chapters"]]
+    assert sorted(listed) == [f"notebooks/{p.stem}" for p in PATHS]
+
+
+def test_every_text_half_has_its_notebook():
+    assert sorted(p.stem for p in book.NOTEBOOKS.glob("*.py")) == [p.stem for p in PATHS]
+
+
+@every_notebook
+def test_name(path):
+    assert re.fullmatch(r"(\d\d|[A-Z]\d)_[a-z0-9_]+", path.stem)
+
+
+@pytest.fixture(scope="module")
+def synced(tmp_path_factory):
+    """A copy of the notebooks after `jupytext --sync`, which rewrites whatever has drifted."""
+    folder = tmp_path_factory.mktemp("sync")
+    shutil.copy(book.ROOT / "pyproject.toml", folder)
+    shutil.copytree(book.NOTEBOOKS, folder / "notebooks")
+    copies = sorted((folder / "notebooks").glob("*.ipynb"))
+    subprocess.run([sys.executable, "-m", "jupytext", "--quiet", "--sync", *copies], check=True)
+    return folder / "notebooks"
+
+
+@every_notebook
+def test_the_pair_is_in_sync(path, synced):
+    for half in (path, path.with_suffix(".py")):
+        assert (synced / half.name).read_text() == half.read_text(), (
+            f"{half.name} has drifted: run `jupytext --sync notebooks/{half.name}` and commit both"
+        )
+
+
+@every_notebook
+def test_the_metadata_has_no_noise(path):
+    notebook = read(path)
+    assert set(notebook.metadata) <= {"kernelspec", "language_info", "jupytext"}
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        assert set(cell.metadata) <= {"tags"}, cell.source
+        assert "injected-parameters" not in cell.metadata.get("tags", [])
+
+
+@every_notebook
+def test_the_committed_outputs_are_whole(path):
+    for cell in read(path).cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error", output.get("evalue")
+            assert book.WIDGET not in output.get("data", {}), "use `tools/book.py keep`"
+            text = output.get("text") or output.get("data", {}).get("text/plain", "")
+            assert not MACHINE_PATH.search(text), text
+
+
+@every_notebook
+def test_the_parameters_are_typed_and_explained(path):
+    tagged = [c for c in read(path).cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1, "exactly one cell is tagged `parameters`"
+    found = papermill.inspect_notebook(str(path))
+    assigned = [n for n in ast.parse(tagged[0].source).body if isinstance(n, ast.Assign)]
+    assert not assigned, "each parameter has a type: `steps: int = None  # why`"
+    annotated = [n for n in ast.parse(tagged[0].source).body if isinstance(n, ast.AnnAssign)]
+    # papermill reads parameters with a pattern that `int | None` and broken lines do not match.
+    assert [n.target.id for n in annotated] == list(found), "papermill cannot read them all"
+    for name, parameter in found.items():
+        assert parameter["inferred_type_name"] != "None", f"{name} has no type"
+        assert parameter["help"], f"{name} has no comment"
+    assert set(found) <= PARAMETERS, "the names are the same in every notebook"
+    assert {"budget", "output_dir"} <= set(found)
+    assert found["budget"]["default"] == '"quick"'
+    assert "dataset" in found or "batch_size" not in found, "a notebook that trains says on what"
+
+
+@every_notebook
+def test_the_notebook_keeps_to_its_limits(path):
+    notebook = read(path)
+    code = code_of(notebook)
+    lines = [x for cell in code for x in cell.splitlines() if x.strip() and x.strip()[0] != "#"]
+    prose = " ".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    assert len(notebook.cells) <= MAX_CELLS
+    assert len(lines) <= MAX_CODE_LINES
+    assert len(prose.split()) <= MAX_WORDS
+    for node in ast.walk(ast.parse("\n".join(code))):
+        if isinstance(node, ast.ClassDef):
+            assert node.end_lineno - node.lineno < MAX_CLASS_LINES, f"{node.name}: to the library"
+
+
+@every_notebook
+@pytest.mark.book
+def test_the_notebook_runs_at_the_quick_budget_and_draws(path, executed):
+    outputs = [o for c in read(executed(path)).cells for o in c.get("outputs", [])]
+    kinds = {kind for output in outputs for kind in output.get("data", {})}
+    assert kinds & {"image/png", "image/svg+xml", "image/gif", "image/jpeg"}
+
+
+@pytest.mark.parametrize(
+    ("chapter", "stored", "words"),
+    [
+        ("02_distillation_layers", "distillation", "same {steps} steps of {batch_size} pictures"),
+        ("03_replay", "forgetting_domains", "{steps} steps of {batch_size} pictures for each"),
+        ("03_replay", "forgetting_domains", "asked for {drawn} pictures"),
+        ("03_replay", "forgetting_buffers", "One order of the worlds, three seeds, replay alone"),
+        ("04_evaluation", "evaluation_table", "three trainings of each recipe, {training_steps}"),
+        ("04_evaluation", "evaluation_table", "all at {table_steps} sampling steps"),
+        ("A2_metrics_on_trial", "metrics_trial", "All faults, {count} pictures, three seeds"),
+    ],
+)
+def test_what_the_text_says_of_a_study_is_what_was_stored(chapter, stored, words):
+    made_with = json.loads((ledger.RESULTS / f"{stored}.json").read_text())["provenance"]
+    cells = [c.source for c in read(book.NOTEBOOKS / f"{chapter}.ipynb").cells]
+    text = " ".join(" ".join(cells).split())
+    assert words.format(**made_with) in text and len(made_with["seeds"]) == 3
+
+
+def text_of(name: str) -> str:
+    """The prose of a notebook, or of the README, in one line."""
+    if name == "README":
+        text = (book.ROOT / "README.md").read_text()
+    else:
+        notebook = read(book.NOTEBOOKS / f"{name}.ipynb")
+        text = " ".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    return " ".join(text.split())
+
+
+def test_the_numbers_that_chapter_03_states_are_those_stored():
+    def means(stage, column="old_accuracy"):
+        table = report.table(report.stored(stage))
+        return table.groupby("candidate")[column].mean()
+
+    def two(value):
+        return f"{value:.2f}".lstrip("0")
+
+    text = text_of("03_replay")
+    old, leak, dose = means("guides"), means("buffers", "leakage"), means("ratios")
+    plain, six = means("plain"), means("classes")
+    task, output = old["replay, task only"], old["replay, task and output"]
+    copied = old["replay, old student, all terms"] - old["replay+distil"]
+    for words in (
+        f"ends at {two(task)} of accuracy where fine-tuning ends at {two(old['finetune'])}",
+        f"The output term adds {two(output - task)}",
+        f"they add {two(old['replay'] - output)} by the teacher's, and {two(copied)} by those",
+        f"too they keep {two(old['drawn, all terms'])} of accuracy",
+        f"the output alone keeps {two(old['generative_distillation'])}",
+        f"is {two(leak['replay 4'])} against {two(leak['replay'])}, where strangers",
+        f"keeps {two(dose['replay ratio 0.25'])} where one for each keeps {two(dose['replay'])}",
+        f"as that of all terms, keeps {two(old['replay, task times 4'])}",
+        f"replay keeps {two(plain['replay'])} where fine-tuning ends at {two(plain['finetune'])}",
+        f"replay keeps {two(six['replay'])} of the first five, fine-tuning {two(six['finetune'])}",
+        f"class before, and keeps {two(six['replay fifo'])}",
+    ):
+        assert words in text, words
+    few = means("buffers")
+    assert few["replay 4"] / few["replay"] == pytest.approx(0.75, abs=0.03)  # three quarters
+
+
+def test_the_numbers_that_chapter_04_and_the_readme_state_are_those_stored():
+    steps = ledger.read("evaluation_steps")
+    chosen = {(s["pipeline"], rule): s for s in steps["chosen"] for rule in s["rules"]}
+    best, fastest = (chosen["shipped student", rule] for rule in ("best", "fastest"))
+    alone = chosen["teacher", "fastest"]
+    label = f"shipped student, {fastest['scheduler']}, {fastest['steps']} steps"
+    kept = (steps["tables"][x]["accuracy"]["value"] for x in (label, "teacher"))
+    text = text_of("04_evaluation")
+    for words in (
+        f"With {best['steps']} steps of DPM-Solver++",
+        f"keep {next(kept) / next(kept):.0%} of the accuracy".replace("%", " %"),
+        f"is {1 / alone['ratio']:.1f} times as fast",
+    ):
+        assert words in text, words
+    assert f"at {best['steps']} steps is {1 / best['ratio']:.1f} times as fast" in text_of("README")
+
+
+def test_the_speed_of_a_step_that_is_stated_is_the_one_stored():
+    def reached(size, name):
+        row = ledger.read(f"distill_step_{size}")["contenders"][name]
+        return row["images_over_reference"], row["peak_over_reference"]
+
+    (ours, _), (compiled, memory) = reached("mini", "ours"), reached("mini", "compiled")
+    full = reached("full", "ours")[0]
+    chapter, readme = text_of("02_distillation_layers"), text_of("README")
+    compact = f"{memory:.2f}".lstrip("0")
+    assert f"gives {compiled:.2f} times the pictures in {compact} of the memory" in chapter
+    assert f"{ours:.1f} times its pictures a second on the mini teacher, {full:.1f} times" in readme
+    assert f"a compiled step too: {compiled:.1f} times on the mini teacher" in readme
+    assert memory == pytest.approx(2 / 3, abs=0.03)  # two thirds
+    assert reached("mini", "channels last")[0] - ours == pytest.approx(0.1, abs=0.05)  # a tenth

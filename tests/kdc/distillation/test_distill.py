@@ -1,0 +1,264 @@
+import copy
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+import kdc
+from kdc import LossWeights
+from kdc.data.datasets import WorldDataset
+from kdc.distillation.distill import published_recipe
+from kdc.distillation.step import Lesson, forward_process
+
+
+def weights(unet):
+    return torch.cat([p.detach().flatten() for p in unet.parameters()])
+
+
+@pytest.fixture(scope="module")
+def data(teacher):
+    return kdc.cache_latents(teacher, WorldDataset(["flora", "lepidoptera"], count=48))
+
+
+def run(teacher, data, steps=6, plan="kdc", **settings):
+    student = kdc.slim(teacher.unet, plan)
+    settings = {"batch_size": 4} | settings
+    log = kdc.distill(student, teacher, data, steps=steps, **settings)
+    return student, log
+
+
+def test_distillation_brings_the_student_nearer_to_the_teacher(teacher, data):
+    before = kdc.output_error(kdc.slim(teacher.unet, "kdc"), teacher, data, count=16).mean()
+    student, log = run(teacher, data, steps=25, batch_size=8, ema_decay=0.9)
+    after = kdc.output_error(student, teacher, data, count=16)
+    assert after.mean() < 0.6 * before and len(after) == 8
+    assert set(log.columns) >= {"task", "output", "soft", "feature", "loss"}
+
+
+def test_the_teacher_is_left_as_it_was(teacher, data):
+    before = weights(teacher.unet).clone()
+    run(teacher, data, steps=2)
+    assert torch.equal(weights(teacher.unet), before)
+    assert not any(m._forward_hooks for m in teacher.unet.modules())
+    assert all(p.grad is None for p in teacher.unet.parameters())
+
+
+def test_the_same_seed_gives_the_same_student_bit_for_bit(teacher, data):
+    a, b, c = (weights(run(teacher, data, steps=3, seed=s)[0]) for s in (4, 4, 5))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_resumed_distillation_equals_an_unbroken_one(teacher, data, tmp_path, monkeypatch):
+    whole, whole_log = run(teacher, data, save_every=2)
+    draws = 0
+    original = type(data).draw
+
+    def dying(self, *args, **kwargs):
+        nonlocal draws
+        draws += 1
+        if draws == 6:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(data), "draw", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(teacher, data, save_every=2, output_dir=tmp_path)
+    draws = 100  # never dies again; only counts
+    resumed, log = run(teacher, data, save_every=2, output_dir=tmp_path, resume=True)
+    assert draws == 102, "resume did not go on from step 4"
+    assert torch.equal(weights(resumed), weights(whole))
+    assert log.equals(whole_log)
+
+
+def test_resume_refuses_another_experiment(teacher, data, tmp_path):
+    run(teacher, data, save_every=2, output_dir=tmp_path)
+    again = {"save_every": 2, "output_dir": tmp_path, "resume": True}
+    with pytest.raises(ValueError, match="made with weights="):
+        run(teacher, data, weights=LossWeights.only("task", "output"), **again)
+    with pytest.raises(ValueError, match="made with batch_size=4"):
+        run(teacher, data, batch_size=3, **again)
+    with pytest.raises(ValueError, match="made with student="):
+        run(teacher, data, plan="bk-base", **again)
+    other = kdc.cache_latents(teacher, WorldDataset(["flora"], count=48))
+    with pytest.raises(ValueError, match="made with data="):
+        run(teacher, other, **again)
+
+
+def test_what_cannot_be_distilled_is_refused_before_pictures_are_encoded(teacher):
+    nothing = object()  # encoding it would be a TypeError
+    half = kdc.slim(teacher.unet, "kdc").half()
+    with pytest.raises(ValueError, match="float32, not torch.float16"):
+        kdc.distill(half, teacher, nothing, steps=1)
+    with pytest.raises(ValueError, match="its own teacher"):
+        kdc.distill(teacher.unet, teacher, nothing, steps=1)
+
+
+@pytest.mark.parametrize("term", ["task", "output", "soft", "feature"])
+def test_every_term_alone_moves_the_weights_of_the_student(teacher, data, term):
+    """Through the real taps and hooks: a detached tap or output would leave the weights alone."""
+    student, log = run(
+        teacher, data, steps=2, weights=LossWeights.only(term), ema_decay=0, learning_rate=1e-3
+    )
+    moved = weights(student) - weights(kdc.slim(teacher.unet, "kdc"))
+    assert (moved != 0).float().mean() > 0.5 and log["grad_norm"].iloc[0] > 0
+
+
+def test_the_student_is_left_as_a_plain_diffusers_folder(teacher, data, tmp_path):
+    student, _ = run(teacher, data, steps=2, output_dir=tmp_path)
+    plain = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
+    assert torch.equal(weights(plain), weights(student))
+    assert torch.equal(weights(kdc.load_student(tmp_path, teacher).unet), weights(student))
+
+
+def test_fine_tuning_never_calls_the_teacher(teacher, data, monkeypatch):
+    student = kdc.slim(teacher.unet, "kdc")
+    monkeypatch.setattr(type(teacher.unet), "forward", refuse_teacher(teacher.unet))
+    log = kdc.distill(
+        student, teacher, data, steps=2, batch_size=2, weights=LossWeights.only("task")
+    )
+    assert "task" in log and "output" not in log
+
+
+def refuse_teacher(unet):
+    original = type(unet).forward
+
+    def forward(self, *args, **kwargs):
+        assert self is not unet, "the teacher was called"
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
+def test_a_perfect_student_has_no_distillation_loss(teacher, data):
+    student = kdc.slim(teacher.unet, "full")
+    teacher.unet.eval()
+    log = kdc.distill(student, teacher, data, steps=1, batch_size=4)
+    first = log.iloc[0]
+    # Training mode changes nothing in this U-Net: it has no dropout and no batch statistics.
+    assert first["output"] == pytest.approx(0, abs=1e-9)
+    assert first["feature"] == pytest.approx(0, abs=1e-9)
+    assert first["task"] > 0.001
+
+
+@pytest.mark.parametrize("plan", ["bk-base", "kdc-v2", "bk-tiny"])
+def test_every_plan_can_be_distilled_with_every_term(teacher, data, plan):
+    _, log = run(teacher, data, steps=1, plan=plan, batch_size=2)
+    assert log[["task", "output", "soft", "feature"]].notna().all(axis=None)
+
+
+def test_velocity_is_the_target_where_the_teacher_predicts_velocity(teacher, data, monkeypatch):
+    monkeypatch.setitem(teacher.scheduler.config, "prediction_type", "sample")
+    with pytest.raises(ValueError, match="v_prediction"):
+        run(teacher, data, steps=1)
+    monkeypatch.setitem(teacher.scheduler.config, "prediction_type", "v_prediction")
+    student = kdc.slim(teacher.unet, "kdc")
+    log = kdc.distill(
+        student, teacher, data, steps=1, batch_size=8, weights=LossWeights.only("task"), seed=3
+    )
+    g = torch.Generator().manual_seed(3 * 1009)
+    latents, words = data.draw(8, g, 0.1)
+    noise = torch.randn(latents.shape, generator=g)
+    t = torch.randint(1000, (8,), generator=g)
+    process = DDPMScheduler.from_config(teacher.scheduler.config)
+    a = process.alphas_cumprod[t][:, None, None, None]
+    noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+    velocity = a.sqrt() * noise - (1 - a).sqrt() * latents
+    with torch.no_grad():
+        expected = (kdc.slim(teacher.unet, "kdc")(noisy, t, words).sample - velocity).square()
+    assert log["task"].iloc[0] == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
+def test_what_does_not_fit_is_refused_before_training(teacher, data):
+    config = dict(teacher.unet.config) | {"cross_attention_dim": 32}
+    other = UNet2DConditionModel.from_config(config)
+    with pytest.raises(ValueError, match="cross_attention_dim: 32 and"):
+        kdc.distill(other, teacher, data, steps=1)
+    with pytest.raises(ValueError, match="batch_size"):
+        run(teacher, data, steps=1, batch_size=0)
+
+
+def test_a_narrow_student_is_distilled_through_projections_that_do_not_stay(teacher, data):
+    config = dict(teacher.unet.config) | {"block_out_channels": (16, 32, 64, 64)}
+    narrow = UNet2DConditionModel.from_config(config)
+    names = set(narrow.state_dict())
+    only = LossWeights.only("feature")
+    lesson = Lesson(narrow, teacher.unet, forward_process(teacher), only)
+    generator = torch.Generator().manual_seed(0)
+    lesson(narrow, *data.draw(2, generator, 0.1), generator)["loss"].backward()
+    added = dict(narrow.feature_projections.named_parameters())
+    assert added and all(p.grad.abs().sum() > 0 for p in added.values())
+    lesson.close()
+    assert set(narrow.state_dict()) == names
+    log = kdc.distill(narrow, teacher, data, steps=2, batch_size=2)
+    assert set(narrow.state_dict()) == names and log["feature"].notna().all()
+
+
+@pytest.mark.parametrize("closed_first", [0, 1])
+def test_lessons_of_one_student_have_projections_of_their_own(teacher, data, closed_first):
+    """One follows the teacher, one the student's older self, one the teacher once more."""
+    config = dict(teacher.unet.config) | {"block_out_channels": (16, 32, 64, 64)}
+    narrow = UNet2DConditionModel.from_config(config)
+    old, names = copy.deepcopy(narrow), set(narrow.state_dict())
+    only, process = LossWeights.only("feature"), forward_process(teacher)
+
+    def loss(lesson):
+        g = torch.Generator().manual_seed(0)
+        return lesson(narrow, *data.draw(2, g, 0.1), g)["loss"]
+
+    alone = Lesson(narrow, teacher.unet, process, only)
+    expected = loss(alone).item()
+    alone.close()
+    first, mine, second = (
+        Lesson(narrow, guide, process, only, seed)
+        for guide, seed in ((teacher.unet, 0), (old, 0), (teacher.unet, 1))
+    )
+    assert loss(first).item() == expected != loss(second).item() > 0
+    assert loss(mine).item() == 0  # through a projection the older self would be at a distance
+    pair = [first, second]
+    left = pair.pop(1 - closed_first)
+    pair[0].close()
+    mine.close()
+    assert set(narrow.state_dict()) > names, "one lesson took another's projections away"
+    loss(left).backward()
+    added = [p for name, p in narrow.named_parameters() if name not in names]
+    assert added and all(p.grad.abs().sum() > 0 for p in added)
+    left.close()
+    assert set(narrow.state_dict()) == names
+
+
+@pytest.mark.parametrize("at", ["attention", "both"])
+def test_features_can_be_compared_at_the_attentions(teacher, data, at):
+    weights = LossWeights(taps=at)
+    _, log = run(teacher, data, steps=1, batch_size=2, weights=weights)
+    _, blocks = run(teacher, data, steps=1, batch_size=2)
+    assert log["feature"].iloc[0] != blocks["feature"].iloc[0] > 0
+    assert log["task"].iloc[0] == blocks["task"].iloc[0]
+
+
+def test_the_published_recipes_are_those_of_the_audit(teacher):
+    student, weights = published_recipe(teacher.unet)
+    assert student.slim_plan == kdc.PLANS["kdc"] and weights == LossWeights.as_published()
+    first = teacher.unet.conv_in.weight
+    assert torch.equal(student.conv_in.weight, first)
+    student, weights = published_recipe(teacher.unet, newest=True)
+    assert student.slim_plan == kdc.PLANS["kdc-v2"] and weights.feature == 0
+    assert not torch.equal(student.conv_in.weight, first)
+    assert (weights.soft_reduction, weights.output_gradient) == ("batchmean", False)
+
+
+def test_recomputing_activations_changes_no_weights(teacher, data):
+    """kdc-v2 is tapped at a transformer, whose insides run again in the backward pass."""
+    plain, _ = run(teacher, data, steps=2, plan="kdc-v2")
+    saving, _ = run(teacher, data, steps=2, plan="kdc-v2", gradient_checkpointing=True)
+    torch.testing.assert_close(weights(saving), weights(plain), rtol=0, atol=1e-6)
+    assert not saving.is_gradient_checkpointing
+
+
+def test_a_compiled_run_is_not_resumed_by_another(teacher, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
+    monkeypatch.setattr("kdc.training.efficiency.refuse_unusable", lambda *_: None)
+    monkeypatch.setattr("kdc.distillation.distill.refuse_unusable", lambda *_: None)
+    again = {"save_every": 1, "output_dir": tmp_path, "steps": 2}
+    run(teacher, data, compile=True, **again)
+    with pytest.raises(ValueError, match="made with compile=True, this run has compile=None"):
+        run(teacher, data, resume=True, **again)

@@ -1,0 +1,284 @@
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import kdc
+from kdc.data import worlds
+from kdc.evaluation import metrics
+from studies.replay import report
+from studies.replay import stages as sequences
+from studies.replay import study as forgetting
+from studies.replay import tasks as exams
+from studies.replay.study import Settings
+from studies.replay.variants import STAGES
+
+TINY = Settings(
+    pictures=12, test_pictures=4, steps=1, class_steps=1, batch_size=2, drawn=2, drawn_photos=2,
+    sampling_steps=1, seeds=(0,), tuning=1,
+)  # fmt: skip
+SIZES = {"pictures": 12, "test_pictures": 4, "drawn": 2}
+
+
+@pytest.fixture(scope="module")
+def both(teacher):
+    return exams.domain_tasks(teacher, tuple(worlds.WORLDS), **SIZES)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Four classes of ten pictures each, one of which is for testing."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for name in ("aster", "iris", "lily", "rose"):
+        for index in range(10):
+            file = root / ("test" if index == 9 else "train") / name / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def a_short_look(monkeypatch):
+    monkeypatch.setattr(
+        exams, "output_error", functools.partial(kdc.output_error, count=2, levels=1)
+    )
+
+
+def test_domains_have_exams_of_what_they_show(both, teacher):
+    flora, lepidoptera = both
+    assert (flora.name, lepidoptera.name) == tuple(worlds.WORLDS)
+    assert {a.world for a in flora.test.asked} == {"flora"} and flora.test.reference is None
+    assert [worlds.caption(a) for a in flora.test.asked] == list(flora.prompts)
+    assert set(flora.labels) <= set(worlds.FLORA.kinds) and len(flora.labels) == 12
+    rest = exams.beyond(teacher, tuple(worlds.WORLDS), flora)
+    unseen = {c for w in worlds.WORLDS.values() for c in map(worlds.caption, w.combinations(True))}
+    assert set(rest.prompts) == unseen and len(rest.test.asked) == len(unseen)
+
+
+def test_classes_of_a_world_are_asked_for_their_own_kind(teacher):
+    tasks = exams.class_tasks(teacher, "flora", order=1, pictures=60, test_pictures=60, drawn=12)
+    assert sorted(task.name for task in tasks) == sorted(worlds.FLORA.kinds)
+    for task in tasks:
+        assert {a.kind for a in task.test.asked} == {task.name} and len(task.prompts) == 2
+    other = exams.class_tasks(teacher, "flora", order=2, pictures=60, test_pictures=60, drawn=12)
+    assert [task.name for task in other] != [task.name for task in tasks]
+
+
+def test_a_folder_makes_two_halves_or_a_task_for_each_folder(teacher, photos):
+    first, second = exams.class_tasks(teacher, photos, per_task=None, drawn=4)
+    for task, names in ((first, ("aster", "iris")), (second, ("lily", "rose"))):
+        assert [caption.split()[-1] for caption in sorted(task.prompts)] == list(names)
+    assert len(first.train) == 18 and len(first.test.latents) == 2 and not first.test.asked
+    (task,) = exams.domain_tasks(teacher, [photos / "train"], drawn=4)
+    assert set(task.prompts) == set(task.train.captions) and task.test.reference is None
+
+
+def test_two_tasks_by_one_text(teacher, photos):
+    def names(dataset):
+        return [task.name for task in exams.tasks_of(teacher, dataset, **SIZES)]
+
+    assert names("worlds") == ["flora", "lepidoptera"]
+    assert names(f"lepidoptera then {photos / 'train'}") == ["lepidoptera", "train"]
+    halves = exams.tasks_of(teacher, photos, **SIZES)
+    assert [len(set(task.train.captions)) for task in halves] == [2, 2]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        names("flora then nowhere/at/all")
+
+
+def test_a_student_is_drawn_from_once_and_lacking_metrics_are_nan(both, teacher, monkeypatch):
+    calls = []
+    scorer = exams.Scorer(teacher, both[0], seed=0, steps=1)
+    assert scorer.directions == {"output_error": "lower", "accuracy": "higher"}
+    generate = exams.models.generate
+    monkeypatch.setattr(
+        exams.models, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k)
+    )
+    pipeline = kdc.with_unet(teacher, kdc.slim(teacher.unet, "kdc"))
+    scores = scorer(pipeline, both[0])
+    assert scorer(pipeline, both[0]) == scores and len(calls) == 1
+    right = metrics.attribute_accuracy(scorer.drawn["flora"], both[0].test.asked)["all"]
+    held_back = both[0].test.latents
+    expected = kdc.output_error(pipeline.unet, teacher, held_back, count=2, levels=1).mean()
+    assert scores == {"output_error": pytest.approx(expected), "accuracy": pytest.approx(right)}
+    assert scorer(teacher, both[0])["output_error"] == pytest.approx(0, abs=1e-6)
+    unasked = dataclasses.replace(both[1], test=dataclasses.replace(both[1].test, asked=()))
+    assert np.isnan(scorer(pipeline, dataclasses.replace(unasked, name="x"))["accuracy"])
+
+
+def test_leakage_is_half_for_strangers_and_whole_for_copies(both, teacher, monkeypatch):
+    scorer = exams.Scorer(teacher, both[0], seed=0, steps=1)
+    buffer = kdc.ReplayBuffer(4, "fifo", "float32")
+    buffer.add(both[0].train, torch.arange(4))
+    latents = buffer.items()["mean"]
+    scale = teacher.vae.config.scaling_factor
+    with torch.no_grad():
+        pictures = teacher.vae.decode(latents / scale).sample.clamp(-1, 1)
+    scorer.drawn["flora"] = ((pictures + 1) * 127.5 + 0.5).to(torch.uint8)
+    assert exams.leakage(buffer, both[0], scorer) == {"share": 1.0, "items": 4, "drawn": 4}
+    same = dataclasses.replace(both[0].train, mean=both[0].test.latents.mean[:4].clone())
+    # copies of what is held back are nearer to that than to the buffer
+    with torch.no_grad():
+        theirs = teacher.vae.decode(same.mean / scale).sample.clamp(-1, 1)
+    scorer.drawn["flora"] = ((theirs + 1) * 127.5 + 0.5).to(torch.uint8)
+    assert exams.leakage(buffer, both[0], scorer)["share"] == 0.0
+    later = kdc.ReplayBuffer(4, "fifo", "float32")
+    later.add(both[1].train, torch.arange(4), task=1)
+    assert exams.leakage(later, both[0], scorer) is None
+
+
+def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, photos):
+    small = {
+        "domains": {n: STAGES["domains"][n] for n in ("finetune", "replay", "joint")},
+        "buffers": {n: STAGES["buffers"][n] for n in ("replay 4",)},
+        "classes": {n: STAGES["classes"][n] for n in ("replay fifo",)},
+        "photos": {n: STAGES["photos"][n] for n in ("finetune",)},
+    }
+    monkeypatch.setattr(sequences, "STAGES", small)
+    monkeypatch.setattr(report, "STAGES", small)
+    settings = dataclasses.asdict(TINY) | {"pictures": 30, "test_pictures": 30}
+    rest = exams.beyond(teacher, ("flora",), exams.domain_tasks(teacher, ("flora",), **SIZES)[0])
+    rest = dataclasses.replace(
+        rest,
+        prompts=rest.prompts[:2],
+        test=dataclasses.replace(rest.test, asked=rest.test.asked[:2]),
+    )
+    monkeypatch.setattr(sequences, "beyond", lambda *arguments: rest)
+    folder = tmp_path / "rows"
+    paths = sequences.run(
+        ["domains", "buffers", "classes", "photos"], tmp_path, folder, photos, **settings
+    )
+    assert [path.stem for path in paths] == [f"forgetting_{stage}" for stage in small]
+    rows = report.stored("domains", tmp_path)
+    assert len(rows) == 6 and {row["order"] for row in rows} == {
+        "flora first",
+        "lepidoptera first",
+    }
+    lines = report.table(rows)
+    assert lines["old_accuracy"].between(0, 1).all() and (lines["old_output_error"] > 0).all()
+    assert lines.set_index("candidate")["bytes"].loc["replay"].min() > 0
+    assert len(report.table(report.stored("buffers", tmp_path))) == 4
+    pictures, captions = report.shown(results=tmp_path)
+    assert (
+        list(pictures) == ["teacher", "after the first task", *small["domains"]]
+        and len(captions) == 8
+    )
+    assert (folder / "teacher" / "unet").is_dir()
+    photo = report.stored("photos", tmp_path)[0]
+    assert set(photo["matrices"]) == {"output_error"} and photo["leakage"] is None
+    pictures, captions = report.shown("photos", tmp_path)
+    assert [c.split()[-1] for c in captions] == ["aster", "iris", "lily", "rose"]
+    assert list(pictures) == ["teacher", "after the first task", "finetune"]
+
+    def never(*arguments, **settings):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(forgetting, "run_sequence", never)
+    assert sequences.run(["buffers"], tmp_path, folder, **settings)  # read back
+    with pytest.raises(ValueError, match="other settings"):
+        sequences.run(["buffers"], tmp_path, folder, **(settings | {"batch_size": 3}))
+    with pytest.raises(ValueError, match="unknown stages"):
+        sequences.run(["domain"])
+    with pytest.raises(ValueError, match="--photos"):
+        sequences.run(["photos"])
+    with pytest.raises(FileNotFoundError):
+        sequences.run(["photos"], photos=tmp_path / "nothing")
+
+
+def matrix(values, direction, metric):
+    return kdc.ScoreMatrix(np.array(values), direction, metric).to_dict()
+
+
+def rows_of(name, old, new, seeds=(0, 1, 2)):
+    counts = {n: [3, 4] for n in report.PICTURES} | {
+        "buffer_bytes": [10, 20], "embedding_bytes": [0, 2], "model_bytes": [0, 5],
+    }  # fmt: skip
+    return [
+        {
+            "candidate": name,
+            "order": "a first",
+            "seed": seed,
+            "counts": counts,
+            "leakage": {"share": 0.5, "items": 3},
+            "matrices": {
+                "accuracy": matrix([[0.9, 0.1], [old + 0.01 * seed, new]], "higher", "accuracy"),
+                "output_error": matrix([[0.1, 0.9], [0.3, 0.1]], "lower", "output_error"),
+            },
+        }
+        for seed in seeds
+    ]
+
+
+def test_the_table_the_goals_and_the_claims_say_what_the_matrices_say():
+    rows = (
+        rows_of("finetune", 0.2, 0.9) + rows_of("replay", 0.8, 0.88) + rows_of("joint", 0.85, 0.8)
+    )
+    lines = report.table(rows)
+    first = lines.iloc[0]
+    assert (first["old_accuracy"], first["new_accuracy"]) == (0.2, 0.9)
+    assert first["forgetting_accuracy"] == pytest.approx(0.7)
+    assert first["forgetting_output_error"] == pytest.approx(0.2)
+    assert first["pictures"] == 7 * len(report.PICTURES) and first["bytes"] == 27
+    assert first["buffer_bytes"] == 22 and first["seed"] == "a first, 0"
+    met = report.goals(lines)
+    assert met["met"].tolist() == [True, True, True]
+    assert met.loc["replay keeps 90% of joint", "value"] == pytest.approx(0.942, abs=1e-3)
+    assert met.loc["replay loses at most 0.05 on the new", "value"] == pytest.approx(0.02)
+    worse = report.table(
+        rows_of("finetune", 0.2, 0.9) + rows_of("replay", 0.7, 0.84) + rows_of("joint", 0.85, 0.8)
+    )
+    assert report.goals(worse)["met"].tolist() == [True, False, False]
+    few = report.table(rows_of("finetune", 0.2, 0.9) + rows_of("replay, task only", 0.3, 0.84))
+    assert report.goals(few)["met"].to_dict() == {
+        "finetune forgets": True, "replay, task only loses at most 0.05 on the new": False,
+    }  # fmt: skip
+    means = report.mean_matrices(rows, "accuracy")
+    assert means["replay"].to_numpy()[1].tolist() == pytest.approx([0.81, 0.88])
+    checked = report.check_stage("domains", lines)
+    assert checked.set_index("claim").loc["replay saves the old", "outcome"] == "holds"
+    found = report.against_bytes(lines, "old_accuracy")
+    assert [x[0] for x in found] == pytest.approx([22, 0.81, 0.8, 0.82])
+    lines = pd.concat([lines, report.table(rows_of("replay ratio 2", 0.9, 0.7))])
+    ratios, old, *_ = report.against_ratio(lines)["old task"]
+    assert ratios == [1.0, 2.0] and old == pytest.approx([0.81, 0.91])
+    tasks, *curve = report.along(rows, "accuracy")["replay"]  # .9, then the mean of old and new
+    assert tasks == [1, 2] and curve == [
+        pytest.approx([0.9, 0.845]), pytest.approx([0.9, 0.84]), pytest.approx([0.9, 0.85]),
+    ]  # fmt: skip
+
+
+def test_every_claim_compares_trials_of_its_stage_by_a_known_measure():
+    for stage, claims in report.CLAIMS.items():
+        known = set(STAGES[stage])
+        known |= set(STAGES["domains"]) if stage in report.BESIDE else set()
+        for claim in claims:
+            assert {claim.candidate, claim.rival} <= known, claim
+            assert claim.measure in report.MEASURES
+    assert len({json.dumps(dataclasses.asdict(t)) for t in STAGES["classes"].values()}) == 7
+    stages = ["domains", "buffers", "ratios", "guides", "plain", "classes", "photos"]
+    assert list(STAGES) == stages
+    alike = [*STAGES["guides"].values()]
+    alike += [STAGES["domains"][name] for name in ("replay", "replay+distil")]
+    kept = [t for t in alike if t.strategy.source == "buffer"]
+    assert len({(t.strategy.guide, str(t.strategy.old_weights)) for t in kept}) == 6
+    assert {(t.capacity, t.strategy.ratio) for t in alike} == {(64, 1.0)} and len(alike) == 7
+
+
+def test_a_study_begins_with_a_given_student(both, teacher, tmp_path):
+    start = kdc.slim(teacher.unet, "kdc")
+    with torch.no_grad():
+        start.conv_out.bias += 100
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    trials, errors = {"finetune": STAGES["domains"]["finetune"]}, []
+    for each in (None, start):
+        folder = tmp_path / str(each is None)
+        rows = forgetting.study(
+            "x", {"x": both}, trials, teacher, TINY, folder, steps=1, start=each
+        )
+        errors.append(report.matrices(rows[0])["output_error"].start[0])
+    assert errors[1] > 1000 * errors[0]
+    assert all(torch.equal(value, before[name]) for name, value in start.state_dict().items())
