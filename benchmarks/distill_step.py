@@ -62,7 +62,7 @@ def loop_of(
     if name in ("reference", "other seed"):
         common["seed"] = int(name == "other seed")
         return lambda wait: train_plainly(
-            student, setup.pipeline, setup.pictures, setup.captions, wait=wait, **common
+            student, setup.pipeline, setup.images, setup.captions, wait=wait, **common
         )
     if name == "channels last":  # a copy of the teacher, whose weights the others share
         teacher = copy.deepcopy(setup.pipeline.unet).to(memory_format=torch.channels_last)
@@ -131,9 +131,9 @@ def floors(setup: setups.Setup, device, batch_size: int) -> dict:
     """Seconds of the products of a step alone, and what bf16 does to a large product here."""
     unet, cache = setup.pipeline.unet, setup.cache
     student = kdc.slim(unet, setups.PLAN).train()
-    words = cache.embeddings[:1].repeat(batch_size, 1, 1).to(device)
+    prompt_embeds = cache.embeddings[:1].repeat(batch_size, 1, 1).to(device)
     latents = torch.randn(batch_size, *cache.mean.shape[1:], device=device)
-    inputs = latents, torch.full((batch_size,), 500, device=device), words
+    inputs = latents, torch.full((batch_size,), 500, device=device), prompt_embeds
     recorder, macs = floor.record_step(student, unet, inputs)
     rate = floor.square_product_rate(device)
     bf16 = floor.square_product_rate(device, torch.bfloat16)
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("size", choices=list(SIZES))
     parser.add_argument("--rounds", type=int, help="timed rounds (default: 29 mini, 5 full)")
-    parser.add_argument("--batch-size", type=int, help="pictures a step (default: 16 mini, 1 full)")
+    parser.add_argument("--batch-size", type=int, help="images a step (default: 16 mini, 1 full)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile", action="store_true", help="a compiled contender as well")

@@ -1,11 +1,11 @@
 """The plain distillation loop that `distill_step.py` measures against; nothing in `kdc` uses it.
 
-It does what BK-SDM's training script does (Kim et al., arXiv 2305.15798): in every step the picture
+It does what BK-SDM's training script does (Kim et al., arXiv 2305.15798): in every step the image
 goes through the autoencoder and the caption through the tokenizer and the text encoder, all is in
 float32, every block has a forward hook, the student runs before the teacher, AdamW is PyTorch's
 default one, and the loss is fetched for the log. Loss terms, learning rates and the order of the
 random draws are those of `kdc.distill`, so that the same seed must give the same loss curve. Two
-things are kinder to it than that script is: pictures are in memory, not in files, and the teacher
+things are kinder to it than that script is: images are in memory, not in files, and the teacher
 runs under `no_grad`.
 """
 
@@ -22,7 +22,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from kdc import LossWeights
-from kdc.distillation.features import tap_names
+from kdc.distillation.features import feature_pairs
 from kdc.unet.costs import block_of
 
 CAPTION_DROPOUT = 0.1
@@ -30,7 +30,7 @@ CAPTION_DROPOUT = 0.1
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random in a step: pictures (B,), spread of the posterior (B, C, h, w), captions left
+    """What is random in a step: images (B,), spread of the posterior (B, C, h, w), captions left
     out (B,), noise (B, C, h, w) and timesteps (B,)."""
 
     index: Tensor
@@ -41,11 +41,11 @@ class Draws:
 
 
 def draw(
-    count: int, pictures: int, shape: Sequence[int], generator: torch.Generator, levels: int = 1000
+    count: int, images: int, shape: Sequence[int], generator: torch.Generator, levels: int = 1000
 ) -> Draws:
     """A step's draws in the order in which `kdc.distill` makes them; `shape` (C, h, w)."""
     return Draws(
-        torch.randint(pictures, (count,), generator=generator),
+        torch.randint(images, (count,), generator=generator),
         torch.randn((count, *shape), generator=generator),
         torch.rand(count, generator=generator) < CAPTION_DROPOUT,
         torch.randn((count, *shape), generator=generator),
@@ -55,11 +55,11 @@ def draw(
 
 @torch.no_grad()
 def encode(
-    pipeline: StableDiffusionPipeline, pictures: Tensor, captions: list[str], spread: Tensor
+    pipeline: StableDiffusionPipeline, images: Tensor, captions: list[str], spread: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Latents (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1], (B, L, D) of captions."""
-    posterior = pipeline.vae.encode(pictures).latent_dist
-    latents = posterior.mean + posterior.std * spread.to(pictures.device)
+    """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1], (B, L, D) of captions."""
+    posterior = pipeline.vae.encode(images).latent_dist
+    latents = posterior.mean + posterior.std * spread.to(images.device)
     ids = pipeline.tokenizer(
         captions,
         padding="max_length",
@@ -67,8 +67,8 @@ def encode(
         truncation=True,
         return_tensors="pt",
     ).input_ids
-    words = pipeline.text_encoder(ids.to(pictures.device))[0]
-    return latents * pipeline.vae.config.scaling_factor, words
+    prompt_embeds = pipeline.text_encoder(ids.to(images.device))[0]
+    return latents * pipeline.vae.config.scaling_factor, prompt_embeds
 
 
 def hook_every_block(unet: UNet2DConditionModel) -> tuple[dict[str, Tensor], list]:
@@ -93,25 +93,27 @@ def plain_terms(
     seen: tuple[dict, dict],
     noisy: Tensor,
     timesteps: Tensor,
-    words: Tensor,
+    prompt_embeds: Tensor,
     target: Tensor,
     weights: LossWeights,
 ) -> dict[str, Tensor]:
     """The loss of `kdc.distill`, written out once more from its definition."""
-    predicted = student(noisy, timesteps, words).sample
+    predicted = student(noisy, timesteps, prompt_embeds).sample
     with torch.no_grad():
-        guide = teacher(noisy, timesteps, words).sample
-    heat, features = weights.temperature, []
-    for ours, theirs in tap_names(student, teacher):
+        guide = teacher(noisy, timesteps, prompt_embeds).sample
+    halving_round, features = weights.temperature, []
+    for ours, theirs in feature_pairs(student, teacher):
         s, t = seen[0][ours], seen[1][theirs]
         features.append(F.mse_loss(s, t) / (t.pow(2).mean() + 1e-6))
     divergence = F.kl_div(
-        F.log_softmax(predicted / heat, dim=1), F.softmax(guide / heat, dim=1), reduction="none"
+        F.log_softmax(predicted / halving_round, dim=1),
+        F.softmax(guide / halving_round, dim=1),
+        reduction="none",
     )
     terms = {
         "task": F.mse_loss(predicted, target),
         "output": F.mse_loss(predicted, guide),
-        "soft": heat**2 * divergence.sum(dim=1).mean(),
+        "soft": halving_round**2 * divergence.sum(dim=1).mean(),
         "feature": sum(features) / len(features),
     }
     terms["loss"] = sum(getattr(weights, name) * value for name, value in terms.items())
@@ -121,7 +123,7 @@ def plain_terms(
 def train_plainly(
     student: UNet2DConditionModel,
     pipeline: StableDiffusionPipeline,
-    pictures: Tensor,
+    images: Tensor,
     captions: Sequence[str],
     *,
     steps: int,
@@ -133,7 +135,7 @@ def train_plainly(
 ) -> list[float]:
     """Train `student` in place as above; returns the loss of every step.
 
-    pictures (N, 3, H, W) uint8. `wait` is called before every step.
+    images (N, 3, H, W) uint8. `wait` is called before every step.
     """
     device, weights = pipeline.device, LossWeights()
     process = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -156,15 +158,15 @@ def train_plainly(
     try:
         for _ in range(steps):
             wait()
-            d = draw(batch_size, len(pictures), shape, generator)
-            batch = pictures[d.index].to(device).float() / 127.5 - 1
+            d = draw(batch_size, len(images), shape, generator)
+            batch = images[d.index].to(device).float() / 127.5 - 1
             asked = zip(d.index.tolist(), d.dropped.tolist(), strict=True)
             texts = ["" if dropped else captions[i] for i, dropped in asked]
-            latents, words = encode(pipeline, batch, texts, d.spread)
+            latents, prompt_embeds = encode(pipeline, batch, texts, d.spread)
             noise, timesteps = d.noise.to(device), d.timesteps.to(device)
             noisy = process.add_noise(latents, noise, timesteps)
             terms = plain_terms(
-                student, pipeline.unet, seen, noisy, timesteps, words, noise, weights
+                student, pipeline.unet, seen, noisy, timesteps, prompt_embeds, noise, weights
             )
             terms["loss"].backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

@@ -23,7 +23,7 @@ from tqdm.auto import trange
 
 import kdc
 from kdc import LatentDataset, LossWeights, ReplayBuffer
-from kdc.distillation.step import Lesson, forward_process
+from kdc.distillation.step import DistillationStep, forward_process
 from kdc.replay.policies import POLICIES
 from studies.common import ledger
 
@@ -51,11 +51,13 @@ def training_step(teacher: StableDiffusionPipeline, data: LatentDataset, batch: 
     """One step of distillation with every term: forwards, backwards and AdamW."""
     student = kdc.slim(teacher.unet, "kdc").to(teacher.device)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-5)
-    lesson = Lesson(student, teacher.unet, forward_process(teacher), LossWeights())
+    distillation_step = DistillationStep(
+        student, teacher.unet, forward_process(teacher), LossWeights()
+    )
     generator = torch.Generator().manual_seed(0)
 
     def step() -> None:
-        lesson(student, *data.draw(batch, generator), generator)["loss"].backward()
+        distillation_step(student, *data.draw(batch, generator), generator)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
         if teacher.device.type == "cuda":
@@ -70,7 +72,7 @@ def full_buffers(data: LatentDataset, capacity: int, folder: str | None) -> dict
     kinds += [("reservoir", "float16", folder)]
     buffers = {}
     for policy, dtype, where in kinds:
-        size = None if policy == "carry_over" else capacity
+        size = None if policy == "last_sample" else capacity
         buffer = ReplayBuffer(size, policy, dtype, folder=where)
         buffer.add(data, labels=data.caption_index)
         buffers[policy, dtype, "disk" if where else "memory"] = buffer
@@ -94,10 +96,10 @@ def measure(
         seconds = _seconds(step)
         costs = {}
         for kind, buffer in buffers.items():
-            new, drawn = (rows + number * batch) % len(data), min(batch, len(buffer))
+            new, generated = (rows + number * batch) % len(data), min(batch, len(buffer))
             costs[kind] = (
                 _seconds(lambda b=buffer, r=new: b.add(data, r, labels=data.caption_index[r])),
-                _seconds(lambda b=buffer, n=drawn: b.sample(n)),
+                _seconds(lambda b=buffer, n=generated: b.sample(n)),
             )
         if number >= warmup:
             steps.append(seconds)

@@ -26,7 +26,7 @@ PLAN = "kdc"
 
 @dataclass
 class Setup:
-    """A teacher, pictures (N, 3, H, W) uint8 with captions for the reference loop, and the same
+    """A teacher, images (N, 3, H, W) uint8 with captions for the reference loop, and the same
     encoded once for ours. `learning_rate` and `ema_decay` are those of both loops.
 
     `shared` says that all loops train the weights of one student in turn, because memory does not
@@ -34,7 +34,7 @@ class Setup:
     """
 
     pipeline: StableDiffusionPipeline
-    pictures: Tensor
+    images: Tensor
     captions: list[str]
     cache: LatentDataset
     learning_rate: float
@@ -61,7 +61,7 @@ def mini(device: torch.device, count: int = 256) -> Setup:
 
 
 def full(device: torch.device, count: int = 2) -> Setup:
-    """Stable Diffusion 1.x's four networks with random weights, and random pictures of 512 x 512.
+    """Stable Diffusion 1.x's four networks with random weights, and random images of 512 x 512.
 
     Training random weights at this size teaches nothing, so the rate is next to nothing, which
     keeps all values in range; no step is cheaper for it. No average of weights, as in BK-SDM's
@@ -102,20 +102,20 @@ def full(device: torch.device, count: int = 2) -> Setup:
         requires_safety_checker=False,
     )
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.rand((count, 3, 512, 512), generator=generator) * 2 - 1
+    images = torch.rand((count, 3, 512, 512), generator=generator) * 2 - 1
     captions = [f"a red daisy number {i}" for i in range(count)]
-    pairs = zip(pictures, captions, strict=True)
-    items = [{"image": picture, "caption": caption} for picture, caption in pairs]
+    pairs = zip(images, captions, strict=True)
+    items = [{"image": image, "caption": caption} for image, caption in pairs]
     return _setup(pipeline, items, 1e-9, 0.0, shared=True)
 
 
 def _setup(pipeline, items: list[dict], learning_rate: float, ema_decay: float, shared: bool):
-    pictures = torch.stack([item["image"] for item in items])
-    whole = ((pictures + 1) * 127.5).round().to(torch.uint8)
+    images = torch.stack([item["image"] for item in items])
+    whole = ((images + 1) * 127.5).round().to(torch.uint8)
     captions = [item["caption"] for item in items]
     rounded = [
-        {"image": picture.float() / 127.5 - 1, "caption": caption}
-        for picture, caption in zip(whole, captions, strict=True)
+        {"image": image.float() / 127.5 - 1, "caption": caption}
+        for image, caption in zip(whole, captions, strict=True)
     ]
     cache = kdc.cache_latents(pipeline, rounded, batch_size=1 if shared else 32)
     return Setup(pipeline, whole, captions, cache, learning_rate, ema_decay, shared)

@@ -2,7 +2,7 @@
 
 Every strategy learns the second world after the first, with the loss of the study of chapter 03, in
 turn and for some rounds, so that whatever else the machine does falls on all alike. All is a
-quarter of that study: its steps, the pictures that are drawn in advance, those of the Fisher.
+quarter of that study: its steps, the images that are drawn in advance, those of the Fisher.
 Writes the seconds and, over fine-tuning's of the same round, median and quartiles to
 `results/strategy_seconds.json`.
 """
@@ -21,7 +21,7 @@ import kdc
 from kdc.continual.sequence import STRATEGIES, learn_first, run_sequence
 from studies.common import ledger
 from studies.replay import study
-from studies.replay import tasks as exams
+from studies.replay.tasks import domain_tasks
 
 PART = 4
 
@@ -31,12 +31,12 @@ def measure(
 ) -> pd.DataFrame:
     """Seconds of the second task: a row for each round, a column for each strategy."""
     teacher = kdc.load_teacher("mini")
-    tasks = exams.domain_tasks(teacher, tuple(kdc.WORLDS), pictures=200, test_pictures=8, drawn=4)
+    tasks = domain_tasks(teacher, tuple(kdc.WORLDS), images=200, test_images=8, generated=4)
     settings = study.Settings(batch_size=batch_size)
     training = study.training(settings, steps, seed=0)
     fresh = kdc.slim(teacher.unet, settings.plan)
     first = learn_first(tasks[0], copy.deepcopy(fresh), teacher, **training)
-    nothing = {"evaluate": lambda pipeline, task: {"none": 0.0}, "directions": {"none": "higher"}}
+    nothing = {"evaluate": lambda pipeline, task: {"none": 0.0}, "higher_is_better": {"none": True}}
     rows = []
     for _ in range(rounds):
         row = {}

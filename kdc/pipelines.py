@@ -1,4 +1,4 @@
-"""Loading the teacher and the students, saving students, and the one way to make pictures."""
+"""Loading the teacher and the students, saving students, and the one way to make images."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def read_plan(folder: str | Path) -> SlimPlan | None:
 
 @functools.lru_cache(maxsize=8)
 def _noise(seed: int, count: int, shape: tuple[int, ...]) -> Tensor:
-    """The first latents of `count` pictures: picture i has the same noise in any batch."""
+    """The first latents of `count` images: image i has the same noise in any batch."""
     generators = [torch.Generator().manual_seed(seed * 100_003 + i) for i in range(count)]
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
@@ -135,16 +135,16 @@ def generate(
     decode: bool = True,
     progress: bool | None = None,
 ) -> Tensor:
-    """Pictures for prompts, (N, 3, H, W) uint8 on the CPU; not decoded, latents (N, C, h, w).
+    """Images for prompts, (N, 3, H, W) uint8 on the CPU; not decoded, latents (N, C, h, w).
 
-    The starting noise of picture i depends on `seed` and i alone, so teacher and student start
+    The starting noise of image i depends on `seed` and i alone, so teacher and student start
     from the same noise whatever the batch size or the device. `guidance` 1 switches
     classifier-free guidance off. `progress` None shows a bar for more than one batch.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("no prompts to draw")
-    unet, pictures = pipeline.unet, []
+    unet, images = pipeline.unet, []
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     noise = _noise(seed, len(prompts), shape)
     pipeline.set_progress_bar_config(disable=True)
@@ -159,5 +159,5 @@ def generate(
             latents=noise[start:stop].to(pipeline.device, pipeline.dtype),
             output_type="pt" if decode else "latent",
         ).images.float()
-        pictures.append(((out.clamp(0, 1) * 255 + 0.5).to(torch.uint8) if decode else out).cpu())
-    return torch.cat(pictures)
+        images.append(((out.clamp(0, 1) * 255 + 0.5).to(torch.uint8) if decode else out).cpu())
+    return torch.cat(images)

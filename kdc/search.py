@@ -32,7 +32,7 @@ def sensitivity(
 ) -> pd.DataFrame:
     """Output error of the teacher with one part left out: `part`, `timestep`, `draw`, `error`.
 
-    Every draw has pictures, captions and noise of its own, the same for all parts; the spread over
+    Every draw has images, captions and noise of its own, the same for all parts; the spread over
     draws is that of the estimate. `guidance` is that of `output_error`.
     """
     rows = []
@@ -54,7 +54,7 @@ def sensitivity(
     return pd.DataFrame(rows)
 
 
-def recovered_worth(
+def recovered_importance(
     teacher: StableDiffusionPipeline,
     data: LatentDataset,
     judge: Judge,
@@ -70,13 +70,13 @@ def recovered_worth(
     different things: other layers learn to do some parts' work in a few steps, and never that of
     others. Values below 0 are the judge's noise.
     """
-    words = {}
-    for part in tqdm((None, *PARTS), desc="worth after recovery", mininterval=2):
+    judged = {}
+    for part in tqdm((None, *PARTS), desc="importance after recovery", mininterval=2):
         student = slim(teacher.unet, plan_without([part] if part else []))
         settings = {"steps": steps, "batch_size": batch_size, "seed": seed}
         distill(student, teacher, data, **settings, label=f"without {part or 'loss'}")
-        words[part] = judge(student)
-    return pd.Series({part: words[part] - words[None] for part in PARTS})
+        judged[part] = judge(student)
+    return pd.Series({part: judged[part] - judged[None] for part in PARTS})
 
 
 def search_plan(
@@ -87,28 +87,30 @@ def search_plan(
     scores: pd.Series | None = None,
     costs: pd.DataFrame | None = None,
     judge: Judge | None = None,
-    heats: Sequence[tuple[int, int]] = ((6, 60), (3, 120)),
+    halving_rounds: Sequence[tuple[int, int]] = ((6, 60), (3, 120)),
     batch_size: int = 16,
     seed: int = 0,
     **inputs,
 ) -> tuple[SlimPlan, pd.DataFrame]:
     """The best plan within the budget, and the table of the finalists.
 
-    Parts are scored by `recovered_worth` (unless `scores` are given), the knapsack is solved
+    Parts are scored by `recovered_importance` (unless `scores` are given), the knapsack is solved
     exactly, and its best plans are judged by a short recovery, because the lowest error right after
-    the cut does not decide (Fang et al., arXiv 2412.01199). `heats` says how: (6, 60) lets six
-    plans recover for 60 distillation steps each, and the best of them enter the next heat, which
+    the cut does not decide (Fang et al., arXiv 2412.01199). `halving_rounds` says how: (6, 60) lets six
+    plans recover for 60 distillation steps each, and the best of them enter the next halving round, which
     starts afresh from the cut (successive halving, Jamieson & Talwalkar, arXiv 1502.07943).
 
     `judge` takes a student and returns a number, lower is better; the default is `drawing_judge` on
-    up to 32 captions of `data`. The table has the plans of the last heat, best first: costs,
+    up to 32 captions of `data`. The table has the plans of the last halving round, best first: costs,
     `score`, and the judge's word `after_cut` and `recovered`. With a latency budget the entrants
     are measured as well, and those above it fall out. `costs`, from `cost_every_subset`, holds the
     budget against another U-Net of the layout than the teacher's, say one of full size; nothing is
     measured then. Raises `ValueError` where no plan fits.
     """
-    if not heats or min(min(heat) for heat in heats) < 1:
-        raise ValueError(f"every heat needs a plan and a step at least, not {heats}")
+    if not halving_rounds or min(min(halving_round) for halving_round in halving_rounds) < 1:
+        raise ValueError(
+            f"every halving round needs a plan and a step at least, not {halving_rounds}"
+        )
     measure = costs is None and budget.latency is not None
     if costs is None:
         seconds = block_seconds(teacher.unet, **inputs) if measure else None
@@ -119,13 +121,13 @@ def search_plan(
         judge = drawing_judge(teacher, captions, seed=seed)
     settings = {"batch_size": batch_size, "seed": seed}
     if scores is None:
-        scores = recovered_worth(teacher, data, judge, **settings)
-    entrants = rank_plans(scores, costs, budget).head(heats[0][0])
+        scores = recovered_importance(teacher, data, judge, **settings)
+    entrants = rank_plans(scores, costs, budget).head(halving_rounds[0][0])
     if measure:
         entrants = _measured(teacher.unet, entrants, budget, **inputs)
     table = entrants.assign(plan=[plan_without(subset) for subset in entrants.index])
     table = table.reset_index(drop=True)
-    for plans, steps in heats:
+    for plans, steps in halving_rounds:
         table = table.head(plans).copy()
         for row, plan in table["plan"].items():
             student = slim(teacher.unet, plan)

@@ -17,9 +17,9 @@
 # does it save?
 #
 # **The claim.** From the same prompt and the same starting noise, the distilled student draws
-# the same picture as the teacher or one like it, in less time. The grades behind it, measured on
-# hundreds of pictures, stand in `results/mini_grades.json` and are printed below; this page makes
-# a few pictures while you watch.
+# the same image as the teacher or one like it, in less time. The grades behind it, measured on
+# hundreds of images, stand in `results/mini_grades.json` and are printed below; this page makes
+# a few images while you watch.
 #
 # Everything here runs on a laptop without a download: the teacher is a *mini* Stable Diffusion
 # that comes with the package. It has the block layout of Stable Diffusion v1 at a tenth of its
@@ -27,10 +27,10 @@
 # id as `teacher`; nothing else changes.
 
 # %% tags=["parameters"]
-budget: str = "quick"  # "quick", "standard" or "full": how many pictures and timing rounds
+budget: str = "quick"  # "quick", "standard" or "full": how many images and timing rounds
 teacher: str = "mini"  # "mini", a hub id, or a diffusers folder
 plan: str = "kdc"  # the plan of the student, if one has to be made (see below)
-steps: int = None  # denoising steps a picture; None: what the budget says
+steps: int = None  # denoising steps an image; None: what the budget says
 seeds: list = None  # seeds of the starting noise; None: what the budget says
 output_dir: str = "outputs/00_quickstart"  # where this notebook writes
 
@@ -85,7 +85,7 @@ for name, count in sizes.items():
 # ## Draw
 #
 # The first prompts show things both networks were trained on. The last two ask for combinations
-# that **no training picture ever showed**: there was no blue daisy and no orange eyed butterfly.
+# that **no training image ever showed**: there was no blue daisy and no orange eyed butterfly.
 # What appears there was composed from parts, not remembered.
 
 # %%
@@ -99,24 +99,24 @@ prompts = [
     "a blue daisy on a meadow background",
     "an orange eyed butterfly on a night background",
 ]
-drawn = {
+generated = {
     f"{name.split(' (')[0]}\nseed {seed}": kdc.generate(pipeline, prompts, seed=seed, steps=steps)
     for seed in seeds
     for name, pipeline in pipelines.items()
 }
-grid = figures.picture_grid(drawn, [p.replace(" background", "") for p in prompts])
+grid = figures.image_grid(generated, [p.replace(" background", "") for p in prompts])
 grid.savefig(Path(output_dir) / "teacher_and_student.png", dpi=150)
 plt.show()
 
 
 # %% [markdown]
-# Both rows of a seed start from the same noise, so they may be compared picture by picture: the
+# Both rows of a seed start from the same noise, so they may be compared image by image: the
 # composition, the place and the turn of the subject are decided in the first steps, and a student
 # that has learnt its teacher's predictions follows it there.
 #
 # ## What it costs
 #
-# Time is measured as a user feels it: one picture, from words to pixels, the same number of denoising
+# Time is measured as a user feels it: one image, from words to pixels, the same number of denoising
 # steps with guidance, after a warm-up, the two pipelines in turn, so that whatever else the machine
 # is doing slows both. The median is shown with the range from the fastest to the slowest round.
 
@@ -143,7 +143,7 @@ for name in pipelines:
         {
             "network": name,
             "U-Net parameters": f"{sizes[name]:,}",
-            "seconds a picture": f"{median:.2f} ({min(times[name]):.2f} to {max(times[name]):.2f})",
+            "seconds an image": f"{median:.2f} ({min(times[name]):.2f} to {max(times[name]):.2f})",
             "time / teacher": f"{median / np.median(times['teacher']):.2f}",
         }
     )
@@ -158,7 +158,7 @@ medians = [np.median(t) for t in times.values()]
 spread = [[m - min(t) for m, t in zip(medians, times.values(), strict=True)]]
 spread += [[max(t) - m for m, t in zip(medians, times.values(), strict=True)]]
 axes[1].barh(labels, medians, xerr=spread, color=figures.COLOURS[:2])
-axes[1].set_xlabel("seconds a picture")
+axes[1].set_xlabel("seconds an image")
 for axis in axes:
     axis.invert_yaxis()
 plt.show()
@@ -169,9 +169,9 @@ plt.show()
 #
 # ## How good are they, really?
 #
-# A handful of pictures proves little. The table shows stored grades, from `results/`, measured on
-# hundreds of pictures by an independent classifier that reads colour, kind and background off a
-# picture. *Never trained* means combinations of colour and kind that no training picture showed.
+# A handful of images proves little. The table shows stored grades, from `results/`, measured on
+# hundreds of images by an independent classifier that reads colour, kind and background off a
+# image. *Never trained* means combinations of colour and kind that no training image showed.
 
 # %%
 if teacher == "mini":
@@ -197,7 +197,7 @@ if teacher == "mini":
 #   `plan="bk-tiny"`, for which no distilled student is shipped, and look at its row.
 # - The student is not faster in every round: then the ranges above overlap.
 # - The student's grades are far below the teacher's on combinations neither has seen: then it
-#   has remembered pictures instead of learning the teacher.
+#   has remembered images instead of learning the teacher.
 #
 # ## Exercises
 #

@@ -23,7 +23,7 @@
 #    the same share. *`results/sd_blocks.json` and `results/latency.json`, at full size.*
 # 4. What parts are worth differs by orders of magnitude, and by the question: under guidance the
 #    caption's parts are worth more, and after recovery many are worth nothing.
-#    *`results/worth.json`, a small version here.*
+#    *`results/importance.json`, a small version here.*
 # 5. At the `kdc` plan's parameters, and at its multiply-accumulates, the plan that a search finds
 #    is better than `kdc` after the same recovery, and better than random plans of that budget.
 #    *`results/found_plans.json` and `results/recovery.json`, over seeds.*
@@ -36,7 +36,7 @@
 # %% tags=["parameters"]
 budget: str = "quick"  # "quick", "standard" or "full"; full measures everything here, for hours
 teacher: str = "mini"  # "mini", a hub id, or a diffusers folder; not mini: everything is measured
-dataset: str = "worlds"  # "worlds", "flora", "lepidoptera", or a folder of pictures
+dataset: str = "worlds"  # "worlds", "flora", "lepidoptera", or a folder of images
 plan: str = "kdc"  # the plan whose copies are shown and whose costs are the budget, see kdc.PLANS
 seeds: list = None  # seeds of noise, random starts and recovery; None: what the budget says
 output_dir: str = "outputs/01_unet_slimming"  # where figures are kept, and what was measured
@@ -61,11 +61,11 @@ from kdc.unet.budget import cost_every_subset, full_plans, rank_plans
 from kdc.unet.blocks import PARTS, group_of, kept_blocks, subset_of
 from studies.slimming import full_size, report, stages
 from studies.slimming import study
-from studies.common.protocol import Bench, Extent
+from studies.common.protocol import Setup, Extent
 
 started = time.perf_counter()
-large = {"seeds": [0, 1, 2], "pictures": 1600, "draws": 6, "count": 32, "levels": 8, "sampling": 25}
-small = {"seeds": [0], "pictures": 64, "draws": 3, "count": 2, "levels": 3, "sampling": 10}
+large = {"seeds": [0, 1, 2], "images": 1600, "draws": 6, "count": 32, "levels": 8, "sampling": 25}
+small = {"seeds": [0], "images": 64, "draws": 3, "count": 2, "levels": 3, "sampling": 10}
 run = settle(budget, {"quick": small, "standard": large, "full": large}, seeds=seeds)
 measured_here = budget == "full" or teacher != "mini"  # else the study's stored results are read
 slimming.find_plan(plan)
@@ -73,8 +73,8 @@ output = Path(output_dir)
 output.mkdir(parents=True, exist_ok=True)
 pipeline = kdc.load_teacher(teacher)
 side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-data = kdc.cache_latents(pipeline, kdc.load_dataset(dataset, "train", side, count=run.pictures))
-bench = Bench(pipeline, data, data, Extent(), [], [], None)
+data = kdc.cache_latents(pipeline, kdc.load_dataset(dataset, "train", side, count=run.images))
+setup = Setup(pipeline, data, data, Extent(), [], [], None)
 
 # %% [markdown]
 # ## Anatomy
@@ -102,8 +102,8 @@ sd = full_size.sd_unet("meta")
 tables = {name: report.blocks_of(sd, name) for name in kdc.PLANS}
 labels = [*(f"{64 >> stage} x {64 >> stage}" for stage in range(4)), "mid-block"]
 areas = {"parameters": "parameters", "multiply-accumulates": "macs"}
-drawn = {label: report.side_by_side(tables, cost) for label, cost in areas.items()}
-unets.u_nets(drawn, labels).savefig(output / "anatomy.png", dpi=150)
+generated = {label: report.side_by_side(tables, cost) for label, cost in areas.items()}
+unets.u_nets(generated, labels).savefig(output / "anatomy.png", dpi=150)
 plt.show()
 
 # %% [markdown]
@@ -155,7 +155,7 @@ pd.Series(going_up, name="copied from the teacher's").rename_axis("the student's
 #
 # Right after the cut the networks are broken: each layer was trained to receive what the removed
 # ones produced. How broken, the **output error** says, the mean squared difference between the
-# predictions of student $s$ and teacher $u$ over pictures, captions, noise and timesteps,
+# predictions of student $s$ and teacher $u$ over images, captions, noise and timesteps,
 #
 # $$ E = \mathbb{E}_{z_t, t, c}\; \lVert s(z_t, t, c) - u(z_t, t, c) \rVert^2 . $$
 #
@@ -182,18 +182,18 @@ worse = [name for name, error in errors.items() if error["copy"] >= error["rando
 print("copied weights start nearer:", f"NOT for {', '.join(worse)}" if worse else "for every plan")
 
 # %% [markdown]
-# The same in pictures, from the same prompts and noise. Nothing here has been distilled, which is
+# The same in images, from the same prompts and noise. Nothing here has been distilled, which is
 # what [the next chapter](02_distillation_layers) does. Where rows look alike, the plans differ only
-# in what this teacher's pictures do not need.
+# in what this teacher's images do not need.
 
 # %%
 prompts = data.captions[:: len(data.captions) // 6][:6]
-pictures = {}
+images = {}
 for name in kdc.PLANS:
     network = kdc.with_unet(pipeline, kdc.slim(pipeline.unet, name))
     start = {"seed": run.seeds[0], "steps": run.sampling}
-    pictures["teacher" if name == "full" else name] = kdc.generate(network, prompts, **start)
-figures.picture_grid(pictures, prompts).savefig(output / "after_the_cut.png", dpi=150)
+    images["teacher" if name == "full" else name] = kdc.generate(network, prompts, **start)
+figures.image_grid(images, prompts).savefig(output / "after_the_cut.png", dpi=150)
 plt.show()
 
 # %% [markdown]
@@ -202,7 +202,7 @@ plt.show()
 # Twelve parts can be left out: of every stage its second layer, with the middle one of its way up
 # (`layer 0` is the outermost stage's); the transformer blocks of a stage's way down or up; the
 # mid-block; and the innermost stage. A part's **worth** is the output error of the teacher
-# without it. It is measured in several draws, each with pictures, captions and noise of its own.
+# without it. It is measured in several draws, each with images, captions and noise of its own.
 #
 # The sampler does not follow that output, though. It calls the network with and without the caption
 # and goes further in the caption's direction,
@@ -217,9 +217,9 @@ plt.show()
 # %%
 sampled = {"draws": run.draws, **amount, "seed": run.seeds[0]}
 settings = study.Settings(seeds=tuple(run.seeds), fresh_seeds=())
-worth, scores = report.worths(bench, settings if measured_here else None, **sampled)
+importance, scores = report.importances(setup, settings if measured_here else None, **sampled)
 order = list(scores["guided"].sort_values().index)
-both = dict(worth)
+both = dict(importance)
 if not measured_here:
     both["this run, guidance 1"] = rows = kdc.sensitivity(pipeline, data, **sampled)
     agreement = stages.scores_of(rows).corr(scores["unguided"], "spearman")
@@ -234,7 +234,7 @@ plt.show()
 
 # %% [markdown]
 # Black lines reach from the least to the largest draw. Bars called *this run* were measured just now
-# on a few pictures, the others are stored: six draws of 32 pictures at eight timesteps. With
+# on a few images, the others are stored: six draws of 32 images at eight timesteps. With
 # `budget="full"` or a teacher of your own, all are measured here.
 #
 # ### At which noise level
@@ -244,7 +244,7 @@ plt.show()
 # %%
 maps = {
     name: rows.pivot_table(index="part", columns="timestep", values="error").reindex(PARTS)
-    for name, rows in worth.items()
+    for name, rows in importance.items()
 }
 figures.heat_map(maps, "output error without the part")
 plt.show()
@@ -254,7 +254,7 @@ centres = {
 }
 growth = (scores["guided"] / scores["unguided"]).round(1)
 columns = {
-    "guided / unguided worth": growth,
+    "guided / unguided importance": growth,
     "drawing error after recovery": scores["found"].round(2),
 }
 pd.DataFrame(centres | columns).loc[order[::-1]]
@@ -284,8 +284,8 @@ pd.DataFrame(centres | columns).loc[order[::-1]]
 # would not.
 
 # %%
-budgets = study.budgets_of(bench, plan)
-costs = cost_every_subset(pipeline.unet, **bench.inputs)
+budgets = study.budgets_of(setup, plan)
+costs = cost_every_subset(pipeline.unet, **setup.inputs)
 for name, limit in budgets.items():
     print(
         f"{name} of {plan!r}: of {len(costs):,} plans {limit.allows(costs).sum():,} fit,"
@@ -298,14 +298,14 @@ for name, limit in budgets.items():
 # But errors do not add up exactly, and the lowest error right after the cut does not decide: what
 # counts is what training can mend ([TinyFusion](https://arxiv.org/abs/2412.01199)). So the knapsack
 # only says who enters. `kdc.search_plan` lets the best plans **recover** by a short distillation
-# each, in heats: many for a few steps, the best of them afresh for more, and the one that a *judge*
+# each, in halving rounds: many for a few steps, the best of them afresh for more, and the one that a *judge*
 # likes best wins. The judge is any function of a student; here, how far its drawings are from the
 # teacher's, from the same noise. With a toy's settings, to show how it is called:
 
 # %%
 judge = kdc.drawing_judge(pipeline, prompts, steps=run.sampling, seed=run.seeds[0])
 given = {"scores": scores["found"], "costs": costs, "judge": judge}
-toy = {"heats": ((2, 2),), "batch_size": 8}
+toy = {"halving_rounds": ((2, 2),), "batch_size": 8}
 winner, finalists = kdc.search_plan(pipeline, data, budgets["macs"], **given, **toy)
 print("the toy's winner:", winner)
 finalists[["score", "after_cut", "recovered"]]
@@ -338,7 +338,7 @@ for name, how in study.CRITERIA.items():
 print("time:", stages.FAST)
 for one in results.found.values():
     print(one)
-report.last_heats(results.searched).map("{:.3g}".format)
+report.last_rounds(results.searched).map("{:.3g}".format)
 
 # %% [markdown]
 # Numbers of different searches do not compare: each has its own judge. Where a winner's place is not
@@ -353,8 +353,8 @@ report.last_heats(results.searched).map("{:.3g}".format)
 #
 # ## The frontier
 #
-# Every plan gets the same: copied weights, as many steps of distillation on the same pictures, then
-# three measures on test pictures. *Output error*, as above; *accuracy*, the share of drawn pictures
+# Every plan gets the same: copied weights, as many steps of distillation on the same images, then
+# three measures on test images. *Output error*, as above; *accuracy*, the share of generated images
 # that show the asked-for colour, kind and background all at once; and the *Fréchet distance* to real
 # renderings, in the features of the embedded CLIP. Random plans are the control: drawn evenly from
 # those that use the same budget up, another one for every seed.
@@ -363,7 +363,7 @@ report.last_heats(results.searched).map("{:.3g}".format)
 rows, timed = results.rows, results.timed
 axes = {"parameter_ratio": "parameters", "mac_ratio": "multiply-accumulates"}
 axes |= {"latency_ratio": "latency (all over the teacher's)"}
-names = {"output_error": "output error", "accuracy": "accuracy", "frechet": "Fréchet distance"}
+names = {"output_error": "output error", "accuracy": "accuracy", "fd": "Fréchet distance"}
 names = {measure: label for measure, label in names.items() if measure in rows}
 level = results.teacher.mean().to_dict()
 figures.trade_offs(rows, axes, names, levels=level).savefig(output / "frontier.png", dpi=150)
@@ -407,11 +407,11 @@ pd.concat(verdicts).map(lambda x: f"{x:.3g}" if isinstance(x, float) else x)
 # alike. Bars are quartiles of the ratio. (With a teacher of your own, the latency is that teacher's.)
 
 # %%
-words = {"parameters": "parameters", "macs": "multiply-accumulates"}
+sequence_length = {"parameters": "parameters", "macs": "multiply-accumulates"}
 tables |= {name: report.blocks_of(sd, one) for name, one in results.followed.items()}
-full = report.costs_of(tables, timed).rename(columns=words)
+full = report.costs_of(tables, timed).rename(columns=sequence_length)
 quartiles = {"latency": (full["low"], full["high"])}
-figures.dots(full[[*words.values(), "latency"]], "share of the teacher's", quartiles)
+figures.dots(full[[*sequence_length.values(), "latency"]], "share of the teacher's", quartiles)
 plt.savefig(output / "ratios.png", dpi=150)
 plt.show()
 full.drop(columns=["low", "high"]).round(3)
@@ -425,7 +425,7 @@ full.drop(columns=["low", "high"]).round(3)
 seconds = report.stored_seconds()
 grouped = tables["full"][["parameters", "macs"]].assign(seconds=seconds[False])
 grouped = grouped.groupby(group_of).sum()
-shares = (grouped / grouped.sum()).drop("the rest").rename(columns=words)
+shares = (grouped / grouped.sum()).drop("the rest").rename(columns=sequence_length)
 figures.dots(shares, "share of the whole U-Net's")
 plt.show()
 per_mac = (shares["seconds"] / shares["multiply-accumulates"]).sort_values(ascending=False)
@@ -443,11 +443,11 @@ per_mac.rename("share of seconds / share of multiply-accumulates").round(2).to_f
 second = {n: one for n, one in results.followed.items() if n.startswith("found")}
 shown = {name: kdc.PLANS[name] for name in ("full", "kdc")} | second
 timings = {n: seconds[one.dropped > 0].reindex(kept_blocks(one)) for n, one in shown.items()}
-drawn = {
+generated = {
     "parameters": report.side_by_side({name: tables[name] for name in shown}, "parameters"),
     "seconds": pd.DataFrame(timings).reindex(seconds[False].index),
 }
-unets.u_nets(drawn, labels).savefig(output / "found_plans.png", dpi=150)
+unets.u_nets(generated, labels).savefig(output / "found_plans.png", dpi=150)
 plt.show()
 
 # %% [markdown]
@@ -463,7 +463,7 @@ full_costs = stages.full_size_costs()
 display(panel.removal_panel(full_costs, order))
 steps = [full_costs.index.get_loc(subset_of(order[:count])) for count in range(len(order) + 1)]
 path = full_costs.iloc[steps] / full_costs.iloc[0]
-path = path.rename(columns=words)
+path = path.rename(columns=sequence_length)
 path.index = ["nothing", *(f"and {part}" for part in order)]
 figures.dots(path, "share of Stable Diffusion's that is left, when leaving out ...")
 plt.show()
@@ -515,7 +515,7 @@ for name in [n for n in results.followed if n.endswith("time")]:
 #    does `copy_map` then say about its shapes, and for which stages?
 # 3. `kdc.search_plan` takes `kdc.Budget(parameters=..., macs=...)` with both limits. Find a plan
 #    that costs no more than `kdc` in either. Is it better?
-# 4. Give `search_plan` a `judge` of your own: the share of pictures that show what was asked for
+# 4. Give `search_plan` a `judge` of your own: the share of images that show what was asked for
 #    (`kdc.metrics.attribute_accuracy`). Does the winner change?
 #
 # ## Provenance

@@ -25,7 +25,7 @@
 #    seeds; a small version here.*
 # 4. The whole corrected loss is **no worse than any part of it** alone. *The same study.*
 # 5. What each layer and each option is good for: smaller claims, in tables below. *The same study.*
-# 6. The step that computes all this wastes nothing: on the mini teacher at least twice the pictures a
+# 6. The step that computes all this wastes nothing: on the mini teacher at least twice the images a
 #    second of the plain loop, with three quarters of its memory; at full size 1.4 times at equal
 #    precision, 2.5 times in the one it chooses. *`results/distill_step_mini.json` and `_full.json`.*
 #
@@ -45,10 +45,10 @@
 # %% tags=["parameters"]
 budget: str = "quick"  # "quick", "standard" or "full"
 teacher: str = "mini"  # "mini", a hub id, or a diffusers folder
-dataset: str = "worlds"  # "worlds", "flora", "lepidoptera", or a folder of pictures
+dataset: str = "worlds"  # "worlds", "flora", "lepidoptera", or a folder of images
 plan: str = "kdc"  # which blocks the student keeps, see kdc.PLANS
 steps: int = None  # distillation steps of each run; None: what the budget says
-batch_size: int = None  # pictures a step; None: what the budget says
+batch_size: int = None  # images a step; None: what the budget says
 seeds: list = None  # one run of every recipe for each seed; None: what the budget says
 output_dir: str = "outputs/02_distillation_layers"  # checkpoints, students and figures
 
@@ -65,7 +65,7 @@ import torch
 from IPython.display import Code, display
 
 import kdc
-from kdc import FeatureTaps, LossWeights
+from kdc import FeatureHooks, LossWeights
 from studies import figures
 from studies.common import ledger
 from kdc.distillation import losses
@@ -90,11 +90,11 @@ output = Path(output_dir)
 output.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]
-# ## The pictures, encoded once
+# ## The images, encoded once
 #
-# `dataset` may be the name of a world or any folder of pictures. A folder is looked through first:
+# `dataset` may be the name of a world or any folder of images. A folder is looked through first:
 # files that cannot be read are named, and captions come from `metadata.jsonl` or from the names of
-# the sub-folders. Then every picture passes the autoencoder once, and every caption the text
+# the sub-folders. Then every image passes the autoencoder once, and every caption the text
 # encoder once. Training touches neither again, which at full size saves more work than the student
 # costs.
 
@@ -102,32 +102,32 @@ output.mkdir(parents=True, exist_ok=True)
 pipeline = kdc.load_teacher(teacher)
 size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 is_world = dataset in ("worlds", *kdc.WORLDS)
-pictures = kdc.load_dataset(dataset, "train", size, count=run.count)
+images = kdc.load_dataset(dataset, "train", size, count=run.count)
 held_back = kdc.load_dataset(dataset, "test", size, count=128)
-data = kdc.cache_latents(pipeline, pictures)
+data = kdc.cache_latents(pipeline, images)
 test_data = kdc.cache_latents(pipeline, held_back)
-print(f"{len(data)} training and {len(test_data)} test pictures, {len(data.captions)} captions")
+print(f"{len(data)} training and {len(test_data)} test images, {len(data.captions)} captions")
 
 # %%
 picks = np.linspace(0, len(held_back) - 1, 8).astype(int)
 prompts = [held_back.caption(int(i)) for i in picks]
 real = [held_back[int(i)]["image"] for i in picks]
-figures.picture_grid({"the pictures": real}, prompts)
+figures.image_grid({"the images": real}, prompts)
 plt.show()
 
 # %% [markdown]
 # ## A teacher that knows them
 #
 # A teacher can only teach what it knows. The mini teacher knows the worlds; of photographs it knows
-# nothing, and distilling from it would teach the student to draw picture-book flowers. So on a
-# folder of pictures the teacher is first **fine-tuned**: the same function, the same loop, with the
+# nothing, and distilling from it would teach the student to draw image-book flowers. So on a
+# folder of images the teacher is first **fine-tuned**: the same function, the same loop, with the
 # task term alone, ten times as long as each student will be distilled. On the worlds this step is
 # skipped. A teacher that you give yourself is taken at its word: it is not fine-tuned either.
 
 # %%
 before = kdc.generate(pipeline, prompts, seed=1)
 if is_world or teacher != "mini":
-    print("The teacher is taken to know these pictures: nothing to fine-tune.")
+    print("The teacher is taken to know these images: nothing to fine-tune.")
 else:
     tuning = kdc.distill(
         pipeline.unet,
@@ -143,8 +143,8 @@ else:
     after = kdc.generate(pipeline, prompts, seed=1)
     figures.curves({"task": tuning}, ["task"], smooth=5)
     plt.show()
-    rows = {"real pictures": real, "teacher before": before, "after": after}
-    figures.picture_grid(rows, prompts).savefig(output / "fine_tuning.png", dpi=150)
+    rows = {"real images": real, "teacher before": before, "after": after}
+    figures.image_grid(rows, prompts).savefig(output / "fine_tuning.png", dpi=150)
     plt.show()
 
 # %% [markdown]
@@ -168,32 +168,32 @@ else:
 # The task term knows only the data. The output term knows the teacher, whose prediction carries
 # less noise than $\epsilon$: for a given $z_t$ many $\epsilon$ are possible, and the teacher answers
 # with their mean. The soft term treats the four channels of a pixel as if they were classes. The
-# feature term compares what the stages hand on, at $K$ *taps*. Here is how they are computed: the
-# source is the lesson.
+# feature term compares what the stages hand on, at $K$ *hooks*. Here is how they are computed: the
+# source is the distillation step.
 
 # %%
 display(Code(inspect.getsource(losses.soft_term), language="python"))
 display(Code(inspect.getsource(losses.feature_term), language="python"))
 
 # %% [markdown]
-# Note the division by the teacher's mean square in the feature term. Without it, a few taps with
+# Note the division by the teacher's mean square in the feature term. Without it, a few hooks with
 # large activations rule the sum. The figure shows how unequal they are.
 
 # %%
 student = kdc.slim(pipeline.unet, plan)
-names = [name for _, name in kdc.tap_names(student, pipeline.unet)]
-taps = FeatureTaps(pipeline.unet, names)
+names = [name for _, name in kdc.feature_pairs(student, pipeline.unet)]
+hooks = FeatureHooks(pipeline.unet, names)
 generator = torch.Generator().manual_seed(0)
-latents, words = test_data.draw(32, generator, 0.0)
+latents, prompt_embeds = test_data.draw(32, generator, 0.0)
 noise = torch.randn(latents.shape, generator=generator)
 times = torch.full((32,), 500)
 noisy = forward_process(pipeline).add_noise(latents, noise, times)
 with torch.no_grad():
-    pipeline.unet(*(x.to(pipeline.device) for x in (noisy, times, words)))
-scale = {name: t.square().mean().item() for name, t in zip(names, taps.take(), strict=True)}
-taps.close()
+    pipeline.unet(*(x.to(pipeline.device) for x in (noisy, times, prompt_embeds)))
+scale = {name: t.square().mean().item() for name, t in zip(names, hooks.take(), strict=True)}
+hooks.close()
 short = {n.replace("_blocks", "").replace("_block", ""): {"": v} for n, v in scale.items()}
-figures.bars(short, "mean square of the tap", log_scale=True)
+figures.bars(short, "mean square of the hook", log_scale=True)
 plt.show()
 
 # %% [markdown]
@@ -210,10 +210,10 @@ recipes = {
     "task alone": LossWeights.only("task"),
     "task and output": LossWeights.only("task", "output"),
     "corrected": LossWeights(),
-    "as published": LossWeights.as_published(),
+    "authors' terms, features averaged": LossWeights.as_published(),
 }
 pulls = {}
-for name in ("corrected", "as published"):
+for name in ("corrected", "authors' terms, features averaged"):
     with warnings.catch_warnings(action="ignore"):  # printed below, by recipe
         pulls[name] = kdc.diagnose(student, pipeline, test_data, recipes[name], batch_size=32)
     print(*(f"{name}: {fault}" for fault in pulls[name].faults), sep="\n")
@@ -228,7 +228,7 @@ figures.heat_map(cosines, "cosine of gradients", log_scale=False)
 plt.show()
 
 # %%
-published = pulls["as published"].terms
+published = pulls["authors' terms, features averaged"].terms
 dead = pd.isna(published.loc["output", "gradient_norm"])
 print(f"Claim 1, the published output term has no gradient: {'holds' if dead else 'FAILS'}")
 ratios = published.loc["soft"] / published.loc["task"]  # a sum over pixels grows with their number
@@ -240,7 +240,7 @@ for what in ("value", "gradient_norm"):
 # %% [markdown]
 # The sum over pixels is what claim 2 is about: it multiplies the mean by $H \times W$, which is
 # 4,096 for Stable Diffusion and 256 for the mini latents. So the imbalance depends on the size of
-# the picture, which no one would choose on purpose. "Outweighs" had not been said precisely. By its
+# the image, which no one would choose on purpose. "Outweighs" had not been said precisely. By its
 # *value* the term misses the claim on small latents, and passes it by far at the size that it was
 # written for. It teaches by its *gradient*, and nearly all of the step is its doing at either size.
 #
@@ -268,7 +268,7 @@ plt.show()
 #
 # Four recipes, the same slimmed start, the same batches and noise (a seed fixes both), the same
 # number of steps. The measure is fixed in advance: the mean squared difference between student and
-# teacher on **test** pictures, over a grid of timesteps, with noise that no recipe trained on.
+# teacher on **test** images, over a grid of timesteps, with noise that no recipe trained on.
 # At the `quick` budget this is a demonstration with one seed; the study below decides.
 
 # %%
@@ -318,28 +318,28 @@ mean = table.mean(axis=1)
 table.assign(mean=mean, **{"of that after the cut": mean / just_cut}).round(4)
 
 # %% [markdown]
-# ## Pictures
+# ## Images
 #
 # From the same prompts and noise: the teacher, the student right after the cut, and the student
 # after each recipe.
 
 # %%
-rows = {"pictures of the test set": real} if not is_world else {}
+rows = {"images of the test set": real} if not is_world else {}
 rows["teacher"] = kdc.generate(pipeline, prompts, seed=1)
 cut = kdc.with_unet(pipeline, kdc.slim(pipeline.unet, plan))
 rows["right after the cut"] = kdc.generate(cut, prompts, seed=1)
 for name, student in students.items():
     rows[name] = kdc.generate(kdc.with_unet(pipeline, student), prompts, seed=1)
-figures.picture_grid(rows, prompts).savefig(output / "students.png", dpi=150)
+figures.image_grid(rows, prompts).savefig(output / "students.png", dpi=150)
 plt.show()
 
 # %% [markdown]
 # ## The study: what each layer is good for
 #
-# Recipes that differ in what they are named after, three seeds, the same 200 steps of 16 pictures for
-# every student of the mini teacher. Each student is then judged by four measures: the *output error* on test pictures, as
-# above; *accuracy*, the share of 144 drawn pictures that show the asked-for colour, kind and
-# background all at once; *unseen*, the same for combinations that no training picture shows; and the
+# Recipes that differ in what they are named after, three seeds, the same 200 steps of 16 images for
+# every student of the mini teacher. Each student is then judged by four measures: the *output error* on test images, as
+# above; *accuracy*, the share of 144 generated images that show the asked-for colour, kind and
+# background all at once; *unseen*, the same for combinations that no training image shows; and the
 # *Fréchet distance* to real renderings. It takes hours on two cores and is kept:
 # `python -m kdc distillation` measures it again. With a teacher of your own, or at the budget
 # `full`, it is measured here.
@@ -379,9 +379,9 @@ plt.show()
 
 # %%
 pd.set_option("display.max_colwidth", None, "display.max_rows", 100)
-against = report.compare(rows, "as published", "task")["verdict"]
+against = report.compare(rows, "authors' terms, features averaged", "task")["verdict"]
 display(laid_out(check(rows, terms.CLAIMS["the corrected loss"])))
-print("as published against the task alone:", against.to_dict())
+print("authors' terms, features averaged against the task alone:", against.to_dict())
 
 # %% [markdown]
 # From copied weights the corrected loss is ahead of the published one in every measure, and no part of
@@ -397,35 +397,35 @@ print("the best recipe of the plan kdc, by its mean rank over the measures:", te
 laid_out(pd.concat(check(rows, terms.CLAIMS[part]) for part in terms.FURTHER))
 
 # %% [markdown]
-# The defect that costs is the summed soft term. Mending it alone (`published, soft mended`: the mean
+# The defect that costs is the summed soft term. Mending it alone (`features averaged, soft corrected`: the mean
 # over pixels, weight 0.1) already gives a better student than the corrected loss, and that was not
 # expected. Two things differ between them: the features are raw and weigh 1 instead of 0.1, and the
 # output term is dead. Raw features of weight 0.1 are ahead of normalised ones as well, against the
 # claim. So one more recipe was added after these rows were seen, with its claims, and before its own
-# were measured: `published, both mended`, raw features of weight 1 *and* a live output term. It is the
+# were measured: `features averaged, both corrected`, raw features of weight 1 *and* a live output term. It is the
 # best of the study by the rule that was fixed before it, and the shipped student is made by it.
 # Whether normalising harms at an equal pull, these rows cannot tell.
 #
-# It was also wrong that attentions are better taps, and that swapped captions teach new combinations.
-# The teacher's own pictures are no better at that than real ones. The temperature of the soft term
+# It was also wrong that attentions are better hooks, and that swapped captions teach new combinations.
+# The teacher's own images are no better at that than real ones. The temperature of the soft term
 # does not matter; the term alone mends much of the error that the cut made, and yet hardly a drawing
 # shows what was asked for. Dropping captions matters much, because the drawing is guided. With so many
 # verdicts at 95 % one or two will be wrong by chance.
 #
-# What each recipe draws, from the same prompts, noise and seed. No training picture shows the last
+# What each recipe draws, from the same prompts, noise and seed. No training image shows the last
 # four combinations.
 
 # %%
 if budget != "full" and teacher == "mini":
-    drawn, asked = terms.shown()
-    figures.picture_grid(drawn, asked, scale=0.8).savefig(output / "recipes.png", dpi=150)
+    generated, asked = terms.shown()
+    figures.image_grid(generated, asked, scale=0.8).savefig(output / "recipes.png", dpi=150)
     plt.show()
 
 # %% [markdown]
 # ### Claim 6: the step
 #
-# The plain loop encodes picture and caption in every step, computes in float32 and hooks every
-# block. Both loops start from the same weights and see the same pictures; they are timed round by
+# The plain loop encodes image and caption in every step, computes in float32 and hooks every
+# block. Both loops start from the same weights and see the same images; they are timed round by
 # round in one process, so that a busy machine slows both. *Floor* is the time of a step's matrix products alone.
 
 # %%
@@ -437,13 +437,13 @@ kept = ["images_per_second", "images_over_reference", "peak_over_reference", "se
 pd.concat({k: pd.DataFrame(v["contenders"]).T.reindex(columns=kept) for k, v in speed.items()})
 
 # %% [markdown]
-# At full size (random weights, one picture of $512 \times 512$ a step) leaving out the encoder gives
-# half as many pictures again, and the step takes 1.3 times what its matrix products take alone. By
-# multiplications the picture's encoder alone could give 1.48; the plain loop also encodes the caption and
+# At full size (random weights, one image of $512 \times 512$ a step) leaving out the encoder gives
+# half as many images again, and the step takes 1.3 times what its matrix products take alone. By
+# multiplications the image's encoder alone could give 1.48; the plain loop also encodes the caption and
 # hooks every block. These two cores have no fast bfloat16, so the precision it chooses is float32 as well:
 # the last goal wants another machine. The mini autoencoder is so small beside its U-Net that leaving it
 # out gains a tenth; networks that you bring in the memory format `channels_last` gain another. Compiled,
-# after minutes of compiling, the step gives 1.36 times the pictures in .68 of the memory: that goal is met,
+# after minutes of compiling, the step gives 1.36 times the images in .68 of the memory: that goal is met,
 # the one of speed is missed.
 
 # %% [markdown]
@@ -451,11 +451,11 @@ pd.concat({k: pd.DataFrame(v["contenders"]).T.reindex(columns=kept) for k, v in 
 #
 # 1. Detach the output term alone (`LossWeights(output_gradient=False)`). How much of the
 #    difference is explained?
-# 2. Pass `LossWeights(taps="attention")` to `kdc.diagnose`. Does the feature term point more, or
+# 2. Pass `LossWeights(features_at="attention")` to `kdc.diagnose`. Does the feature term point more, or
 #    less, where the output term points?
 # 3. Give `study.Recipe` Min-SNR weights (`LossWeights(min_snr=5)`) and follow it with
 #    `study.follow`. Which timesteps gain?
-# 4. Run this chapter on your own pictures:
+# 4. Run this chapter on your own images:
 #    `papermill notebooks/02_distillation_layers.ipynb out.ipynb -p dataset FOLDER -p steps 100`.
 #
 # ## Provenance

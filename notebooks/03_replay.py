@@ -10,8 +10,8 @@
 # # Replay: what is forgotten, and what a buffer saves
 #
 # **The question.** A student that learns butterflies after flowers gets worse at flowers: nothing in
-# the new pictures asks it to remember. KDC-Diff answers with *replay*: some old pictures are shown
-# again. What is forgotten, what does replay save, and at what cost? The published replay is one picture
+# the new images asks it to remember. KDC-Diff answers with *replay*: some old images are shown
+# again. What is forgotten, what does replay save, and at what cost? The published replay is one image
 # carried over from each batch to the next. Here it stands beside real buffers and other remedies.
 #
 # **The claims**, each written down before it was measured.
@@ -20,18 +20,18 @@
 #    worlds, three seeds each; a small version here.*
 # 2. Replay from a buffer of 64 items **keeps at least 90 %** of what joint training reaches on the
 #    old task, and **loses at most five points** on the new one. *The same study.*
-# 3. The published carried-over picture **saves nothing** that can be seen. *The same study.*
-# 4. An old copy of the student as a guide on old pictures adds to replay; pictures that the old student
+# 3. The published carried-over image **saves nothing** that can be seen. *The same study.*
+# 4. An old copy of the student as a guide on old images adds to replay; images that the old student
 #    draws itself are worse than kept ones, until a guide mends them. *The same study.*
 # 5. A tiny buffer **saves less and leaks** what it holds; a large one saves no more, and int8 **loses
-#    nothing**. Fewer old pictures for each new one save less, more of them cost the new.
+#    nothing**. Fewer old images for each new one save less, more of them cost the new.
 #    *`forgetting_buffers.json`, `forgetting_ratios.json`.*
-# 6. It matters **who guides** on the old pictures and **by what**: the teacher saves more than the old
+# 6. It matters **who guides** on the old images and **by what**: the teacher saves more than the old
 #    student, features more than the output alone, and any guide more than none. By features, drawn
-#    pictures do as well as kept ones. *`forgetting_guides.json`; asked after the domains were measured,
+#    images do as well as kept ones. *`forgetting_teachers.json`; asked after the domains were measured,
 #    written before its own rows.*
 #
-# 7. In plain training, with the task term alone on all pictures, replay **saves too**. Six classes
+# 7. In plain training, with the task term alone on all images, replay **saves too**. Six classes
 #    **one after the other** are kept by it as well, and there the policy matters: balance beats first
 #    in, first out, and herding beats balance. *`forgetting_plain.json`, `forgetting_classes.json`.*
 # 8. The same holds for **photographs**, six species and then six others. *`forgetting_photos.json`.*
@@ -42,7 +42,7 @@
 #
 # - An interval of finetune's forgetting that holds 0 (1).
 # - Replay below 90 % of joint on the old task, or more than 0.05 below finetune on the new (2).
-# - A verdict "better" or "worse" for carry_over against finetune in accuracy (3), and for each claim
+# - A verdict "better" or "worse" for last_sample against finetune in accuracy (3), and for each claim
 #   of 4 to 8 the verdict that its column "expected" excludes: the column "outcome" then says FAILS.
 #   Where the seeds cannot tell, it says "open", or "not refuted" if that is all that was claimed.
 
@@ -52,7 +52,7 @@ teacher: str = "mini"  # "mini", a hub id, or a diffusers folder
 dataset: str = "worlds"  # "worlds", "A then B" (two worlds or folders), or one folder: its halves
 plan: str = "kdc"  # which blocks the student keeps, see kdc.PLANS
 steps: int = None  # steps on each task; None: what the budget says
-batch_size: int = None  # new pictures a step; None: what the budget says
+batch_size: int = None  # new images a step; None: what the budget says
 seeds: list = None  # one run of every strategy for each seed; None: what the budget says
 output_dir: str = "outputs/03_replay"  # rows, students and figures
 
@@ -78,7 +78,7 @@ from studies.replay import (
     report as retention,
     stages,
     study as forgetting,
-    tasks as exams,
+    tasks as tasks,
     variants,
 )
 from studies.slimming import report
@@ -87,14 +87,14 @@ from studies.common.claims import laid_out
 started = time.perf_counter()
 few = ["finetune", "replay"]
 whole = list(variants.DOMAINS)
-small = {"pictures": 240, "test_pictures": 16, "drawn": 12}
-usual = {"pictures": 800, "test_pictures": 64, "drawn": 72}
+small = {"images": 240, "test_images": 16, "generated": 12}
+usual = {"images": 800, "test_images": 64, "generated": 72}
 table = {
     "quick": {"steps": 20, "batch_size": 8, "seeds": [0], "trials": few, "rate": 5e-4, **small},
     "standard": {"steps": 80, "batch_size": 8, "seeds": [0, 1, 2], "trials": whole, "rate": 5e-4,
                  **usual},
     "full": {"steps": 5000, "batch_size": 32, "seeds": [0, 1, 2], "trials": whole, "rate": 5e-5,
-             **usual | {"pictures": 8000}},
+             **usual | {"images": 8000}},
 }  # fmt: skip
 run = settle(budget, table, steps=steps, batch_size=batch_size, seeds=seeds)
 if plan not in kdc.PLANS:
@@ -106,7 +106,7 @@ kept_in = output / f"rows-{budget}-{run.steps}-steps-of-{run.batch_size}"
 # %% [markdown]
 # ## Two tasks
 #
-# A *task* is what is learnt in one go: training pictures, prompts to draw afterwards, and pictures
+# A *task* is what is learnt in one go: training images, prompts to draw afterwards, and images
 # held back for the test. `dataset` may be both worlds, two folders, or one folder, whose classes are cut
 # in half. On folders the mini teacher is first fine-tuned on all of them, as in the chapter before.
 
@@ -118,37 +118,37 @@ if budget == "quick" and teacher == "mini" and plan == "kdc" and not folders:
     start, run.rate = kdc.load_student("mini", pipeline).unet, 3e-3
 settings = forgetting.Settings(
     plan=plan,
-    pictures=run.pictures,
-    test_pictures=run.test_pictures,
-    drawn=run.drawn,
+    images=run.images,
+    test_images=run.test_images,
+    generated=run.generated,
     steps=run.steps,
     batch_size=run.batch_size,
     learning_rate=run.rate,
     seeds=tuple(run.seeds),
     tuning=10 * run.steps,
 )
-sizes = {k: getattr(settings, k) for k in ("pictures", "test_pictures", "drawn")}
+sizes = {k: getattr(settings, k) for k in ("images", "test_images", "generated")}
 if folders and teacher == "mini":
     for name in folders:
         kdc.load_dataset(name, "test")  # what is wrong with a folder is said before the training
     stages.fine_tune(pipeline, folders, settings, output / "teacher")
-tasks = exams.tasks_of(pipeline, dataset, **sizes)
+tasks = tasks.tasks_of(pipeline, dataset, **sizes)
 for task in tasks:
-    print(f"{task.name}: {len(task.train)} pictures, {len(task.prompts)} prompts to draw")
+    print(f"{task.name}: {len(task.train)} images, {len(task.prompts)} prompts to draw")
 
 # %%
 picks = [
     task.prompts[i] for task in tasks for i in np.linspace(0, len(task.prompts) - 1, 4, dtype=int)
 ]
-figures.picture_grid({"teacher": kdc.generate(pipeline, picks, seed=1)}, picks)
+figures.image_grid({"teacher": kdc.generate(pipeline, picks, seed=1)}, picks)
 plt.show()
 
 # %% [markdown]
 # ## A buffer, in bytes
 #
-# A buffer keeps latents, not pictures: the mean and the deviation that the autoencoder gives, the
+# A buffer keeps latents, not images: the mean and the deviation that the autoencoder gives, the
 # caption, the task and the class. Eight-bit integers with one scale for each item and channel halve what
-# half precision takes, and are off by at most half a step. What does a picture lose by it? Beside the
+# half precision takes, and are off by at most half a step. What does an image lose by it? Beside the
 # latents lies the *embedding* of the caption, once for all items that share it: with few items for each
 # caption no small part.
 
@@ -173,7 +173,7 @@ costs["decoded, PSNR in dB"] = pd.Series(decoded)
 costs.round(1)
 
 # %% [markdown]
-# The last column is the peak signal-to-noise ratio, in decibel, of the pictures that the stored
+# The last column is the peak signal-to-noise ratio, in decibel, of the images that the stored
 # latents decode to, against those of exact latents: above 40 nobody sees a difference.
 #
 # *Which* items stay is the buffer's **policy**. `reservoir` keeps every item that ever came by with
@@ -206,7 +206,7 @@ plt.show()
 # %% [markdown]
 # ## Eight ways to learn the second task
 #
-# Every strategy is a row of settings of *one* loop, and sees the same new pictures with the same
+# Every strategy is a row of settings of *one* loop, and sees the same new images with the same
 # noise in the same order. What differs is what comes on top of them.
 
 # %%
@@ -214,18 +214,18 @@ chosen = {name: vars(s) for name, s in kdc.continual.STRATEGIES.items()}
 shown = pd.DataFrame(chosen).T[["source", "ratio", "guide", "old_weights", "ewc", "joint"]]
 kinds = ("task", "output", "soft", "feature")
 used = {n: w and [k for k in kinds if getattr(w, k)] for n, w in shown.pop("old_weights").items()}
-shown["terms on old pictures"] = [", ".join(u) if u else "as on new" for u in used.values()]
+shown["terms on old images"] = [", ".join(u) if u else "as on new" for u in used.values()]
 shown.where(shown["source"].notna(), "–").assign(ewc=shown["ewc"], joint=shown["joint"])
 
 # %% [markdown]
-# `finetune` does nothing. `carry_over` is the published way: the last picture of each batch comes
-# again with the next. `replay` adds to every new picture one from the buffer, with the same loss, so the teacher guides
+# `finetune` does nothing. `last_sample` is the published way: the last image of each batch comes
+# again with the next. `replay` adds to every new image one from the buffer, with the same loss, so the teacher guides
 # there too; `replay+distil` lets a frozen copy of the student, made before the task, guide it there,
 # by task and output alone.
-# `generative_replay` keeps no pictures at all: the old student draws them, and the new one takes
+# `generative_replay` keeps no images at all: the old student draws them, and the new one takes
 # them for real; in `generative_distillation` it follows the old student's prediction on them
 # instead. `ewc` penalises moving weights that mattered. `joint` sees all tasks at once, in the same
-# number of steps: each task in half of them. It is no bound for what adds old pictures *on top*.
+# number of steps: each task in half of them. It is no bound for what adds old images *on top*.
 #
 # After each task the student is scored on *every* task. The scores make a matrix $R_{t,k}$: task
 # $k$ after learning task $t$. With $T$ tasks and a score where higher is better,
@@ -237,7 +237,7 @@ shown.where(shown["source"].notna(), "–").assign(ewc=shown["ewc"], joint=shown
 #
 # A model may also lose what it knew *beyond* the tasks. **Retention** is the change of such a score
 # from before the first task to after the last: here the share of right drawings of combinations that
-# no training picture shows. A fresh cut draws none of them, so its change is its share in the end.
+# no training image shows. A fresh cut draws none of them, so its change is its share in the end.
 #
 # ## The experiment, small
 #
@@ -261,28 +261,28 @@ plt.show()
 # %% [markdown]
 # Each map is one matrix: a row after every task, a column for every task. Forgetting is a first
 # column that gets brighter downwards. The *output error* is the mean squared difference between
-# student and teacher on pictures held back. Below, the same prompts and noise after each task.
+# student and teacher on images held back. Below, the same prompts and noise after each task.
 
 # %%
-drawn = {"teacher": kdc.generate(pipeline, picks, seed=0)}
+generated = {"teacher": kdc.generate(pipeline, picks, seed=0)}
 names = [task.name for task in tasks]
-drawn |= buffers.drawn_after(kept_in, "here", "as given", run.seeds[0], names, trials, len(picks))
-figures.picture_grid(drawn, picks).savefig(output / "forgetting.png", dpi=150)
+generated |= buffers.generated_after(kept_in, "here", "as given", run.seeds[0], names, trials, len(picks))
+figures.image_grid(generated, picks).savefig(output / "forgetting.png", dpi=150)
 plt.show()
 
 # %% [markdown]
 # ## The study
 #
-# Both worlds in both orders, three seeds, all eight strategies, 80 steps of 8 pictures for each
-# task, with the loss of the best recipe of the chapter before. Each student is asked for 72 pictures
-# of each world, and for combinations that no training picture shows: what the *teacher* knows beyond
+# Both worlds in both orders, three seeds, all eight strategies, 80 steps of 8 images for each
+# task, with the loss of the best recipe of the chapter before. Each student is asked for 72 images
+# of each world, and for combinations that no training image shows: what the *teacher* knows beyond
 # the tasks. `python -m kdc forgetting` measures it again, which takes hours on two cores. With a
-# teacher or pictures of your own, the tables are those of the run above.
+# teacher or images of your own, the tables are those of the run above.
 
 # %%
 own = budget == "full" or teacher != "mini" or dataset != "worlds"
 rows = rows if own else retention.stored("domains")
-alone = retention.table(retention.stored("guides")).query("candidate == 'replay, task only'")
+alone = retention.table(retention.stored("teachers")).query("candidate == 'replay, task only'")
 lines = retention.table(rows)
 shown = ["old_accuracy", "new_accuracy", "forgetting_accuracy", "retention_accuracy"]
 shown += ["old_output_error", "new_output_error", "forgetting_output_error"]
@@ -309,7 +309,7 @@ plt.show()
 # %%
 if not own:
     strips, asked = retention.shown()
-    figures.picture_grid(strips, asked, scale=0.8).savefig(output / "strategies.png", dpi=150)
+    figures.image_grid(strips, asked, scale=0.8).savefig(output / "strategies.png", dpi=150)
     plt.show()
 
 # %% [markdown]
@@ -322,40 +322,40 @@ if metric == "accuracy":
 laid_out(retention.check_stage("domains" if metric == "accuracy" else "photos", lines))
 
 # %% [markdown]
-# Look at the pictures first. After butterflies, the student that was merely fine-tuned answers a
+# Look at the images first. After butterflies, the student that was merely fine-tuned answers a
 # request for a daisy with a butterfly, in the right colour on the right background. It has not lost the
 # words for colours and places, which the new task uses too; it has lost the flowers. Its output error
-# on old pictures hardly rises meanwhile. That is why the study counts pictures.
+# on old images hardly rises meanwhile. That is why the study counts images.
 #
-# The published carried-over picture changes nothing in accuracy, nor does the penalty on weights, at a
-# weight that nobody tuned; that one makes the output error worse on both tasks, the carried picture makes
+# The published carried-over image changes nothing in accuracy, nor does the penalty on weights, at a
+# weight that nobody tuned; that one makes the output error worse on both tasks, the carried image makes
 # it a little better on both. A buffer of 64 latents keeps as much as joint training reaches. But look at
-# the fourth line of the goals: replay with the task term alone on old pictures, beside all terms on the
+# the fourth line of the goals: replay with the task term alone on old images, beside all terms on the
 # new, is far from it; claims 6 and 7 take that apart. Guided by all terms, replay's forgetting is
-# *negative*: every old picture teaches the student something more.
+# *negative*: every old image teaches the student something more.
 #
-# The surprise is `replay+distil`. It shows the same old pictures from the same buffer, and loses nearly
+# The surprise is `replay+distil`. It shows the same old images from the same buffer, and loses nearly
 # half of what it knew. There the guide is a copy of the student, and guides by the output alone; `replay`
 # is guided by the teacher, by output and features. Which of the two matters is the question of claim 6.
-# Both strategies that draw their old pictures stand between fine-tuning and `replay+distil`; that a guide
-# mends drawn pictures is open. Taking them for real harms the new task too, in output error.
+# Both strategies that draw their old images stand between fine-tuning and `replay+distil`; that a guide
+# mends generated images is open. Taking them for real harms the new task too, in output error.
 #
 # Half of the combinations of *retention* are of the world learnt last. Fine-tuning ends with hardly more
 # than that half, replay with both.
 #
 # ### What it costs
 #
-# On top of the same new pictures come old ones, a guide's forwards, pictures to be drawn, old weights to
-# be kept. A *picture* below is one pass of one picture through a network, forwards, or forwards and
+# On top of the same new images come old ones, a guide's forwards, images to be drawn, old weights to
+# be kept. A *image* below is one pass of one image through a network, forwards, or forwards and
 # backwards. Seconds are those of the second task (`python -m benchmarks.strategies`); `joint` does what
 # `finetune` does, so its ratio tells the noise.
 
 # %%
-costs = lines.assign(kilobytes=lines["bytes"] / 1e3, thousands=lines["pictures"] / 1e3)
+costs = lines.assign(kilobytes=lines["bytes"] / 1e3, thousands=lines["images"] / 1e3)
 lost = f"forgetting_{metric}"
 figures.trade_offs(
     costs,
-    {"thousands": "thousand pictures through networks", "kilobytes": "kilobytes kept"},
+    {"thousands": "thousand images through networks", "kilobytes": "kilobytes kept"},
     {lost: f"forgetting, {metric}", f"new_{metric}": f"new task, {metric}"},
 ).savefig(output / "frontier.png", dpi=150)
 plt.show()
@@ -366,16 +366,16 @@ shown.assign(**{"seconds over finetune's": timed}).round(2)
 # %% [markdown]
 # Cheap and good stand in one corner here: `replay` keeps half a megabyte, half of it embeddings, and takes
 # half as many passes again as fine-tuning. A copy of the student costs its weights, 20 MB; the penalty
-# keeps a mean gradient and the old weights, 58 MB; and pictures that have to be drawn first cost the most
+# keeps a mean gradient and the old weights, 58 MB; and images that have to be drawn first cost the most
 # passes. All of that bought little.
 #
 # ## Claim 5: the size of the buffer, its precision, and the dose
 #
 # One order of the worlds, three seeds, replay alone; bands reach from the smallest to the largest seed.
 # Left: what is forgotten against the bytes that the buffer takes, embeddings and all. Middle: *leakage*,
-# the share of drawings whose nearest picture, in the features of the embedded CLIP, is an old one that the
+# the share of drawings whose nearest image, in the features of the embedded CLIP, is an old one that the
 # buffer holds rather than one of as many held back; strangers have a half on average. Right: accuracy on
-# both tasks against the number of old pictures that go with each new one.
+# both tasks against the number of old images that go with each new one.
 
 # %%
 every = {stage: retention.table(retention.stored(stage)) for stage in retention.BESIDE}
@@ -388,7 +388,7 @@ panels["accuracy by ratio"] = retention.against_ratio(every["ratios"])
 without = every["buffers"].groupby("candidate")["forgetting_accuracy"].mean()["finetune"]
 figures.lines(
     panels,
-    ["bytes of the buffer", "bytes of the buffer", "old pictures for each new one"],
+    ["bytes of the buffer", "bytes of the buffer", "old images for each new one"],
     ["semilogx"] * 3,
     {"leakage": ("strangers", 0.5), "forgetting, accuracy": ("finetune", without)},
 ).savefig(output / "buffers.png", dpi=150)
@@ -407,22 +407,22 @@ laid_out(pd.concat(retention.check_stage(stage, every[stage]) for stage in ("buf
 # buffer leaks stays open, and could hardly have been seen: the share is .57 against .53, where strangers
 # have .50, but of the four items the second task had pushed out all but two or three.
 #
-# Nor can these rows tell the doses apart. One old picture for every four new ones keeps .73 where one for
+# Nor can these rows tell the doses apart. One old image for every four new ones keeps .73 where one for
 # each keeps .80, for a quarter of the extra passes. The claim that two for each cost the new task stays
 # open, and the mean points the other way.
 #
-# ## Claim 6: the guide or the pictures?
+# ## Claim 6: the guide or the images?
 #
-# The same old pictures from the same buffer, one for each new one, in the same order. What differs is
+# The same old images from the same buffer, one for each new one, in the same order. What differs is
 # the loss on them: who is followed, and by which terms.
 
 # %%
 measures = ["old_accuracy", "new_accuracy", "forgetting_accuracy", "old_output_error"]
-display(report.summary(every["guides"], measures))
-laid_out(retention.check_stage("guides", every["guides"]))
+display(report.summary(every["teachers"], measures))
+laid_out(retention.check_stage("teachers", every["teachers"]))
 
 # %% [markdown]
-# Beside all terms on the new pictures, replay with the task term alone ends at .12 of accuracy where
+# Beside all terms on the new images, replay with the task term alone ends at .12 of accuracy where
 # fine-tuning ends at .01. Part of that is loudness: four times the term, whose gradient is about as long as
 # that of all terms, keeps .40. The output term adds .12, and whether the teacher
 # or the old student gives it cannot be told. The rest is features, with the soft term at a tenth, which
@@ -430,13 +430,13 @@ laid_out(retention.check_stage("guides", every["guides"]))
 # copy of the student, frozen before the task. So `replay+distil` fell behind because it left the features
 # out, not because its guide knew too little.
 #
-# The same goes for pictures that the old student draws itself. Followed by features too they keep .68 of
-# accuracy, where following the output alone keeps .16, and not one old picture has to be stored. The last
+# The same goes for images that the old student draws itself. Followed by features too they keep .68 of
+# accuracy, where following the output alone keeps .16, and not one old image has to be stored. The last
 # claim fails nonetheless: that is less than replay keeps, at more than twice the passes.
 #
 # ## Claim 7: plain training, and six classes
 #
-# Here the task term is alone on *all* pictures, from the shipped student, who can draw both worlds
+# Here the task term is alone on *all* images, from the shipped student, who can draw both worlds
 # already, at a rate at which fine-tuning forgets (chosen by that alone, on another seed). Then come the
 # six flowers one after the other, 40 steps each, with the recipe's loss and 48 items; every seed has an
 # order of its own.
@@ -466,16 +466,16 @@ laid_out(pd.concat(retention.check_stage(stage, tables[stage]) for stage in ("pl
 # %%
 if not own:
     strips, asked = retention.shown("photos")
-    figures.picture_grid(strips, asked, scale=0.8).savefig(output / "photos.png", dpi=150)
+    figures.image_grid(strips, asked, scale=0.8).savefig(output / "photos.png", dpi=150)
     plt.show()
-found = [f"{w}_{m}" for m in ("frechet", "output_error") for w in ("old", "new", "forgetting")]
+found = [f"{w}_{m}" for m in ("fd", "output_error") for w in ("old", "new", "forgetting")]
 display(report.summary(tables["photos"], found))
 laid_out(retention.check_stage("photos", tables["photos"]))
 
 # %% [markdown]
 # Nothing is forgotten here. Learning six more flowers makes the student *better* at the first six, even
 # where it is merely fine-tuned: forgetting is negative for all five strategies, surely so by output error.
-# The halves are alike, and 80 steps after a cut any picture teaches something. Replay still lowers the output
+# The halves are alike, and 80 steps after a cut any image teaches something. Replay still lowers the output
 # error on the old half most; by Fréchet distance, with three seeds that differ widely, nothing can be told.
 # Measure the forgetting first.
 #
@@ -483,7 +483,7 @@ laid_out(retention.check_stage("photos", tables["photos"]))
 #
 # 1. Stop this notebook in the middle of a sequence and run it again. Which rows are read back? Now
 #    give `kdc.run_sequence` an `output_dir` and `resume=True`, and kill it inside a task.
-# 2. Set `Strategy("replay", "buffer", ratio=0.05)`: at which ratio does carrying over one picture of
+# 2. Set `Strategy("replay", "buffer", ratio=0.05)`: at which ratio does carrying over one image of
 #    a batch become the same thing?
 # 3. Herding keeps items near the mean of their class. Draw what it holds beside what the reservoir
 #    holds. Which would you rather learn from?

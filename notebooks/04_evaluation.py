@@ -9,11 +9,11 @@
 # %% [markdown]
 # # Evaluation that can be trusted
 #
-# **The question.** Teacher and students on one page: how good are their pictures, how long do they
+# **The question.** Teacher and students on one page: how good are their images, how long do they
 # take, and which differences are real? The paper reports Fréchet distances, KID, CLIP scores, LPIPS,
-# parameters and times; its public notebook computes a Fréchet distance from 5 pictures against 11.
-# Here no number stands alone: each comes with its spread over seeds, the number of pictures, what
-# computed it, and what real pictures score against real ones at that count.
+# parameters and times; its public notebook computes a Fréchet distance from 5 images against 11.
+# Here no number stands alone: each comes with its spread over seeds, the number of images, what
+# computed it, and what real images score against real ones at that count.
 #
 # **The claim**, written down before it was measured: the shipped student, at its best number of steps,
 # is **at least five times faster** end to end than the teacher at 50 steps, **within 5 %** of its
@@ -25,7 +25,7 @@
 # %% tags=["parameters"]
 budget: str = "quick"  # "quick", "standard" or "full"
 teacher: str = "mini"  # "mini", a hub id, or a diffusers folder
-dataset: str = "worlds"  # reference pictures: "worlds", "flora", "lepidoptera", or a folder
+dataset: str = "worlds"  # reference images: "worlds", "flora", "lepidoptera", or a folder
 steps: int = None  # sampling steps of the table measured here; None: what the budget says
 seeds: list = None  # every prompt is drawn once for each seed; None: what the budget says
 output_dir: str = "outputs/04_evaluation"  # figures
@@ -48,23 +48,23 @@ from studies.common.renderings import renderings_of
 from studies.evaluation import report as standings, study
 
 started = time.perf_counter()
-large = {"seeds": [0, 1, 2], "drawn": 144, "rounds": 7, "schedulers": ("dpm++", "ddim"),
+large = {"seeds": [0, 1, 2], "generated": 144, "rounds": 7, "schedulers": ("dpm++", "ddim"),
          "sweep": (4, 6, 8, 12, 16, 25, 50)}  # fmt: skip
-small = {"seeds": [0, 1], "drawn": 24, "rounds": 2, "schedulers": ("dpm++",), "sweep": (4, 8, 50)}
+small = {"seeds": [0, 1], "generated": 24, "rounds": 2, "schedulers": ("dpm++",), "sweep": (4, 8, 50)}
 table = {
     "quick": {"steps": 10, **small},
     "standard": {"steps": 10, **large},
-    "full": {"steps": 25, **large, "drawn": 2000},
+    "full": {"steps": 25, **large, "generated": 2000},
 }
 run = settle(budget, table, steps=steps, seeds=seeds)
 output = Path(output_dir)
 output.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]
-# ## Pictures first
+# ## Images first
 #
 # The teacher; the student that is shipped with this project; and a student that was only cut, never
-# taught. The same prompts, the same noise. The last two combinations no training picture shows.
+# taught. The same prompts, the same noise. The last two combinations no training image shows.
 
 # %%
 pipeline = kdc.load_teacher(teacher)
@@ -77,28 +77,28 @@ candidates = {"teacher": pipeline, "student": student, "only cut": cut}
 known = dataset in ("worlds", *kdc.WORLDS)
 if known:
     asked = [a for a in study.asked_for(288) if dataset in ("worlds", a.world)]
-    asked = asked[:: max(1, len(asked) // run.drawn)][: run.drawn]
+    asked = asked[:: max(1, len(asked) // run.generated)][: run.generated]
     prompts = [worlds.caption(a) for a in asked]
     reference = renderings_of(asked * (2 + 256 // len(asked)), seed=5)
 else:
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     real = kdc.load_dataset(dataset, "test", size)
-    asked, prompts = [], [real.caption(i % len(real)) for i in range(run.drawn)]
+    asked, prompts = [], [real.caption(i % len(real)) for i in range(run.generated)]
     reference = real
 picks = [prompts[i] for i in np.linspace(0, len(prompts) - 1, 6).astype(int)]
 rare = ["a red sunflower on a night background", "a pink plain butterfly on a sand background"]
 picks += rare if known else []
-drawn = {
+generated = {
     name: kdc.generate(one, picks, seed=1, steps=run.steps) for name, one in candidates.items()
 }
-figures.picture_grid(drawn, picks).savefig(output / "pictures.png", dpi=150)
+figures.image_grid(generated, picks).savefig(output / "images.png", dpi=150)
 plt.show()
 
 # %% [markdown]
 # ## The table, here
 #
-# `kdc.evaluate` draws every prompt with every seed and scores the pictures. Before it draws anything it
-# refuses what cannot be computed: the Fréchet distance of too few pictures for the width of the
+# `kdc.evaluate` draws every prompt with every seed and scores the images. Before it draws anything it
+# refuses what cannot be computed: the Fréchet distance of too few images for the width of the
 # features, a score without its reference, a network in training mode. Where a score was not asked for
 # by name, its row says why it is empty.
 
@@ -113,20 +113,20 @@ for name, one in candidates.items():
         teacher=scores.get("teacher"),
         seeds=run.seeds,
         steps=run.steps,
-        floors=5,
+        baseline_draws=5,
     )
-columns = ["value", "spread", "samples", "floor", "note", "extractor", "checksum"]
+columns = ["value", "spread", "samples", "real_vs_real", "note", "extractor", "checksum"]
 scores["student"].table[columns].round(3)
 
 # %%
 pd.concat({name: found.table["value"].round(3) for name, found in scores.items()}, axis=1)
 
 # %% [markdown]
-# *Accuracy* is the share of pictures that show the asked-for colour, kind and background; *clip* the
+# *Accuracy* is the share of images that show the asked-for colour, kind and background; *clip* the
 # alignment with the caption; *fid* and *kid* distances to real renderings; *precision* how many drawn
-# pictures look real, *recall* how much of what is real is drawn; *lpips_to_teacher* the perceptual
-# distance to the teacher's picture from the same noise; *diversity* the distance of two pictures of one
-# prompt. Is the student different from the teacher at all? Pictures are paired by prompt and noise, and
+# images look real, *recall* how much of what is real is drawn; *lpips_to_teacher* the perceptual
+# distance to the teacher's image from the same noise; *diversity* the distance of two images of one
+# prompt. Is the student different from the teacher at all? Images are paired by prompt and noise, and
 # a permutation test swaps the members of random pairs:
 
 # %%
@@ -139,13 +139,13 @@ kdc.compare(scores["student"], scores["teacher"], permutations=100)
 #
 # ## Time
 #
-# End to end, from prompt to picture: text encoder, all steps with guidance (two calls each), decoder.
+# End to end, from prompt to image: text encoder, all steps with guidance (two calls each), decoder.
 # The pipelines take turns in one process, so that a busy machine slows all alike; a warm-up is not
 # counted. *ratio* is over the teacher at 50 steps.
 
 # %%
 settings = study.Settings(
-    steps=run.sweep, schedulers=run.schedulers, drawn=run.drawn, choosing_drawn=run.drawn,
+    steps=run.sweep, schedulers=run.schedulers, generated=run.generated, choosing_generated=run.generated,
     seeds=tuple(run.seeds), batch_sizes=(1,), rounds=run.rounds,
 )  # fmt: skip
 both = {"teacher": pipeline, study.SHIPPED: student}
@@ -171,11 +171,11 @@ if not own:
 elif known:
     swept = study.sweep(both, settings, output / f"sweep-{budget}")
     found = study.report(both, swept, timed, settings)
-    clock = {"pictures": timed.to_dict("records")}
+    clock = {"images": timed.to_dict("records")}
 if known:
     curves = standings.frontier(found, clock)
     lines = {s: standings.curves_of(curves, s) for s in ("accuracy", "clip")}
-    figures.lines(lines, ["seconds a picture"] * 2, ["semilogx"] * 2)
+    figures.lines(lines, ["seconds an image"] * 2, ["semilogx"] * 2)
     plt.savefig(output / "frontier.png", dpi=150)
     plt.show()
 
@@ -193,7 +193,7 @@ if known:
 # %% [markdown]
 # The claim holds, for the *best* setting. With 16 steps of DPM-Solver++ the student takes less than a fifth
 # of the teacher's time, shows what was asked for as often, and its CLIP score is 0.2 lower, which 432
-# pairs of pictures cannot tell from chance. They can tell its Fréchet distance and KID, which are a little
+# pairs of images cannot tell from chance. They can tell its Fréchet distance and KID, which are a little
 # worse. Not distinguishable by one score is not the same as equal.
 #
 # The *fastest* setting misses the third part. Six steps of DDIM keep 97 % of the accuracy and lose seven
@@ -218,13 +218,13 @@ standings.verdicts(equal)
 # %% [markdown]
 # The table separates all three. After 200 steps the best recipe is well above the published one and well
 # below the teacher, in accuracy, CLIP score, both distances and recall. Precision sees no difference at
-# all: a student that shows what was asked for in a quarter of its pictures gets the same .97 as its
-# teacher, because its pictures look like *some* real picture. (A 0 before the comma means that trainings
+# all: a student that shows what was asked for in a quarter of its images gets the same .97 as its
+# teacher, because its images look like *some* real image. (A 0 before the comma means that trainings
 # differ no more than their sampling explains.) The published recipe depends more on the luck of training
 # than on that of drawing, so that one training of it would say little. At 10 steps the shipped student is
 # near its teacher, and 432 pairs still tell them apart in CLIP score, both distances and recall.
 #
-# The distance to the teacher's pictures from the same noise falls with all of that: 1.7, 0.7, 0.3.
+# The distance to the teacher's images from the same noise falls with all of that: 1.7, 0.7, 0.3.
 #
 # ## All plans on one page
 #
@@ -236,7 +236,7 @@ rows = standings.plans()
 figures.trade_offs(
     rows,
     {"parameter_ratio": "parameters / teacher's", "latency_ratio": "full-size latency / teacher's"},
-    {"accuracy": "accuracy", "frechet": "Fréchet distance"},
+    {"accuracy": "accuracy", "fd": "Fréchet distance"},
 ).savefig(output / "plans.png", dpi=150)
 plt.show()
 
@@ -244,7 +244,7 @@ plt.show()
 # ## The paper's table beside ours
 #
 # What can be compared are counts, because they depend on nothing but the architecture. Scores cannot:
-# the paper's are of Stable Diffusion on photographs, in features of Inception, at counts of pictures
+# the paper's are of Stable Diffusion on photographs, in features of Inception, at counts of images
 # that it does not state; ours are of a mini model on procedural worlds, in features of its own CLIP.
 # Our times are ratios of two networks on one machine, the paper's are seconds on another.
 

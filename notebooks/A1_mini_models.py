@@ -10,9 +10,9 @@
 # # Appendix: the mini models
 #
 # **The question.** Every experiment of this book can be run in minutes because its teacher is
-# small. Where does that teacher come from, who judges its pictures, and how good are they both?
+# small. Where does that teacher come from, who judges its images, and how good are they both?
 #
-# **The claim.** Six networks, trained from nothing by this project on procedural pictures, make a
+# **The claim.** Six networks, trained from nothing by this project on procedural images, make a
 # complete text-to-image laboratory of less than 40 MB. Their grades were set as goals before
 # training. What was reached stands in `results/mini_grades.json` and is shown below goal by goal,
 # missed ones included.
@@ -23,7 +23,7 @@
 
 # %% tags=["parameters"]
 budget: str = "quick"  # "quick", "standard" or "full": how much is graded and trained here
-dataset: str = "worlds"  # pictures for the reconstruction figure: a world or a folder
+dataset: str = "worlds"  # images for the reconstruction figure: a world or a folder
 steps: int = None  # training steps of every stage on this page; None: what the budget says
 output_dir: str = "outputs/A1_mini_models"  # where the trial training writes
 
@@ -60,9 +60,9 @@ output.mkdir(parents=True, exist_ok=True)
 # %% [markdown]
 # ## Two worlds
 #
-# `flora` and `lepidoptera` are programs. A picture is a function of its **attributes** (colour,
+# `flora` and `lepidoptera` are programs. An image is a function of its **attributes** (colour,
 # species or wing pattern, background) and of a seed that decides place, size, turn and light. So
-# every caption is true, every score has a right answer, and there is no end of pictures. Six
+# every caption is true, every score has a right answer, and there is no end of images. Six
 # species or patterns, seven colours and four backgrounds make 168 combinations in each world.
 #
 # Six (colour, kind) pairs of each world are **held out**: no generator of this book is ever trained
@@ -80,7 +80,7 @@ for world in worlds.WORLDS.values():
             shown = worlds.Attributes(world.name, colour, kind, ground)
             line.append(worlds.render(shown, rng).transpose(2, 0, 1))
         rows[kind] = line
-figures.picture_grid(rows, list(worlds.COLOURS), scale=0.95)
+figures.image_grid(rows, list(worlds.COLOURS), scale=0.95)
 plt.show()
 
 # %%
@@ -91,10 +91,10 @@ for world in worlds.WORLDS.values():
 # %% [markdown]
 # ## The autoencoder, and why it saw dead leaves
 #
-# Diffusion runs in the latent space of an autoencoder, as in Stable Diffusion: 64 x 64 pictures
+# Diffusion runs in the latent space of an autoencoder, as in Stable Diffusion: 64 x 64 images
 # become 16 x 16 x 4 latents. One that had seen only flat flowers would fail on photographs, which
-# have edges at all scales. *Dead leaves* pictures, ellipses of power-law sizes that hide one
-# another, have the same statistics and cost nothing, so half of the training pictures are those.
+# have edges at all scales. *Dead leaves* images, ellipses of power-law sizes that hide one
+# another, have the same statistics and cost nothing, so half of the training images are those.
 # No photograph was used.
 
 # %%
@@ -107,13 +107,13 @@ originals = torch.stack([test[i]["image"] for i in np.linspace(0, len(test) - 1,
 originals = torch.cat([originals, leaves])
 restored = grades.reconstruct(pipeline, originals)
 quality = [f"{v:.1f} dB" for v in grades.psnr(pipeline, originals)]
-figures.picture_grid({"original": originals, "restored": restored}, quality)
+figures.image_grid({"original": originals, "restored": restored}, quality)
 plt.show()
 
 # %% [markdown]
 # ## How they were trained
 #
-# Each stage ran on the one training loop, `kdc.training.train`, and left a log. Those that were
+# Each stage ran on the one training loop, `kdc.training.loop.train`, and left a log. Those that were
 # kept are shipped beside the weights and drawn here.
 
 # %%
@@ -142,7 +142,7 @@ for name in mini.STAGES:
 # %% [markdown]
 # ## The judges
 #
-# Pictures are judged by networks that share nothing with the generator: an attribute classifier, a
+# Images are judged by networks that share nothing with the generator: an attribute classifier, a
 # CLIP for text alignment and features, and a trunk for LPIPS. A judge must itself be judged first.
 # Below, the classifier reads real test renderings, and the CLIP ranks the right caption against
 # all others.
@@ -158,20 +158,20 @@ scores = torch.stack(
 )
 ranks = (scores.argmax(dim=1) == torch.arange(len(scores))).float().mean().item()
 display_rows = {f"classifier, {k}": f"{v:.1%}" for k, v in reading.items()}
-display_rows[f"CLIP finds the picture of a caption among {len(picks)}"] = f"{ranks:.1%}"
+display_rows[f"CLIP finds the image of a caption among {len(picks)}"] = f"{ranks:.1%}"
 pd.Series(display_rows, name=f"on {len(shown)} real renderings").to_frame()
 
 # %% [markdown]
-# ## The teacher's pictures, graded here
+# ## The teacher's images, graded here
 #
 # A small sample, so mind the standard error. The stored grades come after it.
 
 # %%
 asked = grades.balanced_prompts(1, False)[:: run.every]
 rare = grades.balanced_prompts(1, True)[:: max(1, run.every // 2)]
-drawn = kdc.generate(pipeline, [worlds.caption(a) for a in asked + rare], seed=11)
-usual = metrics.attribute_accuracy(drawn[: len(asked)], asked)
-never = metrics.attribute_accuracy(drawn[len(asked) :], rare)
+generated = kdc.generate(pipeline, [worlds.caption(a) for a in asked + rare], seed=11)
+usual = metrics.attribute_accuracy(generated[: len(asked)], asked)
+never = metrics.attribute_accuracy(generated[len(asked) :], rare)
 pd.DataFrame(
     {
         name: {
@@ -179,8 +179,8 @@ pd.DataFrame(
             for attribute, score in row.items()
         }
         for name, row, count in (
-            (f"trained combinations ({len(asked)} pictures)", usual, len(asked)),
-            (f"never trained ({len(rare)} pictures)", never, len(rare)),
+            (f"trained combinations ({len(asked)} images)", usual, len(asked)),
+            (f"never trained ({len(rare)} images)", never, len(rare)),
         )
     }
 )
@@ -189,16 +189,16 @@ pd.DataFrame(
 columns = 8
 captions = [worlds.caption(a).replace(" background", "") for a in rare[:columns]]
 right = {
-    "trained": drawn[: len(asked)][:: max(1, len(asked) // columns)][:columns],
-    "never trained": drawn[len(asked) :][:columns],
+    "trained": generated[: len(asked)][:: max(1, len(asked) // columns)][:columns],
+    "never trained": generated[len(asked) :][:columns],
 }
-figures.picture_grid(right, captions, title="captions are those of the lower row")
+figures.image_grid(right, captions, title="captions are those of the lower row")
 plt.show()
 
 # %% [markdown]
 # ## The grades
 #
-# Stored by `make grades`; every number is measured on held-out renderings or on pictures generated
+# Stored by `make grades`; every number is measured on held-out renderings or on images generated
 # with the default guidance in 25 steps. The Fréchet distance is taken in the mini CLIP's features,
 # and its floor is the distance between two sets of real renderings at the same count.
 
@@ -207,15 +207,15 @@ grades.report(ledger.read("mini_grades"))
 
 # %% [markdown]
 # One goal is missed, and the next table tells why. It divides the Fréchet distance by its floor for
-# real renderings that only passed the autoencoder, and for the teacher's pictures at several
+# real renderings that only passed the autoencoder, and for the teacher's images at several
 # guidances (stored by `python -m kdc frechet`, at half the count of the grades, so that the floor is
 # higher and the ratios are lower). The autoencoder is not to blame, nor is what the teacher has
-# learnt: it is guidance, which makes a picture show what was asked for by making all pictures of a
+# learnt: it is guidance, which makes an image show what was asked for by making all images of a
 # caption alike. Attribute accuracy does not see that. A distance between distributions does.
 
 # %%
-why = ledger.read("mini_frechet")
-pd.Series(why["ratios"], name=f"distance / floor, {why['samples']} pictures").round(1).to_frame()
+why = ledger.read("mini_fd")
+pd.Series(why["ratios"], name=f"distance / floor, {why['samples']} images").round(1).to_frame()
 
 # %% [markdown]
 # ## What would have shown the claim false

@@ -10,9 +10,9 @@
 # # The metrics on trial
 #
 # **The question.** Every chapter of this book believes its scores. What do they see, and what do they
-# miss? Here pictures are spoilt on purpose, in known ways and by known doses, and every score has to
+# miss? Here images are spoilt on purpose, in known ways and by known doses, and every score has to
 # say how bad it is. A score that stays calm when half of the species are never drawn, or when every
-# picture is a copy of a training picture, must not be trusted to tell you that all is well.
+# image is a copy of a training image, must not be trusted to tell you that all is well.
 #
 # **The claims**, each written down before it was measured (`kdc.studies.trial.NOTICED`): for each of
 # eight faults, which of eight scores notice it at the largest dose. And one that has a closed form:
@@ -56,25 +56,25 @@ output.mkdir(parents=True, exist_ok=True)
 # %% [markdown]
 # ## Eight faults
 #
-# The pictures are fresh renderings of the worlds, so that without a fault every score is as good as it
+# The images are fresh renderings of the worlds, so that without a fault every score is as good as it
 # can be. Each fault has a dose; the first dose does nothing. Blur, a turn of the hue, careless resizing
-# and JPEG spoil every picture alike. The other four leave every single picture perfect: some species
-# are never drawn; some captions go to other pictures; some pictures are copies of training pictures;
+# and JPEG spoil every image alike. The other four leave every single image perfect: some species
+# are never drawn; some captions go to other images; some images are copies of training images;
 # some are all the same one.
 
 # %%
 shown = study.exhibit(8, seed=0)
 rows = {}
 for fault, (spoil, doses) in study.FAULTS.items():
-    rows[fault] = spoil(shown, doses[-2], torch.Generator().manual_seed(1)).pictures
+    rows[fault] = spoil(shown, doses[-2], torch.Generator().manual_seed(1)).images
 captions = [worlds.caption(a) for a in shown.asked]
-figures.picture_grid({"no fault": shown.pictures, **rows}, captions).savefig(output / "faults.png")
+figures.image_grid({"no fault": shown.images, **rows}, captions).savefig(output / "faults.png")
 plt.show()
 
 # %% [markdown]
 # ## The trial, small
 #
-# Two of the faults that no single picture shows, judged here and now.
+# Two of the faults that no single image shows, judged here and now.
 
 # %%
 here = study.hold(run.faults, run.count, run.seeds)
@@ -83,7 +83,7 @@ here.groupby(["fault", "dose"], sort=False)[list(study.SCORES)].mean().round(3)
 # %% [markdown]
 # ## The whole trial
 #
-# All faults, 192 pictures, three seeds: `python -m kdc trial` holds it again. The curves are means over
+# All faults, 192 images, three seeds: `python -m kdc trial` holds it again. The curves are means over
 # seeds with their range, and every score is drawn so that **down is worse**: distances are drawn as
 # their negative. Each is scaled to what it ranges over in the whole trial, so 0 is the worst that was
 # ever seen.
@@ -108,16 +108,16 @@ wide.loc[rows["fault"].unique(), list(study.SCORES)]
 # - *Wrong captions* do not exist for Fréchet distance, KID, precision and recall: they never read a
 #   prompt. A model that ignores what is asked can lead a table of Fréchet distances.
 # - *Memorised copies* make the Fréchet distance **better**, the more of them the better, and only
-#   *leakage*, which asks whose neighbour a picture is, falls. (LPIPS moves too, but here it is paired with
-#   the unspoilt picture, so it notices every exchange and says nothing of why.)
-# - *Mode dropping* is invisible to accuracy and CLIP score, because each drawn picture is right. Recall
+#   *leakage*, which asks whose neighbour an image is, falls. (LPIPS moves too, but here it is paired with
+#   the unspoilt image, so it notices every exchange and says nothing of why.)
+# - *Mode dropping* is invisible to accuracy and CLIP score, because each drawn image is right. Recall
 #   and the distances catch it; precision stays at 1.
-# - Precision forgives almost everything: it is 1 when all pictures are one, and hardly moves under the
+# - Precision forgives almost everything: it is 1 when all images are one, and hardly moves under the
 #   strongest JPEG, where it was expected to. That is the one expectation of a catch that failed.
 # - The scores caught more than was expected of them: recall, CLIP score and accuracy also notice strong
 #   blur, resizing and JPEG, because details vanish that tell one kind from another.
 #
-# The KID of unspoilt pictures is below 0. Both sets show the same prompts, so they are more alike than
+# The KID of unspoilt images is below 0. Both sets show the same prompts, so they are more alike than
 # two independent draws, and an estimate without bias for those must say so.
 #
 # ## Too few samples
@@ -131,10 +131,10 @@ wide.loc[rows["fault"].unique(), list(study.SCORES)]
 
 # %%
 gaussians = pd.DataFrame(stored["gaussians"])
-means = gaussians.groupby(["pair", "count"])[["fid", "kid"]].mean()
+means = gaussians.groupby(["pair", "count"])[["fd", "kid"]].mean()
 counts = means.loc["equal"].index.tolist()
 panels = {
-    f"{pair} Gaussians": {"Fréchet distance": (counts, means.loc[pair, "fid"].tolist())}
+    f"{pair} Gaussians": {"Fréchet distance": (counts, means.loc[pair, "fd"].tolist())}
     for pair in ("equal", "shifted")
 }
 panels["equal Gaussians, KID"] = {"KID": (counts, means.loc["equal", "kid"].tolist())}
@@ -145,11 +145,11 @@ figures.lines(
 plt.show()
 
 # %%
-spread = gaussians.groupby(["pair", "count"])[["fid", "kid"]].agg(["mean", "std"])
+spread = gaussians.groupby(["pair", "count"])[["fd", "kid"]].agg(["mean", "std"])
 spread.round(4)
 
 # %% [markdown]
-# The public notebook of KDC-Diff compares 5 pictures with 11. That number of samples is not on the
+# The public notebook of KDC-Diff compares 5 images with 11. That number of samples is not on the
 # axis, because a Gaussian of 2048 dimensions cannot be fitted to 11 points at all. `kdc.evaluate`
 # refuses to:
 
@@ -157,26 +157,26 @@ spread.round(4)
 pipeline = kdc.load_teacher("mini")
 try:
     prompts = ["a red daisy on a sky background"] * 5
-    kdc.evaluate(pipeline, prompts, shown.pictures, scores=["fid"], seeds=[0], steps=1)
+    kdc.evaluate(pipeline, prompts, shown.images, scores=["fd"], seeds=[0], steps=1)
 except ValueError as error:
     print("ValueError:", error)
 
 # %% [markdown]
 # What can be said at a small count is how far apart *real* sets of that size are. `kdc.evaluate` puts
 # this floor beside every distance: a score near its floor says that nothing is left to be seen with
-# so few pictures, not that nothing is there.
+# so few images, not that nothing is there.
 
 # %%
 see = find_extractor("mini-clip")
 every = study.exhibit(384, seed=7)
-features = torch.cat([see(every.pictures), see(every.reference)])
+features = torch.cat([see(every.images), see(every.reference)])
 floors = {}
 for count in (128, 192, 256, 384):
     floors[count] = {
         name: "{:.3f} ± {:.3f}".format(*floor(measure, features, count, draws=5))
         for name, measure in SET_MEASURES.items()
     }
-pd.DataFrame(floors).T.rename_axis("real against real, pictures")
+pd.DataFrame(floors).T.rename_axis("real against real, images")
 
 # %% [markdown]
 # ## What would have shown the claims false
@@ -186,10 +186,10 @@ pd.DataFrame(floors).T.rename_axis("real against real, pictures")
 #
 # ## Exercises
 #
-# 1. Spoil pictures by a fault of your own: a function of an `Exhibit`, a dose and a generator. Does any
+# 1. Spoil images by a fault of your own: a function of an `Exhibit`, a dose and a generator. Does any
 #    score notice a watermark in one corner?
 # 2. Which fault would let a model win a contest that is judged by Fréchet distance alone?
-# 3. Hold the trial with 64 pictures (`study.hold(count=64)`). Which scores are refused, and why?
+# 3. Hold the trial with 64 images (`study.hold(count=64)`). Which scores are refused, and why?
 #
 # ## Provenance
 

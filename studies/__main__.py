@@ -46,8 +46,8 @@ def _frechet(args) -> None:
     from kdc import pipelines
     from studies.mini import grades
 
-    values = grades.explain_frechet(pipelines.load_teacher("mini"))
-    print(ledger.write("mini_frechet", values, args.results, seed=grades.SEED + 1))
+    values = grades.explain_fd(pipelines.load_teacher("mini"))
+    print(ledger.write("mini_fd", values, args.results, seed=grades.SEED + 1))
 
 
 def _slimming(args) -> None:
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     grades.add_argument("--photos", help="a folder of photographs, for the autoencoder's grade")
     grades.add_argument("--results", help="where to write (default: results/)")
     grades.set_defaults(run=_grades)
-    frechet = commands.add_parser("frechet", help="say where the Fréchet distance comes from")
+    frechet = commands.add_parser("fd", help="say where the Fréchet distance comes from")
     frechet.add_argument("--results", help="where to write (default: results/)")
     frechet.set_defaults(run=_frechet)
     slimming = commands.add_parser("slimming", help="the study of chapter 01, writes results/")
@@ -117,12 +117,12 @@ def main(argv: list[str] | None = None) -> None:
     recipes.set_defaults(run=_distillation)
     forgetting = commands.add_parser("forgetting", help="the study of chapter 03, writes results/")
     forgetting.add_argument("stages", nargs="*", help="which stages (default: all but photos)")
-    forgetting.add_argument("--photos", help="a folder of pictures, for the stage photos")
+    forgetting.add_argument("--photos", help="a folder of images, for the stage photos")
     forgetting.add_argument("--seeds", nargs="+", type=int, help="seeds (default: 0 1 2)")
     forgetting.add_argument("--output-dir", default="outputs/forgetting", help="for resuming")
     forgetting.add_argument("--results", help="where to write (default: results/)")
     forgetting.set_defaults(run=_forgetting)
-    trial = commands.add_parser("trial", help="spoil pictures, see which score notices (A2)")
+    trial = commands.add_parser("trial", help="spoil images, see which score notices (A2)")
     trial.add_argument("--results", help="where to write (default: results/)")
     trial.add_argument("--output-dir", default="outputs/trial", help="for resuming")
     trial.set_defaults(run=_trial)

@@ -31,6 +31,12 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """Training chooses bf16 where the processor has units for it; tests compare exact numbers."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def teacher():
     """The embedded mini teacher. Tests leave its weights as they are."""

@@ -1,4 +1,4 @@
-"""Learning one task of a sequence: new pictures, old pictures, and what is kept afterwards."""
+"""Learning one task of a sequence: new images, old images, and what is kept afterwards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kdc.continual.strategies import RankOneFisher, Strategy, generate_pool
 from kdc.continual.tasks import Task
 from kdc.data.latents import LatentDataset, sample_posterior
 from kdc.distillation.losses import LossWeights
-from kdc.distillation.step import Lesson, forward_process
+from kdc.distillation.step import DistillationStep, forward_process
 from kdc.pipelines import with_unet
 from kdc.replay.buffer import ReplayBuffer
 from kdc.training.loop import TrainSettings, train
@@ -69,7 +69,7 @@ class Learner:
             counts = dataclasses.replace(self.first.counts)
             self._take_in(t, process, counts)
             return counts
-        rehearses = generates or strategy.source == "carry_over" or bool(source)
+        rehearses = generates or strategy.source == "last_sample" or bool(source)
         if generates or (rehearses and strategy.guide == "old"):
             old = copy.deepcopy(self.student).requires_grad_(False).eval()
             counts.model_bytes = sum(p.numel() * p.element_size() for p in old.parameters())
@@ -77,24 +77,26 @@ class Learner:
             source = self._pool(t, old, records, counts)
         old_weights = strategy.old_weights or self.weights
         held = [p for p in self.student.parameters() if p.requires_grad]  # without projections
-        lesson = Lesson(self.student, self.teacher.unet, process, self.weights)
+        distillation_step = DistillationStep(self.student, self.teacher.unet, process, self.weights)
         rehearsal = None
         if rehearses:
             guide = old if strategy.guide == "old" else self.teacher.unet
-            rehearsal = lesson  # so that old and new pictures share what projections there are
+            rehearsal = (
+                distillation_step  # so that old and new images share what projections there are
+            )
             if guide is old or old_weights != self.weights:
-                rehearsal = Lesson(self.student, guide, process, old_weights)
+                rehearsal = DistillationStep(self.student, guide, process, old_weights)
 
         def loss(model, generator):
             batch, rows = self._new(t, generator)
-            terms = lesson(model, *self._posterior(batch, generator), generator)
-            counts.new_pictures += self.batch_size
-            counts.teacher_pictures += self.batch_size * self.weights.needs_teacher
+            terms = distillation_step(model, *self._posterior(batch, generator), generator)
+            counts.new_images += self.batch_size
+            counts.teacher_images += self.batch_size * self.weights.needs_teacher
             if rehearsal and len(source):
                 past, aside = _draw(source, count), _aside(generator)
                 past = rehearsal(model, *self._posterior(past, aside), aside)
-                counts.old_pictures += count
-                counts.guide_pictures += count * old_weights.needs_teacher
+                counts.old_images += count
+                counts.old_teacher_images += count * old_weights.needs_teacher
                 share = count / (self.batch_size + count)
                 total = (1 - share) * terms["loss"] + share * past["loss"]
                 terms |= {f"old_{name}": value for name, value in past.items()}
@@ -102,11 +104,11 @@ class Learner:
             if self.fisher and t > 0:
                 terms["ewc"] = self.fisher.penalty(held)
                 terms["loss"] = terms["loss"] + strategy.ewc * terms["ewc"]
-            if strategy.source == "carry_over":
+            if strategy.source == "last_sample":
                 source.add(task.train, rows[-1:], task=t)
             return terms
 
-        whole = strategy.source == "carry_over"
+        whole = strategy.source == "last_sample"
         progress = Progress(counts, source, whole, started)
         folder = records.folder(t)
         try:
@@ -121,7 +123,7 @@ class Learner:
                 label=f"{strategy.name}: {task.name}",
             )
         finally:
-            for each in (lesson, rehearsal):
+            for each in (distillation_step, rehearsal):
                 if each:
                     each.close()
         self._take_in(t, process, counts)
@@ -129,14 +131,16 @@ class Learner:
         return counts
 
     def _new(self, t: int, generator: torch.Generator) -> tuple[dict, Tensor]:
-        """A batch of new pictures, and their rows in the task's data (of the last of them)."""
-        drawn = [t] * self.batch_size
+        """A batch of new images, and their rows in the task's data (of the last of them)."""
+        generated = [t] * self.batch_size
         if self.strategy.joint:
-            drawn = torch.randint(len(self.tasks), (self.batch_size,), generator=generator).tolist()
+            generated = torch.randint(
+                len(self.tasks), (self.batch_size,), generator=generator
+            ).tolist()
         parts = []
-        for number in sorted(set(drawn)):
+        for number in sorted(set(generated)):
             data = self.tasks[number].train
-            rows = torch.randint(len(data), (drawn.count(number),), generator=generator)
+            rows = torch.randint(len(data), (generated.count(number),), generator=generator)
             parts.append(data[rows])
         return _join(parts), rows
 
@@ -152,11 +156,11 @@ class Learner:
     def _pool(
         self, t: int, old: UNet2DConditionModel, records: Records, counts: Counts
     ) -> ReplayBuffer:
-        """Pictures that the old student draws of the tasks before t, from a file on resume."""
+        """Images that the old student draws of the tasks before t, from a file on resume."""
         strategy, file = self.strategy, records.file(t, "pool")
-        counts.generated_pictures = strategy.pool
+        counts.generated_images = strategy.pool
         guided = 1 if strategy.guidance == 1 else 2
-        counts.sampler_pictures = strategy.pool * strategy.sampling_steps * guided
+        counts.sampler_images = strategy.pool * strategy.sampling_steps * guided
         if file and file.is_file():
             pool = ReplayBuffer.load(file)
         else:
@@ -175,30 +179,34 @@ class Learner:
             order = torch.randperm(len(task.train), generator=generator)
             numbers = torch.tensor([self.label_numbers[label] for label in task.labels])
             self.buffer.add(task.train, order, task=t, labels=numbers[order])
-        if source in ("buffer", "carry_over"):
+        if source in ("buffer", "last_sample"):
             counts.buffer_bytes = self.buffer.sizes()["items"]
             counts.embedding_bytes = self.buffer.sizes()["embeddings"]
         if self.fisher:
             samples = self.strategy.fisher_samples
-            lesson = Lesson(self.student, None, process, LossWeights.only("task"))
-            self.fisher.learn(self.student, self._single(task.train, lesson, t), samples)
-            counts.fisher_pictures = 2 * samples
+            distillation_step = DistillationStep(
+                self.student, None, process, LossWeights.only("task")
+            )
+            self.fisher.learn(self.student, self._single(task.train, distillation_step, t), samples)
+            counts.fisher_images = 2 * samples
             counts.model_bytes += self.fisher.bytes
 
-    def _single(self, data: LatentDataset, lesson: Lesson, t: int) -> Callable[[int], Tensor]:
+    def _single(
+        self, data: LatentDataset, distillation_step: DistillationStep, t: int
+    ) -> Callable[[int], Tensor]:
         def loss(i: int) -> Tensor:
             seed = (1000 * self.seed + t) * 100_003 + i
             generator = torch.Generator().manual_seed(seed)
-            latents, words = data.draw(1, generator, 0.0)
-            return lesson(self.student, latents, words, generator)["loss"]
+            latents, prompt_embeds = data.draw(1, generator, 0.0)
+            return distillation_step(self.student, latents, prompt_embeds, generator)["loss"]
 
         return loss
 
 
 def _aside(generator: torch.Generator) -> torch.Generator:
-    """A generator for old pictures, seeded by the state of that of new ones, which stays as it is.
+    """A generator for old images, seeded by the state of that of new ones, which stays as it is.
 
-    So the same new pictures, noise and timesteps come with every strategy.
+    So the same new images, noise and timesteps come with every strategy.
     """
     copied = torch.Generator()
     copied.set_state(generator.get_state())

@@ -1,8 +1,8 @@
 """What a sequence of tasks did to a score: the matrix R[t, k], and its measures in one number.
 
-R[t, k] is the score of task k after learning task t, both counted from 0. A score has a direction:
-"lower" (Fréchet distance, KID, LPIPS) or "higher" (accuracy, CLIP score) is better. Measures named
-after a loss (forgetting) are positive where things got worse, measures named after a gain
+R[t, k] is the score of task k after learning task t, both counted from 0. Of some scores lower is
+better (Fréchet distance, KID, LPIPS), of others higher (accuracy, CLIP score). Measures named after
+a loss (forgetting) are positive where things got worse, measures named after a gain
 (transfer, retention) are positive where they got better, whatever the direction; plasticity and
 the average stay in the score's own sense.
 """
@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-
-DIRECTIONS = {"lower": -1.0, "higher": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +27,15 @@ class ScoreMatrix:
     """
 
     values: np.ndarray
-    direction: str
+    higher_is_better: bool
     metric: str = "score"
     names: Sequence[str] = ()
     start: np.ndarray | None = None
     reference: np.ndarray | None = None
 
     def __post_init__(self):
-        if self.direction not in DIRECTIONS:
-            raise ValueError(f"direction must be lower or higher, not {self.direction!r}")
+        if not isinstance(self.higher_is_better, bool):
+            raise ValueError(f"higher_is_better must be True or False: {self.higher_is_better!r}")
         values = _frozen(self.values)
         if values.ndim != 2 or not 1 <= values.shape[0] <= values.shape[1]:
             raise ValueError(
@@ -61,7 +59,7 @@ class ScoreMatrix:
     def __eq__(self, other) -> bool:
         if not isinstance(other, ScoreMatrix):
             return NotImplemented
-        plain = ("direction", "metric", "names")
+        plain = ("higher_is_better", "metric", "names")
         if any(getattr(self, name) != getattr(other, name) for name in plain):
             return False
         return all(
@@ -72,7 +70,7 @@ class ScoreMatrix:
     @property
     def sign(self) -> float:
         """+1 where higher is better, -1 where lower is: makes every difference a gain."""
-        return DIRECTIONS[self.direction]
+        return 1.0 if self.higher_is_better else -1.0
 
     @property
     def average_final(self) -> float:
@@ -144,7 +142,11 @@ class ScoreMatrix:
     def to_dict(self) -> dict:
         """Plain values for a ledger; None where nothing was measured. See `from_dict`."""
         arrays = {n: _plain(getattr(self, n)) for n in _ARRAYS}
-        plain = {"direction": self.direction, "metric": self.metric, "names": list(self.names)}
+        plain = {
+            "higher_is_better": self.higher_is_better,
+            "metric": self.metric,
+            "names": list(self.names),
+        }
         return arrays | plain
 
     @classmethod

@@ -23,7 +23,7 @@ FISHER, VERSION = "kdc-fisher", "1"
 
 @dataclasses.dataclass
 class Counts:
-    """What one task cost. Pictures are counted once for each time a network sees them.
+    """What one task cost. Images are counted once for each time a network sees them.
 
     new_pictures and old_pictures went through the student forwards and backwards,
     teacher_pictures and guide_pictures through the teacher or the old student for new and old
@@ -33,13 +33,13 @@ class Counts:
     weights and directions. `seconds` is the wall time of it all without the evaluation.
     """
 
-    new_pictures: int = 0
-    old_pictures: int = 0
-    teacher_pictures: int = 0
-    guide_pictures: int = 0
-    generated_pictures: int = 0
-    sampler_pictures: int = 0
-    fisher_pictures: int = 0
+    new_images: int = 0
+    old_images: int = 0
+    teacher_images: int = 0
+    old_teacher_images: int = 0
+    generated_images: int = 0
+    sampler_images: int = 0
+    fisher_images: int = 0
     buffer_bytes: int = 0
     embedding_bytes: int = 0
     model_bytes: int = 0
@@ -47,7 +47,7 @@ class Counts:
 
 
 class Progress:
-    """What changes within a task beside the weights: counts, and the source of old pictures.
+    """What changes within a task beside the weights: counts, and the source of old images.
 
     Of a buffer that only gives, its generator; of one that also takes in (`whole`), everything.
     """

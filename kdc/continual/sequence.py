@@ -12,7 +12,7 @@ from accelerate import PartialState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from kdc.continual.learner import Learner, Learnt, in_pipeline
-from kdc.continual.matrix import DIRECTIONS, ScoreMatrix
+from kdc.continual.matrix import ScoreMatrix
 from kdc.continual.records import Counts, Records
 from kdc.continual.strategies import STRATEGIES, RankOneFisher, Strategy, find_strategy
 from kdc.continual.tasks import Task, split_classes
@@ -58,7 +58,7 @@ def run_sequence(
     *,
     steps: int,
     evaluate: Evaluate,
-    directions: Mapping[str, str],
+    higher_is_better: Mapping[str, bool],
     buffer: ReplayBuffer | None = None,
     reference: Task | None = None,
     ahead: bool = True,
@@ -75,12 +75,12 @@ def run_sequence(
 ) -> SequenceResult:
     """Train `student` in place on one task after the other, and score it after each.
 
-    Every task takes `steps` steps of `batch_size` new pictures with the loss `weights` (default:
+    Every task takes `steps` steps of `batch_size` new images with the loss `weights` (default:
     the task term alone), whatever the strategy; see `Strategy` for what may come on top. A `buffer`
     is empty at first and takes in each task once it is learnt.
 
-    `evaluate(pipeline, task)` gives a number for each metric of `directions`, {"accuracy":
-    "higher", ...}, with the student in the pipeline. It is asked for every task before the first
+    `evaluate(pipeline, task)` gives a number for each metric of `higher_is_better`, {"accuracy":
+    True, ...}, with the student in the pipeline. It is asked for every task before the first
     and after each, with `ahead` False only for tasks already learnt; and always for `reference`,
     what should be kept beyond the tasks. It must draw nothing random but from seeds of its own.
 
@@ -100,13 +100,13 @@ def run_sequence(
         steps, learning_rate, warmup=min(20, steps), ema_decay=ema_decay, save_every=save_every
     )
     every = [*tasks] + ([reference] if reference else [])
-    _check(every, strategy, student, teacher, weights, buffer, directions)
+    _check(every, strategy, student, teacher, weights, buffer, higher_is_better)
     if batch_size < 1 or not 0 <= caption_dropout <= 1:
         raise ValueError("batch_size must be at least 1 and caption_dropout between 0 and 1")
     if first and strategy.begins_its_own_way:
         raise ValueError(f"{strategy.name} learns the first task in its own way: leave first out")
-    if strategy.source == "carry_over" and buffer is None:
-        buffer = ReplayBuffer(policy="carry_over", dtype="float32", seed=seed)
+    if strategy.source == "last_sample" and buffer is None:
+        buffer = ReplayBuffer(policy="last_sample", dtype="float32", seed=seed)
     device = PartialState().device
     teacher.to(device)
     student.to(device).eval()
@@ -124,7 +124,7 @@ def run_sequence(
         "student": {n: str(student.config[n]) for n in LAYOUT},
         "teacher": fingerprint(*teacher.unet.state_dict().values()),
         "buffer": None if buffer is None else buffer.settings(),
-        "directions": dict(directions),
+        "higher_is_better": dict(higher_is_better),
         "ahead": ahead,
         "first": fingerprint(*first.weights.values()) if first else None,
     }
@@ -143,12 +143,12 @@ def run_sequence(
         for k in [*asked, *([len(tasks)] if reference else [])]:
             if not records.has_score(t, k):
                 scores = dict(evaluate(in_pipeline(teacher, student), every[k]))
-                if set(scores) != set(directions):
+                if set(scores) != set(higher_is_better):
                     raise ValueError(
-                        f"evaluate gave {sorted(scores)}, but directions names {sorted(directions)}"
+                        f"evaluate gave {sorted(scores)}, but higher_is_better names {sorted(higher_is_better)}"
                     )
                 records.add_score(t, k, scores)
-    return _result(records, tasks, directions, reference)
+    return _result(records, tasks, higher_is_better, reference)
 
 
 def learn_first(
@@ -158,21 +158,23 @@ def learn_first(
 
     `settings` are those of `run_sequence`, `steps` among them; they must be the sequences' own.
     """
-    said = {"evaluate": lambda pipeline, task: {"none": 0.0}, "directions": {"none": "higher"}}
+    said = {"evaluate": lambda pipeline, task: {"none": 0.0}, "higher_is_better": {"none": True}}
     result = run_sequence([task], "finetune", student, teacher, ahead=False, **said, **settings)
     weights = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
     return Learnt(weights, Counts(**result.counts.to_dict("records")[0]))
 
 
-def _check(every, strategy, student, teacher, weights, buffer, directions) -> None:
+def _check(every, strategy, student, teacher, weights, buffer, higher_is_better) -> None:
     check_fit(student, teacher.unet, forward_process(teacher), weights)
     if PartialState().num_processes > 1:
         raise ValueError("a sequence runs in one process: launch it without several")
     names = [task.name for task in every]
     if not every or len(set(names)) < len(names):
         raise ValueError(f"tasks must have names of their own, not {names}")
-    if not directions or set(directions.values()) - set(DIRECTIONS):
-        raise ValueError(f"directions must say lower or higher for each metric: {directions}")
+    if not higher_is_better or any(type(v) is not bool for v in higher_is_better.values()):
+        raise ValueError(
+            f"higher_is_better must say True or False for each metric: {dict(higher_is_better)}"
+        )
     unet = student.config
     shape = (unet.in_channels, unet.sample_size, unet.sample_size)
     for task in every:
@@ -183,23 +185,23 @@ def _check(every, strategy, student, teacher, weights, buffer, directions) -> No
             )
     if strategy.source == "buffer" and buffer is None:
         raise ValueError(f"{strategy.name} needs a buffer: buffer=kdc.ReplayBuffer(...)")
-    if strategy.source == "carry_over" and buffer is not None and buffer.policy != "carry_over":
-        raise ValueError(f"carry_over needs a buffer of its own policy, not {buffer}")
-    if buffer is not None and strategy.source not in ("buffer", "carry_over"):
+    if strategy.source == "last_sample" and buffer is not None and buffer.policy != "last_sample":
+        raise ValueError(f"last_sample needs a buffer of its own policy, not {buffer}")
+    if buffer is not None and strategy.source not in ("buffer", "last_sample"):
         raise ValueError(f"{strategy.name} uses no buffer: leave it out")
 
 
-def _result(records: Records, tasks, directions, reference) -> SequenceResult:
+def _result(records: Records, tasks, higher_is_better, reference) -> SequenceResult:
     rows, columns = len(tasks), len(tasks) + bool(reference)
     matrices = {}
-    for metric, direction in directions.items():
+    for metric, higher in higher_is_better.items():
         table = np.full((rows + 1, columns), np.nan)
         for (t, k), scores in records.scores.items():
             table[t + 1, k] = scores[metric]
         start = table[0, :rows]
         matrices[metric] = ScoreMatrix(
             table[1:, :rows],
-            direction,
+            higher,
             metric,
             tuple(task.name for task in tasks),
             None if np.isnan(start).all() else start,

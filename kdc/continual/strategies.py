@@ -1,6 +1,6 @@
 """What a model can do against forgetting while it learns the next task, as settings of one loop.
 
-The loop is in `kdc.continual`. Here: the settings with their published names, the pictures that an
+The loop is in `kdc.continual`. Here: the settings with their published names, the images that an
 old model draws of its own tasks, and the rank-1 Fisher penalty.
 """
 
@@ -19,22 +19,22 @@ from kdc.data.latents import LatentDataset
 from kdc.distillation.losses import LossWeights
 from kdc.replay.buffer import ReplayBuffer
 
-SOURCES = (None, "buffer", "carry_over", "generated")
+SOURCES = (None, "buffer", "last_sample", "generated")
 
 
 @dataclass(frozen=True)
 class Strategy:
     """Settings of the loop that all strategies share; every one sees the same new data.
 
-    `source` is where old pictures come from: nowhere, the "buffer", "carry_over" (one picture of
+    `source` is where old images come from: nowhere, the "buffer", "last_sample" (one image of
     the previous step) or "generated" by the old student, the one before the task. `ratio` says how
-    many of them go with each new picture; old and new count by their number. `old_weights` is the
-    loss on them (None: that of the new pictures), whose output, soft and feature terms follow
+    many of them go with each new image; old and new count by their number. `old_weights` is the
+    loss on them (None: that of the new images), whose output, soft and feature terms follow
     `guide`, the "teacher" or the "old" student. `ewc` weighs the rank-1 Fisher penalty. `joint`
-    draws the new pictures from all tasks at once: the bound above.
+    draws the new images from all tasks at once: the bound above.
 
-    `pool` pictures are generated before each task, in `sampling_steps` at `guidance`; the Fisher
-    is estimated on `fisher_samples` pictures of each task.
+    `pool` images are generated before each task, in `sampling_steps` at `guidance`; the Fisher
+    is estimated on `fisher_samples` images of each task.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Strategy:
         if not 0 <= self.ewc < math.inf:
             raise ValueError(f"ewc must be finite and not negative, not {self.ewc}; 0 is without")
         if self.joint and (self.source or self.ewc):
-            raise ValueError("joint sees the pictures of all tasks: it goes with nothing else")
+            raise ValueError("joint sees the images of all tasks: it goes with nothing else")
         for name in ("pool", "sampling_steps", "fisher_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
@@ -67,20 +67,20 @@ class Strategy:
     @property
     def begins_its_own_way(self) -> bool:
         """Whether it learns even the first task unlike plain fine-tuning."""
-        return self.joint or self.source == "carry_over"
+        return self.joint or self.source == "last_sample"
 
     def replayed(self, batch_size: int) -> int:
-        """Old pictures that go with a batch of new ones."""
+        """Old images that go with a batch of new ones."""
         if self.source is None:
             return 0
-        return 1 if self.source == "carry_over" else max(1, round(self.ratio * batch_size))
+        return 1 if self.source == "last_sample" else max(1, round(self.ratio * batch_size))
 
 
 STRATEGIES = {
     strategy.name: strategy
     for strategy in (
         Strategy("finetune"),
-        Strategy("carry_over", "carry_over"),
+        Strategy("last_sample", "last_sample"),
         Strategy("replay", "buffer"),
         Strategy(
             "replay+distil", "buffer", guide="old", old_weights=LossWeights.only("task", "output")
@@ -132,22 +132,22 @@ def generate_pool(
             strategy.pool // len(tasks) + (number < strategy.pool % len(tasks)),
         )
         rows = torch.randint(len(data), (count,), generator=generator)
-        drawn = []
+        generated = []
         for index in rows.split(batch_size):
             like = dict(device=pipeline.device, dtype=pipeline.dtype)
-            words = data.embeddings[data.caption_index[index]].to(**like)
+            prompt_embeds = data.embeddings[data.caption_index[index]].to(**like)
             noise = torch.randn((len(index), *shape), generator=generator).to(**like)
             out = pipeline(
-                prompt_embeds=words,
-                negative_prompt_embeds=data.empty.to(**like).expand_as(words),
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=data.empty.to(**like).expand_as(prompt_embeds),
                 latents=noise,
                 num_inference_steps=strategy.sampling_steps,
                 guidance_scale=strategy.guidance,
                 output_type="latent",
             )
-            drawn.append(out.images.float().cpu())
+            generated.append(out.images.float().cpu())
         if count:
-            mean = torch.cat(drawn)
+            mean = torch.cat(generated)
             captions = data.caption_index[rows]
             made = LatentDataset(
                 mean, torch.zeros_like(mean), data.embeddings, captions, data.empty, data.captions
@@ -179,9 +179,9 @@ class RankOneFisher:
         )
 
     def learn(self, model: nn.Module, loss: Callable[[int], Tensor], samples: int) -> None:
-        """Take in a task: `loss(i)` is the loss of its i-th picture alone, the same every time.
+        """Take in a task: `loss(i)` is the loss of its i-th image alone, the same every time.
 
-        Runs `samples` pictures forwards and backwards twice, once for m and once for c.
+        Runs `samples` images forwards and backwards twice, once for m and once for c.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
 

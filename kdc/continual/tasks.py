@@ -13,7 +13,7 @@ from kdc.data.latents import LatentDataset
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One step of a sequence: pictures to learn, and what its test needs.
+    """One step of a sequence: images to learn, and what its test needs.
 
     `labels` are the classes of the training items, one text each (default: their captions);
     `prompts` what a test asks for (default: the distinct captions). `test` is for the caller's own
@@ -29,11 +29,11 @@ class Task:
 
     def __post_init__(self):
         if not len(self.train):
-            raise ValueError(f"the task {self.name!r} has no pictures")
+            raise ValueError(f"the task {self.name!r} has no images")
         captions = [self.train.captions[i] for i in self.train.caption_index.tolist()]
         labels = tuple(self.labels) or tuple(captions)
         if len(labels) != len(self.train):
-            raise ValueError(f"{self.name!r}: {len(labels)} labels, {len(self.train)} pictures")
+            raise ValueError(f"{self.name!r}: {len(labels)} labels, {len(self.train)} images")
         object.__setattr__(self, "labels", labels)
         object.__setattr__(self, "prompts", tuple(self.prompts) or tuple(sorted(set(captions))))
 
@@ -64,7 +64,7 @@ def split_classes(
     `label_of` reads a caption's class, such as `lambda c: worlds.read_caption(c).kind`; as it
     stands every caption is a class, as for a folder with a folder a class. `order` is a seed that
     shuffles the classes, a list of some of them or all, or None for alphabetical order. `test` is
-    cut in the same way. Raises `ValueError` for a class without pictures and fewer than two tasks.
+    cut in the same way. Raises `ValueError` for a class without images and fewer than two tasks.
     """
     if per_task < 1:
         raise ValueError(f"per_task must be at least 1, not {per_task}")
@@ -76,7 +76,7 @@ def split_classes(
     elif order is not None:
         classes = list(order)
         if unknown := [c for c in classes if c not in rows]:
-            raise ValueError(f"no pictures of {unknown}; the classes are {', '.join(rows)}")
+            raise ValueError(f"no images of {unknown}; the classes are {', '.join(rows)}")
     groups = [classes[i : i + per_task] for i in range(0, len(classes), per_task)]
     if len(groups) < 2:
         raise ValueError(f"{len(classes)} classes, {per_task} a task: a sequence needs two tasks")

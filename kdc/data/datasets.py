@@ -47,9 +47,9 @@ class WorldDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         attributes, rng = self._draw(index)
-        picture = torch.from_numpy(worlds.render(attributes, rng, self.size)).permute(2, 0, 1)
+        image = torch.from_numpy(worlds.render(attributes, rng, self.size)).permute(2, 0, 1)
         return {
-            "image": picture.float() / 127.5 - 1,
+            "image": image.float() / 127.5 - 1,
             "caption": worlds.caption(attributes),
             "attributes": attributes,
         }
@@ -64,12 +64,12 @@ def load_dataset(
     seed: int = 0,
     held_out: bool = False,
 ) -> Dataset:
-    """A captioned data set: "flora", "lepidoptera", "worlds" (both), or a folder of pictures.
+    """A captioned data set: "flora", "lepidoptera", "worlds" (both), or a folder of images.
 
     `count`, `seed` and `held_out` concern the worlds. A folder may hold `train/` and `test/`; where
-    it does not, one picture in five, chosen by the hash of its name, is for testing. Every file is
-    opened once: those that are no readable picture are left out and named in a warning. Raises
-    `FileNotFoundError` for a missing folder and `ValueError` for one without pictures.
+    it does not, one image in five, chosen by the hash of its name, is for testing. Every file is
+    opened once: those that are no readable image are left out and named in a warning. Raises
+    `FileNotFoundError` for a missing folder and `ValueError` for one without images.
     """
     if split not in FOLDER_SPLITS:
         raise ValueError(f"unknown split {split!r}; the splits are train and test")

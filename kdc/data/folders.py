@@ -1,4 +1,4 @@
-"""Folders of captioned pictures: which files are pictures, what they show, which are for tests."""
+"""Folders of captioned images: which files are images, what they show, which are for tests."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 FOLDER_SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 
 
 class FolderDataset(Dataset):
-    """Pictures below a folder, resized and cropped to a square.
+    """Images below a folder, resized and cropped to a square.
 
     Captions come from `metadata.jsonl` ({"file_name", "text"} a line) where there is one, else from
-    the folder a picture lies in ("a photo of a tigerlily"). Items: {"image" (3, size, size) in
+    the folder an image lies in ("a photo of a tigerlily"). Items: {"image" (3, size, size) in
     [-1, 1], "caption", "path"}.
     """
 
@@ -38,22 +38,22 @@ class FolderDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         with Image.open(self.files[index]) as file:
             upright = ImageOps.exif_transpose(file).convert("RGB")
-            picture = v2.functional.pil_to_tensor(self.transform(upright))
+            image = v2.functional.pil_to_tensor(self.transform(upright))
         return {
-            "image": picture.float() / 127.5 - 1,
+            "image": image.float() / 127.5 - 1,
             "caption": self.captions[index],
             "path": str(self.files[index]),
         }
 
 
 def read_folder(folder: Path, split: str, size: int) -> FolderDataset:
-    """The pictures of one split of a folder; unreadable files are named in a warning.
+    """The images of one split of a folder; unreadable files are named in a warning.
 
-    Raises `ValueError` where the split has no readable picture.
+    Raises `ValueError` where the split has no readable image.
     """
-    files = _readable_pictures(folder, _split_files(folder, split))
+    files = _readable_images(folder, _split_files(folder, split))
     if not files:
-        raise ValueError(f"{folder} holds no readable picture for the split {split!r}")
+        raise ValueError(f"{folder} holds no readable image for the split {split!r}")
     captions = _captions(folder)
     named = [
         captions.get(f.resolve(), f"a photo of {_with_article(_class_name(f))}") for f in files
@@ -107,17 +107,17 @@ def _captions(folder: Path) -> dict[Path, str]:
     return captions
 
 
-def _readable_pictures(folder: Path, files: list[Path]) -> list[Path]:
+def _readable_images(folder: Path, files: list[Path]) -> list[Path]:
     good, bad = [], []
-    for file in tqdm(files, desc="checking pictures", mininterval=2, disable=len(files) < 500):
+    for file in tqdm(files, desc="checking images", mininterval=2, disable=len(files) < 500):
         if file.name == "metadata.jsonl" or file.name.startswith("."):
             continue
-        if file.suffix.lower() not in PICTURES:
-            bad.append(f"{file.relative_to(folder)} (not a picture file)")
+        if file.suffix.lower() not in IMAGES:
+            bad.append(f"{file.relative_to(folder)} (not an image file)")
             continue
         try:
-            with Image.open(file) as picture:
-                picture.load()
+            with Image.open(file) as image:
+                image.load()
             good.append(file)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             bad.append(f"{file.relative_to(folder)} ({error})")

@@ -17,7 +17,7 @@ from kdc.pipelines import generate
 
 @dataclass
 class LatentDataset(Dataset):
-    """Encoded pictures: what training needs, and the pictures no more.
+    """Encoded images: what training needs, and the images no more.
 
     mean, std (N, C, h, w) of the scaled latents, so that sampling stays random; embeddings
     (M, L, D) of the distinct captions, `caption_index` (N,) into them, and the empty caption's
@@ -85,9 +85,9 @@ def embed_captions(
 def cache_latents(
     pipeline: StableDiffusionPipeline, dataset: Dataset, batch_size: int = 32
 ) -> LatentDataset:
-    """Encode every picture and every distinct caption once.
+    """Encode every image and every distinct caption once.
 
-    Raises `ValueError` if a picture's size is not what the autoencoder and U-Net expect.
+    Raises `ValueError` if an image's size is not what the autoencoder and U-Net expect.
     """
     if len(dataset) == 0:
         raise ValueError("the data set is empty")
@@ -96,13 +96,13 @@ def cache_latents(
     loader = torch.utils.data.DataLoader(dataset, batch_size, collate_fn=list)
     means, stds, captions = [], [], []
     for items in tqdm(loader, desc="encoding", mininterval=2):
-        pictures = torch.stack([item["image"] for item in items])
-        if pictures.shape[-2:] != (expected, expected):
+        images = torch.stack([item["image"] for item in items])
+        if images.shape[-2:] != (expected, expected):
             raise ValueError(
-                f"pictures are {tuple(pictures.shape[-2:])}, the U-Net expects {expected} x "
+                f"images are {tuple(images.shape[-2:])}, the U-Net expects {expected} x "
                 f"{expected}: load the data set with size={expected}"
             )
-        posterior = vae.encode(pictures.to(pipeline.device, vae.dtype)).latent_dist
+        posterior = vae.encode(images.to(pipeline.device, vae.dtype)).latent_dist
         means.append((posterior.mean * vae.config.scaling_factor).float().cpu())
         stds.append((posterior.std * vae.config.scaling_factor).float().cpu())
         captions += [item["caption"] for item in items]
@@ -120,12 +120,12 @@ def cache_latents(
 def with_captions(
     data: LatentDataset, pipeline: StableDiffusionPipeline, captions: Sequence[str]
 ) -> LatentDataset:
-    """The same pictures under other captions, one for each picture.
+    """The same images under other captions, one for each image.
 
-    Raises `ValueError` where there are not as many captions as pictures.
+    Raises `ValueError` where there are not as many captions as images.
     """
     if len(captions) != len(data):
-        raise ValueError(f"{len(captions)} captions for {len(data)} pictures")
+        raise ValueError(f"{len(captions)} captions for {len(data)} images")
     distinct, index = _number(captions)
     embeddings = embed_captions(pipeline, distinct)
     return dataclasses.replace(data, embeddings=embeddings, caption_index=index, captions=distinct)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdc.data.latents import LatentDataset
 from kdc.distillation.losses import DistillationLoss, LossWeights
-from kdc.distillation.step import Lesson, forward_process
+from kdc.distillation.step import DistillationStep, forward_process
 
 TERMS = ("task", "output", "soft", "feature")
 OUTWEIGHS = 100.0  # a term whose gradient is this many times all the others' together rules alone
@@ -56,10 +56,12 @@ def diagnose(
     is diagnosed like any other. The student is left as it is.
     """
     generator = torch.Generator().manual_seed(seed)
-    lesson = Lesson(student, teacher.unet, forward_process(teacher), weights, seed)
-    with contextlib.closing(lesson):
+    distillation_step = DistillationStep(
+        student, teacher.unet, forward_process(teacher), weights, seed
+    )
+    with contextlib.closing(distillation_step):
         batch = data.draw(batch_size, generator, caption_dropout)
-        values = lesson(student, *batch, generator)
+        values = distillation_step(student, *batch, generator)
         parameters = [p for p in student.parameters() if p.requires_grad]
         weighted = {n: getattr(weights, n) * values[n] for n in TERMS if n in values}
         gradients = {name: _gradient(value, parameters) for name, value in weighted.items()}

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from kdc.data.latents import LatentDataset, cache_latents
 from kdc.distillation.losses import LossWeights
-from kdc.distillation.step import Lesson, forward_process
+from kdc.distillation.step import DistillationStep, forward_process
 from kdc.io import fingerprint
 from kdc.pipelines import save_student
 from kdc.training.efficiency import quickened, reduced, refuse_unusable
@@ -93,14 +93,16 @@ def distill(
     in_bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
     if weights.needs_teacher and in_bf16:
         guide = reduced(guide, torch.bfloat16)
-    lesson = Lesson(student, guide, process, weights, seed)
+    distillation_step = DistillationStep(student, guide, process, weights, seed)
 
     def loss(model, generator):
-        return lesson(model, *data.draw(batch_size, generator, caption_dropout), generator)
+        return distillation_step(
+            model, *data.draw(batch_size, generator, caption_dropout), generator
+        )
 
     options = {"compile": compile, "gradient_checkpointing": gradient_checkpointing}
     try:
-        with quickened(student, guide, lesson.taps, **options):
+        with quickened(student, guide, distillation_step.hooks, **options):
             log = train(
                 student,
                 loss,
@@ -112,7 +114,7 @@ def distill(
                 label=label,
             )
     finally:
-        lesson.close()
+        distillation_step.close()
     if output_dir and PartialState().is_main_process:
         notes = {"weights": dataclasses.asdict(weights), "steps": steps, "batch_size": batch_size}
         save_student(student, output_dir, **notes, seed=seed, learning_rate=learning_rate)

@@ -1,4 +1,4 @@
-"""Feature taps: which submodules of student and teacher correspond, and hooks that read them."""
+"""Feature hooks: which submodules of student and teacher correspond, and hooks that read them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from kdc.unet.slimming import source_of
 
-TAPS = ("blocks", "attention", "both")
+FEATURES_AT = ("blocks", "attention", "both")
 
 
-class FeatureTaps:
+class FeatureHooks:
     """Forward hooks that collect the outputs of named submodules, in the order of the names.
 
     Hooks the bare module: unwrap DDP first. `take` empties the collection, so nothing of one step
-    lives on in the next; it raises `RuntimeError` naming every tap that saw no forward pass.
+    lives on in the next; it raises `RuntimeError` naming every hook that saw no forward pass.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
@@ -25,7 +25,7 @@ class FeatureTaps:
         self._handles = []
         modules = dict(model.named_modules())
         if missing := [name for name in self.names if name not in modules]:
-            raise ValueError(f"{type(model).__name__} has no submodules {missing} to tap")
+            raise ValueError(f"{type(model).__name__} has no submodules {missing} to hook")
         for name in self.names:
             self._handles.append(modules[name].register_forward_hook(self._hook(name)))
 
@@ -41,7 +41,7 @@ class FeatureTaps:
         """The outputs of the last forward pass, and forget them."""
         seen, self._seen = self._seen, {}
         if missing := [name for name in self.names if name not in seen]:
-            raise RuntimeError(f"no forward pass went through the taps {missing}")
+            raise RuntimeError(f"no forward pass went through the hooks {missing}")
         return [seen[name] for name in self.names]
 
     def close(self) -> None:
@@ -51,7 +51,9 @@ class FeatureTaps:
         self._handles.clear()
 
 
-def tap_names(student: nn.Module, teacher: nn.Module, at: str = "blocks") -> list[tuple[str, str]]:
+def feature_pairs(
+    student: nn.Module, teacher: nn.Module, at: str = "blocks"
+) -> list[tuple[str, str]]:
     """Pairs (student submodule, teacher submodule) whose outputs correspond and agree in size.
 
     `at` "blocks" are the outputs of every stage and of the mid-block. Where the student lacks the
@@ -62,9 +64,9 @@ def tap_names(student: nn.Module, teacher: nn.Module, at: str = "blocks") -> lis
     student's plan, unless all stages have as many layers as the teacher's. Raises `ValueError` for
     another `at`, for a student without attention, and for one with fewer layers and no plan.
     """
-    if at not in TAPS:
-        raise ValueError(f"taps at {at!r}; they can be at {', '.join(TAPS)}")
-    pairs = [] if at == "attention" else _stage_taps(student, teacher)
+    if at not in FEATURES_AT:
+        raise ValueError(f"hooks at {at!r}; they can be at {', '.join(FEATURES_AT)}")
+    pairs = [] if at == "attention" else _stage_pairs(student, teacher)
     if at == "blocks":
         return pairs
     theirs = dict(teacher.named_modules())
@@ -75,7 +77,7 @@ def tap_names(student: nn.Module, teacher: nn.Module, at: str = "blocks") -> lis
         sources = [(name, source_of(name, plan)) for name in ours]
     else:  # the same names would pair layers that do not correspond
         raise ValueError(
-            f"attention taps ({at!r}): the student has {_layers(student)} layers a stage, the"
+            f"attention hooks ({at!r}): the student has {_layers(student)} layers a stage, the"
             f" teacher {_layers(teacher)}, and no plan says which of them it kept; open the student"
             " with kdc.load_student, which reads the plan that kdc.save_student wrote, or cut it"
             " with kdc.slim"
@@ -90,7 +92,7 @@ def _layers(unet: nn.Module) -> list[int]:
     return [len(block.resnets) for block in (*unet.down_blocks, *unet.up_blocks)]
 
 
-def _stage_taps(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+def _stage_pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
     kept, every = len(student.down_blocks), len(teacher.down_blocks)
     pairs = [(f"down_blocks.{i}", f"down_blocks.{i}") for i in range(kept)]
     if kept < every:
@@ -106,7 +108,7 @@ def _stage_taps(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]
 
 
 def projections(student: Sequence[Tensor], teacher: Sequence[Tensor], seed: int = 0) -> nn.Module:
-    """Projections of a student's taps to the teacher's width (FitNets, Romero et al. 1412.6550).
+    """Projections of a student's hooks to the teacher's width (FitNets, Romero et al. 1412.6550).
 
     One for each pair: the identity where the widths agree, a 1x1 convolution for maps (B, C, H, W),
     a linear layer for tokens (B, N, C). They are drawn from `seed`, trained with the student, and
@@ -120,7 +122,7 @@ def projections(student: Sequence[Tensor], teacher: Sequence[Tensor], seed: int 
             ours, theirs = s.shape[channel], t.shape[channel]
             if s.ndim != t.ndim or s[:1].numel() * theirs != t[:1].numel() * ours:
                 raise ValueError(
-                    f"tap {index}: student {tuple(s.shape)} and teacher {tuple(t.shape)} differ in"
+                    f"hook {index}: student {tuple(s.shape)} and teacher {tuple(t.shape)} differ in"
                     " more than their width"
                 )
             if ours == theirs:

@@ -27,7 +27,7 @@ def output_error(
 ) -> pd.Series:
     """How far a student's predictions are from its teacher's: E |s - u|^2 by timestep.
 
-    The same `count` pictures' noise and captions for every student of one seed, at `levels`
+    The same `count` images' noise and captions for every student of one seed, at `levels`
     timesteps spread evenly over the process. The mean of the series is the score, lower is nearer.
 
     With `guidance` w other than 1 both predictions are those that the sampler follows, e(empty) +
@@ -38,14 +38,14 @@ def output_error(
     last = process.config.num_train_timesteps - 1
     errors = {}
     for level in torch.linspace(0.06 * last, 0.96 * last, levels).long().tolist():
-        latents, words = data.draw(count, generator, 0.0)
+        latents, prompt_embeds = data.draw(count, generator, 0.0)
         timesteps = torch.full((count,), level)
         noise = torch.randn(latents.shape, generator=generator)
-        inputs = (process.add_noise(latents, noise, timesteps), timesteps, words)
+        inputs = (process.add_noise(latents, noise, timesteps), timesteps, prompt_embeds)
         inputs = [x.to(teacher.device) for x in inputs]
         difference = _difference(student, teacher.unet, *inputs)
         if guidance != 1:
-            empty = data.empty.expand_as(words).to(teacher.device)
+            empty = data.empty.expand_as(prompt_embeds).to(teacher.device)
             unguided = _difference(student, teacher.unet, *inputs[:2], empty)
             difference = unguided + guidance * (difference - unguided)
         errors[level] = difference.square().mean().item()
@@ -70,8 +70,8 @@ def drawing_judge(
     target = generate(teacher, captions, **how)
 
     def judge(student: UNet2DConditionModel) -> float:
-        drawn = generate(with_unet(teacher, student), captions, **how)
-        return (drawn - target).square().mean().item()
+        generated = generate(with_unet(teacher, student), captions, **how)
+        return (generated - target).square().mean().item()
 
     return judge
 

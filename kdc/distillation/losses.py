@@ -1,11 +1,11 @@
-"""The distillation terms. Where the features of one of them come from stands in `kdc.taps`.
+"""The distillation terms. Where the features of one of them come from stands in `kdc.hooks`.
 
 With student s and teacher t, predictions (B, C, H, W) of noise or velocity, and target y:
 
     task     E |s - y|^2                      (optionally Min-SNR weighted, Hang et al. 2303.09556)
     output   E |s - t|^2
     soft     T^2 KL(softmax(t / T) || softmax(s / T)) over the C channels of every pixel
-    feature  mean over taps of E |f_s - f_t|^2 / E f_t^2
+    feature  mean over hooks of E |f_s - f_t|^2 / E f_t^2
 
 `LossWeights.as_published` keeps what the public code of KDC-Diff does instead: no gradient through
 the output term, pixels of the soft term summed, features not normalised.
@@ -21,17 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdc.distillation.features import TAPS
+from kdc.distillation.features import FEATURES_AT
 
 
 @dataclass(frozen=True)
 class LossWeights:
     """Weight of each term (0 switches it off) and the options of the terms.
 
-    `temperature` belongs to the soft term. `soft_reduction` is "mean" (over pictures and pixels) or
-    "batchmean" (over pictures; pixels are summed). `output_gradient` False detaches the output
-    term, which then is logged but teaches nothing. `taps` says where the feature term compares: see
-    `tap_names`. `min_snr` caps the signal-to-noise weight of the task term (5 is usual), None
+    `temperature` belongs to the soft term. `soft_reduction` is "mean" (over images and pixels) or
+    "batchmean" (over images; pixels are summed). `output_gradient` False detaches the output
+    term, which then is logged but teaches nothing. `features_at` says where the feature term compares: see
+    `feature_pairs`. `min_snr` caps the signal-to-noise weight of the task term (5 is usual), None
     leaves it at 1. Raises `ValueError` for weights or options with which nothing could be learnt.
     """
 
@@ -42,7 +42,7 @@ class LossWeights:
     temperature: float = 2.0
     soft_reduction: str = "mean"
     feature_normalised: bool = True
-    taps: str = "blocks"
+    features_at: str = "blocks"
     output_gradient: bool = True
     min_snr: float | None = None
 
@@ -61,8 +61,10 @@ class LossWeights:
             raise ValueError(f"min_snr must be positive, not {self.min_snr}; None leaves it out")
         if self.soft_reduction not in ("mean", "batchmean"):
             raise ValueError(f"soft_reduction must be mean or batchmean: {self.soft_reduction!r}")
-        if self.taps not in TAPS:
-            raise ValueError(f"taps must be one of {', '.join(TAPS)}, not {self.taps!r}")
+        if self.features_at not in FEATURES_AT:
+            raise ValueError(
+                f"features_at must be one of {', '.join(FEATURES_AT)}, not {self.features_at!r}"
+            )
 
     @classmethod
     def only(cls, *terms: str) -> LossWeights:
@@ -112,16 +114,16 @@ def soft_term(student: Tensor, teacher: Tensor, temperature: float, reduction: s
 def feature_term(
     student: Sequence[Tensor], teacher: Sequence[Tensor], normalised: bool = True
 ) -> Tensor:
-    """Mean over taps of the squared error, each divided by the teacher's mean square if normalised.
+    """Mean over hooks of the squared error, each divided by the teacher's mean square if normalised.
 
     Raises `ValueError` when the lists differ in length or a pair differs in shape.
     """
     if not student or len(student) != len(teacher):
-        raise ValueError(f"{len(student)} student taps for {len(teacher)} teacher taps")
+        raise ValueError(f"{len(student)} student hooks for {len(teacher)} teacher hooks")
     terms = []
     for index, (s, t) in enumerate(zip(student, teacher, strict=True)):
         if s.shape != t.shape:
-            raise ValueError(f"tap {index}: student {tuple(s.shape)}, teacher {tuple(t.shape)}")
+            raise ValueError(f"hook {index}: student {tuple(s.shape)}, teacher {tuple(t.shape)}")
         s, t = _precise(s), _precise(t)
         error = F.mse_loss(s, t)
         terms.append(error / (t.square().mean() + 1e-6) if normalised else error)
@@ -129,7 +131,7 @@ def feature_term(
 
 
 def min_snr_weight(snr: Tensor, cap: float, prediction_type: str = "epsilon") -> Tensor:
-    """Min-SNR weights of each picture's task error (Hang et al. 2303.09556, equation 8).
+    """Min-SNR weights of each image's task error (Hang et al. 2303.09556, equation 8).
 
     snr (B,). At 0, where a schedule ends in noise alone, they are the limit: 1 for the noise,
     0 for the velocity.
@@ -150,8 +152,8 @@ class DistillationLoss:
         student: Tensor,
         target: Tensor,
         teacher: Tensor | None = None,
-        student_taps: Sequence[Tensor] = (),
-        teacher_taps: Sequence[Tensor] = (),
+        student_features: Sequence[Tensor] = (),
+        teacher_features: Sequence[Tensor] = (),
         task_weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Scalar terms, unweighted, and their weighted sum under "loss".
@@ -173,6 +175,8 @@ class DistillationLoss:
         if w.soft:
             terms["soft"] = soft_term(student, teacher, w.temperature, w.soft_reduction)
         if w.feature:
-            terms["feature"] = feature_term(student_taps, teacher_taps, w.feature_normalised)
+            terms["feature"] = feature_term(
+                student_features, teacher_features, w.feature_normalised
+            )
         terms["loss"] = sum(getattr(w, name) * value for name, value in terms.items())
         return terms

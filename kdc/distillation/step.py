@@ -7,7 +7,7 @@ from accelerate import PartialState
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from kdc.distillation.features import FeatureTaps, projections, tap_names
+from kdc.distillation.features import FeatureHooks, feature_pairs, projections
 from kdc.distillation.losses import DistillationLoss, LossWeights, min_snr_weight
 from kdc.training.efficiency import send
 
@@ -31,13 +31,13 @@ def like(module: torch.nn.Module, tensor: Tensor) -> Tensor:
     return tensor.to(module.dtype) if tensor.is_floating_point() else tensor
 
 
-class Lesson:
+class DistillationStep:
     """The loss terms of a step, as a function of the student, a batch and a generator.
 
     `guide` is the U-Net that the output, soft and feature terms of `weights` follow; it is not
     trained, and not called where no such term is on. Where student and guide differ in width, the
-    student has projections of its taps as a submodule meanwhile, drawn from `seed` and trained with
-    it; each lesson of a student has its own. Call `close` when done: it removes them, and the
+    student has projections of its hooks as a submodule meanwhile, drawn from `seed` and trained with
+    it; each distillation step of a student has its own. Call `close` when done: it removes them, and the
     hooks.
     """
 
@@ -52,33 +52,44 @@ class Lesson:
         self.student, self.guide, self.process, self.weights = student, guide, process, weights
         self.criterion, self.device = DistillationLoss(weights), PartialState().device
         self.snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
-        self.taps: list[FeatureTaps] = []
+        self.hooks: list[FeatureHooks] = []
         self.projections: torch.nn.Module | None = None
         if weights.needs_teacher:
             guide.eval()
         if weights.feature:
-            pairs = zip(*tap_names(student, guide, weights.taps), strict=True)
+            pairs = zip(*feature_pairs(student, guide, weights.features_at), strict=True)
             unets = student.to(self.device), guide
-            self.taps = [FeatureTaps(unet, names) for unet, names in zip(unets, pairs, strict=True)]
+            self.hooks = [
+                FeatureHooks(unet, names) for unet, names in zip(unets, pairs, strict=True)
+            ]
             widths = [list(unet.config.block_out_channels) for unet in unets]
             if widths[0] != widths[1][: len(widths[0])]:
                 self.projections, self.name = self._projections(seed), PROJECTIONS
                 others, number = dict(student.named_children()), 2
-                while self.name in others:  # another lesson's
+                while self.name in others:  # another distillation step's
                     self.name, number = f"{PROJECTIONS}_{number}", number + 1
                 student.add_module(self.name, self.projections)
 
     def _projections(self, seed: int) -> torch.nn.Module:
         config = self.guide.config
         latents = torch.zeros(1, config.in_channels, *(config.sample_size,) * 2)
-        words = torch.zeros(1, 1, config.cross_attention_dim)
+        prompt_embeds = torch.zeros(1, 1, config.cross_attention_dim)
         with torch.no_grad():
             for unet in (self.student, self.guide):
-                unet(*(like(unet, x).to(self.device) for x in (latents, torch.tensor([0]), words)))
-        return projections(*(tap.take() for tap in self.taps), seed=seed).to(self.device)
+                unet(
+                    *(
+                        like(unet, x).to(self.device)
+                        for x in (latents, torch.tensor([0]), prompt_embeds)
+                    )
+                )
+        return projections(*(hooked.take() for hooked in self.hooks), seed=seed).to(self.device)
 
     def __call__(
-        self, model: torch.nn.Module, latents: Tensor, words: Tensor, generator: torch.Generator
+        self,
+        model: torch.nn.Module,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """Terms as `DistillationLoss` names them, for latents (B, C, h, w), words (B, L, D).
 
@@ -90,7 +101,7 @@ class Lesson:
         timesteps = torch.randint(count, (len(latents),), generator=generator)
         noisy = process.add_noise(latents, noise, timesteps)
         target = noise_target(process, latents, noise, timesteps)
-        inputs = [send(x, device) for x in (noisy, timesteps, words)]
+        inputs = [send(x, device) for x in (noisy, timesteps, prompt_embeds)]
         guidance = None
         if weights.needs_teacher:
             # Before the student, whose activations then are not in memory yet. Not in inference
@@ -104,16 +115,16 @@ class Lesson:
             prediction = process.config.prediction_type
             task_weight = min_snr_weight(self.snr[timesteps], weights.min_snr, prediction)
             task_weight = task_weight.to(device)
-        ours, theirs = (tap.take() for tap in self.taps) if self.taps else ((), ())
+        ours, theirs = (hooked.take() for hooked in self.hooks) if self.hooks else ((), ())
         if self.projections is not None:
-            ours = [layer(tap) for layer, tap in zip(self.projections, ours, strict=True)]
+            ours = [layer(hooked) for layer, hooked in zip(self.projections, ours, strict=True)]
         target = send(target, device)
         return self.criterion(predicted, target, guidance, ours, theirs, task_weight=task_weight)
 
     def close(self) -> None:
         """Remove the hooks, and the projections; once more does nothing."""
-        for tap in self.taps:
-            tap.close()
+        for hooked in self.hooks:
+            hooked.close()
         if self.projections is not None:
             delattr(self.student, self.name)
             self.projections = None

@@ -16,20 +16,20 @@ from kdc.evaluation.statistics import SET_MEASURES, apart, permutation_test
 def compare(ours: Scores, theirs: Scores, permutations: int = 200, seed: int = 0) -> pd.DataFrame:
     """Which of two pipelines is better, score by score: difference, p-value, verdict.
 
-    Both were evaluated with the same prompts, seeds and settings, so pictures are paired by prompt
+    Both were evaluated with the same prompts, seeds and settings, so images are paired by prompt
     and noise; see `permutation_test`. `verdict` is "better" or "worse" below p = 0.05, else "not
     distinguishable". This is about these two networks: whether another training of them would come
     out alike, no test on one training can say (see `retraining`). Raises `ValueError` where the
     evaluations do not match.
     """
-    check_alike(ours.drawn_with, theirs.drawn_with)
+    check_alike(ours.generated_with, theirs.generated_with)
     rows = {}
     for name in ours.by_seed:
         if name not in theirs.by_seed or name == "diversity":  # no pairs of one seed
             continue
         if name in SET_MEASURES:
             if not torch.equal(ours.reference, theirs.reference):
-                raise ValueError("the evaluations differ in their reference pictures")
+                raise ValueError("the evaluations differ in their reference images")
             a, b, statistic = ours.features, theirs.features, _set_difference(name, ours)
             shape = a.shape
             a, b = a.flatten(0, 1), b.flatten(0, 1)
@@ -37,7 +37,7 @@ def compare(ours: Scores, theirs: Scores, permutations: int = 200, seed: int = 0
                 lambda x, y, f=statistic, s=shape: f(x.view(s), y.view(s)), a, b, permutations, seed
             )
         else:
-            a, b = (one.per_picture[name].flatten() for one in (ours, theirs))
+            a, b = (one.per_image[name].flatten() for one in (ours, theirs))
             found = permutation_test(
                 lambda x, y: (x.mean() - y.mean()).item(), a, b, 10 * permutations, seed
             )
@@ -56,7 +56,7 @@ def retraining(evaluations: Sequence[Scores]) -> pd.DataFrame:
     shared = [
         name
         for name in evaluations[0].by_seed
-        if all(len(e.by_seed.get(name, ())) == len(e.drawn_with["seeds"]) for e in evaluations)
+        if all(len(e.by_seed.get(name, ())) == len(e.generated_with["seeds"]) for e in evaluations)
     ]
     found = {name: apart([e.by_seed[name] for e in evaluations]) for name in shared}
     return pd.DataFrame(found).T.rename_axis("score")

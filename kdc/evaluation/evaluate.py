@@ -1,4 +1,4 @@
-"""Scores of a pipeline's pictures, with spread, count, extractor and real-against-real floor."""
+"""Scores of a pipeline's images, with spread, count, extractor and real-against-real floor."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from kdc.data.datasets import load_dataset
 from kdc.evaluation import metrics
 from kdc.evaluation.extractors import Extractor, find_extractor
 from kdc.evaluation.perceptual import find_perceptual
-from kdc.evaluation.statistics import SET_MEASURES, floor, student_interval
+from kdc.evaluation.statistics import SET_MEASURES, real_vs_real, student_interval
 from kdc.io import fingerprint
 from kdc.pipelines import generate
 
 DIRECTIONS = {
     "accuracy": "higher",
     "clip": "higher",
-    "fid": "lower",
+    "fd": "lower",
     "kid": "lower",
     "precision": "higher",
     "recall": "higher",
@@ -41,20 +41,20 @@ class Scores:
     """What `evaluate` found.
 
     `table` has a row for each metric: value (the mean over seeds), spread (their deviation), low
-    and high (Student's 95 % interval over seeds), samples (pictures a seed), floor and floor_spread
+    and high (Student's 95 % interval over seeds), samples (images a seed), floor and floor_spread
     (real against real, at that count), extractor, checksum, seeds, note. `by_seed` are the values
-    behind it. The rest serves `compare`: `features` (S, N, d), `per_picture` {metric: (S, N)},
-    `pictures` (S, N, 3, H, W), the features of the `reference` (M, d), and `drawn_with`, what two
+    behind it. The rest serves `compare`: `features` (S, N, d), `per_image` {metric: (S, N)},
+    `images` (S, N, 3, H, W), the features of the `reference` (M, d), and `generated_with`, what two
     evaluations must share to be compared.
     """
 
     table: pd.DataFrame
     by_seed: dict[str, list[float]]
     features: Tensor
-    per_picture: dict[str, Tensor]
-    pictures: Tensor
+    per_image: dict[str, Tensor]
+    images: Tensor
     reference: Tensor | None
-    drawn_with: dict
+    generated_with: dict
 
 
 def evaluate(
@@ -71,21 +71,21 @@ def evaluate(
     steps: int = 25,
     guidance: float = 7.5,
     batch_size: int = 32,
-    floors: int = 10,
+    baseline_draws: int = 10,
 ) -> Scores:
-    """Draw every prompt with every seed, and score the pictures.
+    """Draw every prompt with every seed, and score the images.
 
-    `reference` are real pictures: uint8 (M, 3, H, W), a data set of `load_dataset`, a folder or a
+    `reference` are real images: uint8 (M, 3, H, W), a data set of `load_dataset`, a folder or a
     world's name. FID, KID, precision and recall compare N drawn with N of them (or all, if there
     are fewer), the floor real with real at the same count. `asked` are the attributes of the
     prompts, for the accuracy on the worlds. `teacher` draws the same prompts from the same noise,
     or is what an earlier `evaluate` found of it: `lpips_to_teacher` is the paired distance.
-    `diversity` is the perceptual distance of pictures of one prompt from two seeds; two seeds make
+    `diversity` is the perceptual distance of images of one prompt from two seeds; two seeds make
     one pair, which has no spread.
 
     `scores` are names of `DIRECTIONS`; empty, all for which there is what they need. Before
     anything is drawn, `ValueError` is raised for a score that was asked for by name and cannot be
-    computed (where it was not, its row says why and has no value), for unknown names, for pictures
+    computed (where it was not, its row says why and has no value), for unknown names, for images
     that are not uint8 or of another size, for attributes that are not one a prompt, and for a
     teacher that was evaluated with other prompts, seeds or settings; `RuntimeError` for a network
     in training mode or an extractor that cannot be loaded.
@@ -98,10 +98,10 @@ def evaluate(
     if asked and len(asked) != len(prompts):
         raise ValueError(f"{len(asked)} attributes for {len(prompts)} prompts")
     how = {"steps": steps, "guidance": guidance, "batch_size": batch_size}
-    drawn_with = how | {"prompts": prompts, "seeds": seeds}
+    generated_with = how | {"prompts": prompts, "seeds": seeds}
     refuse_training(pipeline, "pipeline")
     if isinstance(teacher, Scores):
-        check_alike(drawn_with, teacher.drawn_with)
+        check_alike(generated_with, teacher.generated_with)
     elif teacher is not None:
         refuse_training(teacher, "teacher")
     see = find_extractor(extractor)
@@ -113,28 +113,28 @@ def evaluate(
     possible, distance = [name for name in wanted if name not in refused], None
     if {"lpips_to_teacher", "diversity"} & set(possible):
         distance = find_perceptual(perceptual)
-    pictures = _drawn(pipeline, prompts, seeds, how)
-    features = torch.stack([see(batch) for batch in pictures])
+    images = _generated(pipeline, prompts, seeds, how)
+    features = torch.stack([see(batch) for batch in images])
 
-    per_picture: dict[str, Tensor] = {}
+    per_image: dict[str, Tensor] = {}
     by_seed: dict[str, list[float]] = {}
     if "accuracy" in possible:
-        right = [metrics.shown_attributes(batch, asked)["all"] for batch in pictures]
-        per_picture["accuracy"] = torch.stack(right).float()
+        right = [metrics.shown_attributes(batch, asked)["all"] for batch in images]
+        per_image["accuracy"] = torch.stack(right).float()
     if "clip" in possible:
         with torch.inference_mode():
             text = see.read(prompts).float().cpu()
-        per_picture["clip"] = 100 * F.cosine_similarity(features, text[None], dim=-1)
+        per_image["clip"] = 100 * F.cosine_similarity(features, text[None], dim=-1)
     if "lpips_to_teacher" in possible:
         known = isinstance(teacher, Scores)
-        theirs = teacher.pictures if known else _drawn(teacher, prompts, seeds, how)
-        pairs = zip(pictures, theirs, strict=True)
-        per_picture["lpips_to_teacher"] = torch.stack([distance(a, b) for a, b in pairs])
+        theirs = teacher.images if known else _generated(teacher, prompts, seeds, how)
+        pairs = zip(images, theirs, strict=True)
+        per_image["lpips_to_teacher"] = torch.stack([distance(a, b) for a, b in pairs])
     if "diversity" in possible:
-        pairs = list(zip(pictures, pictures.roll(1, dims=0), strict=True))
+        pairs = list(zip(images, images.roll(1, dims=0), strict=True))
         pairs = pairs[:1] if len(seeds) == 2 else pairs  # the second would be the first again
-        per_picture["diversity"] = torch.stack([distance(a, b) for a, b in pairs])
-    for name, values in per_picture.items():
+        per_image["diversity"] = torch.stack([distance(a, b) for a, b in pairs])
+    for name, values in per_image.items():
         by_seed[name] = values.mean(dim=1).tolist()
     chosen = _same_count(real, len(prompts)) if real is not None else None
     for name in SET_MEASURES:
@@ -146,37 +146,37 @@ def evaluate(
         judge = distance if name in ("lpips_to_teacher", "diversity") else see
         values = by_seed.get(name, [float("nan")])
         low, high = student_interval(values)
-        at_floor = (float("nan"), float("nan"))
+        at_baseline = (float("nan"), float("nan"))
         if name in SET_MEASURES and name in by_seed:
-            at_floor = floor(SET_MEASURES[name], real, len(prompts), floors)
+            at_baseline = real_vs_real(SET_MEASURES[name], real, len(prompts), baseline_draws)
         rows[name] = {
             "value": float(np.mean(values)),
             "spread": float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"),
             "low": low,
             "high": high,
             "samples": len(prompts),
-            "floor": at_floor[0],
-            "floor_spread": at_floor[1],
+            "real_vs_real": at_baseline[0],
+            "real_vs_real_spread": at_baseline[1],
             "extractor": "mini-classifier" if name == "accuracy" else getattr(judge, "name", "-"),
             "checksum": _checksum(name, judge),
             "seeds": ", ".join(map(str, seeds)),
             "note": refused.get(name) or _note(name, len(prompts), seeds, real),
         }
-    drawn_with |= {"extractor": extractor, "perceptual": perceptual, "asked": list(asked)}
+    generated_with |= {"extractor": extractor, "perceptual": perceptual, "asked": list(asked)}
     table = pd.DataFrame(rows).T.rename_axis("score")
-    numbers = ["value", "spread", "low", "high", "floor", "floor_spread"]
+    numbers = ["value", "spread", "low", "high", "real_vs_real", "real_vs_real_spread"]
     table[numbers] = table[numbers].astype(float)
-    return Scores(table, by_seed, features, per_picture, pictures, chosen, drawn_with)
+    return Scores(table, by_seed, features, per_image, images, chosen, generated_with)
 
 
 def check_alike(ours: dict, theirs: dict) -> None:
-    """Raise `ValueError` where two evaluations differ in what `ours`, a `drawn_with`, names."""
+    """Raise `ValueError` where two evaluations differ in what `ours`, a `generated_with`, names."""
     for name, value in ours.items():
         if value != theirs[name]:
             raise ValueError(f"the evaluations differ in {name}: they cannot be compared")
 
 
-def _drawn(pipeline, prompts, seeds, how: dict) -> Tensor:
+def _generated(pipeline, prompts, seeds, how: dict) -> Tensor:
     return torch.stack([generate(pipeline, prompts, seed=seed, **how) for seed in seeds])
 
 
@@ -191,12 +191,12 @@ def _refusals(count, seeds, see: Extractor, real, asked, teacher) -> dict[str, s
     """Why a score cannot be computed, by score."""
     refused = {}
     fewest = count if real is None else min(count, len(real))
-    needed = {"fid": 2 * see.width, "kid": 2, "precision": 5, "recall": 5}
+    needed = {"fd": 2 * see.width, "kid": 2, "precision": 5, "recall": 5}
     for name, least in needed.items():
         if real is None:
-            refused[name] = "there are no reference pictures"
+            refused[name] = "there are no reference images"
         elif fewest < least:
-            refused[name] = f"{fewest} pictures, {least} needed for {see.width} dimensions"
+            refused[name] = f"{fewest} images, {least} needed for {see.width} dimensions"
     if not asked:
         refused["accuracy"] = "the attributes of the prompts are not known"
     if see.read is None:
@@ -215,24 +215,24 @@ def _note(name: str, count: int, seeds: Sequence[int], real: Tensor | None) -> s
         notes.append(f"{len(seeds)} seed(s): the spread is not known well")
     if name in SET_MEASURES and real is not None:
         if len(real) < 2 * count:
-            notes.append(f"no floor: {len(real)} reference pictures, {2 * count} needed")
+            notes.append(f"no floor: {len(real)} reference images, {2 * count} needed")
         if len(real) < count:
             notes.append(f"compared with {len(real)} only")
     return "; ".join(notes)
 
 
 def _features_of(reference, see: Extractor, pipeline) -> Tensor:
-    """Features of reference pictures, computed once for pictures of that content."""
+    """Features of reference images, computed once for images of that content."""
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     if isinstance(reference, str | Path):
         reference = load_dataset(reference, "test", size)
     if not isinstance(reference, Tensor):
         signed = torch.stack([reference[i]["image"] for i in range(len(reference))])
         reference = metrics.as_bytes(signed)
-    metrics.check_pictures(reference)
+    metrics.check_images(reference)
     if reference.shape[-2:] != (size, size):
         raise ValueError(
-            f"reference pictures are {tuple(reference.shape[-2:])}, the pipeline draws {size} x "
+            f"reference images are {tuple(reference.shape[-2:])}, the pipeline draws {size} x "
             f"{size}: resizing would be part of the score, so do it yourself, the same for both"
         )
     key = fingerprint(reference), see.checksum
@@ -242,7 +242,7 @@ def _features_of(reference, see: Extractor, pipeline) -> Tensor:
 
 
 def _same_count(real: Tensor, count: int) -> Tensor:
-    """As many rows of the reference as there are pictures of one seed, always the same ones."""
+    """As many rows of the reference as there are images of one seed, always the same ones."""
     rows = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     return real[rows[:count]]
 

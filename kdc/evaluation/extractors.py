@@ -26,7 +26,7 @@ OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.275777
 
 @dataclass(frozen=True, eq=False)
 class Extractor:
-    """Pictures (N, 3, H, W) uint8 to features (N, width) float32, of any size: it resizes itself.
+    """Images (N, 3, H, W) uint8 to features (N, width) float32, of any size: it resizes itself.
 
     `read` does the same for texts where there is one: features of the same space, for CLIP scores.
     """
@@ -42,14 +42,14 @@ class Extractor:
         """A hash of the weights."""
         return fingerprint(*self.model.state_dict().values())
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """Raises `ValueError` for anything but uint8 pictures, `RuntimeError` in training mode."""
-        metrics.check_pictures(pictures)
+    def __call__(self, images: Tensor) -> Tensor:
+        """Raises `ValueError` for anything but uint8 images, `RuntimeError` in training mode."""
+        metrics.check_images(images)
         if self.model.training:
             raise RuntimeError(f"the extractor {self.name} is in training mode: call .eval() on it")
         device = next(self.model.parameters()).device
         with torch.inference_mode():
-            parts = [self.see(batch.to(device)).float().cpu() for batch in pictures.split(BATCH)]
+            parts = [self.see(batch.to(device)).float().cpu() for batch in images.split(BATCH)]
         return torch.cat(parts)
 
 
@@ -67,13 +67,13 @@ def _clip_vit_b16() -> Extractor:
     model = CLIPModel.from_pretrained(source, use_safetensors=True).eval()
     tokenizer = CLIPTokenizer.from_pretrained(source)
 
-    def see(pictures: Tensor) -> Tensor:
-        hidden = model.vision_model(pixel_values=_normalised(pictures, 224, OPENAI)).pooler_output
+    def see(images: Tensor) -> Tensor:
+        hidden = model.vision_model(pixel_values=_normalised(images, 224, OPENAI)).pooler_output
         return model.visual_projection(hidden)
 
     def read(texts: Sequence[str]) -> Tensor:
-        words = metrics.pad_tokens(tokenizer, texts).to(model.device)
-        hidden = model.text_model(**words).pooler_output
+        tokens = metrics.pad_tokens(tokenizer, texts).to(model.device)
+        hidden = model.text_model(**tokens).pooler_output
         return model.text_projection(hidden)
 
     return Extractor("clip-vit-b16", model.config.projection_dim, model, see, read)
@@ -84,8 +84,8 @@ def _dinov2() -> Extractor:
 
     model = AutoModel.from_pretrained("facebook/dinov2-base", use_safetensors=True).eval()
 
-    def see(pictures: Tensor) -> Tensor:
-        return model(pixel_values=_normalised(pictures, 224, IMAGENET)).pooler_output
+    def see(images: Tensor) -> Tensor:
+        return model(pixel_values=_normalised(images, 224, IMAGENET)).pooler_output
 
     return Extractor("dinov2", model.config.hidden_size, model, see)
 
@@ -95,7 +95,7 @@ def _inception_v3() -> Extractor:
 
     with _tensors_only():
         model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval()
-    return Extractor("inception-v3", 2048, model, lambda pictures: model(pictures)[0])
+    return Extractor("inception-v3", 2048, model, lambda images: model(images)[0])
 
 
 @contextlib.contextmanager
@@ -143,8 +143,8 @@ def find_extractor(name: str) -> Extractor:
         ) from error
 
 
-def _normalised(pictures: Tensor, size: int, statistics) -> Tensor:
-    x = pictures.float() / 255
+def _normalised(images: Tensor, size: int, statistics) -> Tensor:
+    x = images.float() / 255
     if x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in statistics)

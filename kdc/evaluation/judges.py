@@ -1,6 +1,6 @@
-"""The small networks that judge pictures: an attribute classifier, a CLIP, a perceptual trunk.
+"""The small networks that judge images: an attribute classifier, a CLIP, a perceptual trunk.
 
-None of them shares a weight with the generator they judge. All three see only procedural pictures;
+None of them shares a weight with the generator they judge. All three see only procedural images;
 scores made with them carry their names and are not comparable with published ones.
 """
 
@@ -38,9 +38,9 @@ class AttributeHeads(nn.Module):
 
 
 class AttributeClassifier(nn.Module):
-    """Reads colour, kind and background off a 64x64 picture; the judge of generated pictures.
+    """Reads colour, kind and background off a 64x64 image; the judge of generated images.
 
-    Pictures (B, 3, 64, 64) in [-1, 1] to logits {"colour": (B, 7), "kind": (B, 12),
+    Images (B, 3, 64, 64) in [-1, 1] to logits {"colour": (B, 7), "kind": (B, 12),
     "background": (B, 4)}.
     """
 
@@ -60,14 +60,14 @@ class AttributeClassifier(nn.Module):
         self.features = nn.Sequential(*layers)
         self.heads = AttributeHeads(16 * inputs)
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        return self.heads(self.features(pictures).flatten(1))
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.heads(self.features(images).flatten(1))
 
 
 class PerceptualTrunk(nn.Module):
     """AlexNet's convolutional part, trained here, for use by the `lpips` package.
 
-    Besides the attributes it learns to say which distortion a picture suffered and how strongly,
+    Besides the attributes it learns to say which distortion an image suffered and how strongly,
     because a perceptual distance must see blur and noise, not only objects.
     """
 
@@ -79,13 +79,13 @@ class PerceptualTrunk(nn.Module):
         self.heads = AttributeHeads(256)
         self.distortion = nn.Linear(256, len(self.DISTORTIONS))
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        pooled = self.features(pictures).mean(dim=(2, 3))
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        pooled = self.features(images).mean(dim=(2, 3))
         return self.heads(pooled) | {"distortion": self.distortion(pooled)}
 
 
 def new_clip(text_config) -> CLIPModel:
-    """A randomly initialised CLIP: 64x64 pictures in 8x8 patches, 4 layers of 128."""
+    """A randomly initialised CLIP: 64x64 images in 8x8 patches, 4 layers of 128."""
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=512,

@@ -1,4 +1,4 @@
-"""How long pictures take: end to end and a U-Net call, by steps, scheduler and batch size."""
+"""How long images take: end to end and a U-Net call, by steps, scheduler and batch size."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def with_scheduler(pipeline: StableDiffusionPipeline, name: str) -> StableDiffus
     return other
 
 
-def time_pictures(
+def time_images(
     pipelines: Mapping[str, StableDiffusionPipeline],
     prompt: str,
     *,
@@ -52,10 +52,10 @@ def time_pictures(
     rounds: int = 5,
     warmup: int = 1,
 ) -> pd.DataFrame:
-    """Seconds a picture, end to end, of every pipeline at every number of steps and batch size.
+    """Seconds an image, end to end, of every pipeline at every number of steps and batch size.
 
     All are interleaved in one run (see `measure_latency`); `ratio` is over the first pipeline at
-    the first setting. Columns besides: pipeline, steps, batch_size, guidance, `joules` a picture,
+    the first setting. Columns besides: pipeline, steps, batch_size, guidance, `joules` an image,
     missing where no counter can be read. A row each.
     """
     settings = list(itertools.product(pipelines, steps, batch_sizes))
@@ -96,10 +96,12 @@ def time_calls(
 ) -> pd.DataFrame:
     """Seconds of one call of each U-Net, without guidance, at every batch size, interleaved."""
     first = next(iter(pipelines.values()))
-    words = first.tokenizer.model_max_length
+    sequence_length = first.tokenizer.model_max_length
     settings = list(itertools.product(pipelines, batch_sizes))
     calls = {
-        str(one): call_of(pipelines[one[0]].unet, words=words, batch_size=one[1])
+        str(one): call_of(
+            pipelines[one[0]].unet, sequence_length=sequence_length, batch_size=one[1]
+        )
         for one in settings
     }
     times = measure_latency(calls, rounds=rounds, device=first.device)

@@ -1,6 +1,6 @@
-"""Measures of generated pictures with the embedded judges. Every score names its extractor.
+"""Measures of generated images with the embedded judges. Every score names its extractor.
 
-Pictures are uint8 (N, 3, H, W) throughout. The judges expect 64 x 64; other sizes are resized.
+Images are uint8 (N, 3, H, W) throughout. The judges expect 64 x 64; other sizes are resized.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def mini_lpips() -> lpips.LPIPS:
     """LPIPS on the embedded trunk: the package's own arithmetic, unweighted layers (`lpips=False`).
 
     Not the published metric: the trunk is AlexNet's shape with weights trained here on procedural
-    pictures, and the published linear weights do not fit it. Inputs in [-1, 1], 32 x 32 at least.
+    images, and the published linear weights do not fit it. Inputs in [-1, 1], 32 x 32 at least.
     """
     with warnings.catch_warnings(action="ignore"):  # that lpips calls torchvision by old names
         metric = lpips.LPIPS(net="alex", pnet_rand=True, lpips=False, verbose=False)
@@ -61,61 +61,59 @@ def mini_lpips() -> lpips.LPIPS:
 
 
 def as_bytes(signed: Tensor) -> Tensor:
-    """Pictures in [-1, 1] (values outside are clipped) as uint8, on the CPU."""
+    """Images in [-1, 1] (values outside are clipped) as uint8, on the CPU."""
     return ((signed.float().cpu().clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8)
 
 
-def check_pictures(pictures: Tensor) -> None:
-    """Raise `ValueError` for what is not a batch of uint8 pictures, and say how to make it one."""
-    if pictures.ndim != 4 or pictures.shape[1] != 3:
-        raise ValueError(f"expected uint8 pictures (N, 3, H, W), got shape {tuple(pictures.shape)}")
-    if pictures.dtype != torch.uint8:
-        seen = (
-            f"[{pictures.min().item():.3g}, {pictures.max().item():.3g}]" if len(pictures) else ""
-        )
+def check_images(images: Tensor) -> None:
+    """Raise `ValueError` for what is not a batch of uint8 images, and say how to make it one."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"expected uint8 images (N, 3, H, W), got shape {tuple(images.shape)}")
+    if images.dtype != torch.uint8:
+        seen = f"[{images.min().item():.3g}, {images.max().item():.3g}]" if len(images) else ""
         raise ValueError(
-            f"expected uint8 pictures in 0..255, got {pictures.dtype} in {seen}: from [0, 1] make "
+            f"expected uint8 images in 0..255, got {images.dtype} in {seen}: from [0, 1] make "
             "them with (x * 255 + 0.5).to(torch.uint8)"
         )
 
 
-def _signed(pictures: Tensor, size: int = 64) -> Tensor:
-    check_pictures(pictures)
-    x = pictures.float() / 127.5 - 1
+def _signed(images: Tensor, size: int = 64) -> Tensor:
+    check_images(images)
+    x = images.float() / 127.5 - 1
     if x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
     return x
 
 
 @torch.inference_mode()
-def predicted_attributes(pictures: Tensor) -> dict[str, Tensor]:
-    """The classifier's reading of each picture: class indices (N,) in the order of the labels."""
+def predicted_attributes(images: Tensor) -> dict[str, Tensor]:
+    """The classifier's reading of each image: class indices (N,) in the order of the labels."""
     model = attribute_classifier()
-    parts = [model(_signed(batch)) for batch in pictures.split(BATCH)]
+    parts = [model(_signed(batch)) for batch in images.split(BATCH)]
     return {name: torch.cat([p[name] for p in parts]).argmax(dim=1) for name in parts[0]}
 
 
-def shown_attributes(pictures: Tensor, asked: Sequence[worlds.Attributes]) -> dict[str, Tensor]:
-    """Whether each picture shows the asked-for colour, kind, background, and "all": (N,) bool."""
-    if len(pictures) != len(asked):
-        raise ValueError(f"{len(pictures)} pictures for {len(asked)} attributes")
-    found, target = predicted_attributes(pictures), labels_of(list(asked))
+def shown_attributes(images: Tensor, asked: Sequence[worlds.Attributes]) -> dict[str, Tensor]:
+    """Whether each image shows the asked-for colour, kind, background, and "all": (N,) bool."""
+    if len(images) != len(asked):
+        raise ValueError(f"{len(images)} images for {len(asked)} attributes")
+    found, target = predicted_attributes(images), labels_of(list(asked))
     right = {name: found[name] == target[name] for name in target}
     return right | {"all": torch.stack(list(right.values())).all(dim=0)}
 
 
-def attribute_accuracy(pictures: Tensor, asked: Sequence[worlds.Attributes]) -> dict[str, float]:
-    """Share of pictures that show the asked-for colour, kind, background, and all three at once."""
-    right = shown_attributes(pictures, asked)
+def attribute_accuracy(images: Tensor, asked: Sequence[worlds.Attributes]) -> dict[str, float]:
+    """Share of images that show the asked-for colour, kind, background, and all three at once."""
+    right = shown_attributes(images, asked)
     return {name: hits.float().mean().item() for name, hits in right.items()}
 
 
 @torch.inference_mode()
-def clip_features(pictures: Tensor) -> Tensor:
-    """Mini-CLIP features of pictures, (N, 64), not normalised."""
+def clip_features(images: Tensor) -> Tensor:
+    """Mini-CLIP features of images, (N, 64), not normalised."""
     model, _ = mini_clip()
     parts = []
-    for batch in pictures.split(BATCH):
+    for batch in images.split(BATCH):
         hidden = model.vision_model(pixel_values=_signed(batch)).pooler_output
         parts.append(model.visual_projection(hidden))
     return torch.cat(parts)
@@ -125,8 +123,8 @@ def clip_features(pictures: Tensor) -> Tensor:
 def clip_text_features(captions: Sequence[str]) -> Tensor:
     """Mini-CLIP features of captions, (N, 64), not normalised."""
     model, tokenizer = mini_clip()
-    words = pad_tokens(tokenizer, captions)
-    return model.text_projection(model.text_model(input_ids=words.input_ids).pooler_output)
+    tokens = pad_tokens(tokenizer, captions)
+    return model.text_projection(model.text_model(input_ids=tokens.input_ids).pooler_output)
 
 
 def pad_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]):
@@ -140,13 +138,13 @@ def pad_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]):
     )
 
 
-def clip_score(pictures: Tensor, captions: Sequence[str]) -> Tensor:
-    """100 times the cosine of picture and caption in the mini CLIP's space, (N,)."""
-    return 100 * F.cosine_similarity(clip_features(pictures), clip_text_features(captions))
+def clip_score(images: Tensor, captions: Sequence[str]) -> Tensor:
+    """100 times the cosine of image and caption in the mini CLIP's space, (N,)."""
+    return 100 * F.cosine_similarity(clip_features(images), clip_text_features(captions))
 
 
 class Identity(nn.Module):
-    """Lets torchmetrics take features instead of pictures."""
+    """Lets torchmetrics take features instead of images."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -18,7 +18,7 @@ NETS = {"lpips-alex": "alex", "lpips-vgg": "vgg"}
 
 @dataclass(frozen=True, eq=False)
 class Perceptual:
-    """Paired distance of uint8 pictures (N, 3, H, W): (N,), lower is nearer."""
+    """Paired distance of uint8 images (N, 3, H, W): (N,), lower is nearer."""
 
     name: str
     model: lpips.LPIPS
@@ -31,7 +31,7 @@ class Perceptual:
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         if a.shape != b.shape or a.dtype != torch.uint8 or b.dtype != torch.uint8:
             raise ValueError(
-                f"expected two batches of uint8 pictures of one shape, got {a.dtype} "
+                f"expected two batches of uint8 images of one shape, got {a.dtype} "
                 f"{tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
             )
         if self.model.training:

@@ -1,4 +1,4 @@
-"""Measures of sets of features, and how sure they are: floors, seeds, and tests by permutation.
+"""Measures of sets of features, and how sure they are: baseline_draws, seeds, and tests by permutation.
 
 Nothing here draws with replacement: that shows a set to itself and biases Fréchet distance and KID.
 """
@@ -57,21 +57,21 @@ def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]
 
 
 SET_MEASURES: Mapping[str, Callable[[Tensor, Tensor], float]] = {
-    "fid": frechet_distance,
+    "fd": frechet_distance,
     "kid": kernel_distance,
     "precision": lambda features, reference: precision_recall(features, reference)[0],
     "recall": lambda features, reference: precision_recall(features, reference)[1],
 }
 
 
-def floor(
+def real_vs_real(
     measure: Callable[[Tensor, Tensor], float],
     reference: Tensor,
     count: int,
     draws: int = 10,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """What real pictures score against real ones at that count: mean and deviation over draws.
+    """What real images score against real ones at that count: mean and deviation over draws.
 
     Each draw splits 2 x `count` of the reference's rows into two halves that share none. NaN for
     both where there are not so many.
@@ -93,8 +93,8 @@ def share_nearer(features: Tensor, one: Tensor, other: Tensor) -> float:
     """
     if len(one) != len(other):
         raise ValueError(f"sets of equal size are needed, not {len(one)} and {len(other)}")
-    drawn, *sets = (F.normalize(x, dim=1) for x in (features, one, other))
-    near, far = ((drawn @ rows.T).amax(dim=1) for rows in sets)
+    generated, *sets = (F.normalize(x, dim=1) for x in (features, one, other))
+    near, far = ((generated @ rows.T).amax(dim=1) for rows in sets)
     return (near > far).float().mean().item()
 
 
@@ -115,7 +115,7 @@ def permutation_test(
 ) -> tuple[float, float]:
     """The difference statistic(a, b), and the two-sided p-value that it is chance.
 
-    a, b (N, ...) are paired by row, as pictures of two models from one prompt and one noise are.
+    a, b (N, ...) are paired by row, as images of two models from one prompt and one noise are.
     Were the models the same, each pair might as well stand the other way round: every permutation
     swaps a random half of the pairs. `statistic` must change its sign when all pairs are swapped.
     """

@@ -1,4 +1,4 @@
-"""The replay buffer: a bounded memory of old pictures, as latents and never as pixels."""
+"""The replay buffer: a bounded memory of old images, as latents and never as pixels."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ FORMAT, VERSION = "kdc-replay", "1"
 class ReplayBuffer:
     """At most `capacity` items, or as many as `capacity_bytes` hold; see `item_bytes`.
 
-    An item is the mean and the deviation of a picture's latents (C, h, w), its caption, its task
+    An item is the mean and the deviation of an image's latents (C, h, w), its caption, its task
     and its label (the class, a whole number). Captions and their embeddings are stored once for
     all items that share them. `dtype` is "float32", "float16" or "int8": latents with a step per
     item and channel, true to half a step (`storage.quantise`); embeddings are float32 with the
     first and float16 with the others.
 
     `policy` says which items stay: "reservoir", "class_balanced", "fifo", "herding" (see
-    `kdc.policies`), or "carry_over", one item, the last of the previous step, as KDC-Diff's public
+    `kdc.policies`), or "last_sample", one item, the last of the previous step, as KDC-Diff's public
     code has it. With a `folder` the items lie in memory-mapped scratch files below it, for more
     items than memory holds; `save` is what keeps them.
 

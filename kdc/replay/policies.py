@@ -212,5 +212,5 @@ POLICIES = {
     "class_balanced": ClassBalanced,
     "fifo": Fifo,
     "herding": Herding,
-    "carry_over": Fifo,  # as published: one picture of the previous step
+    "last_sample": Fifo,  # as published: one image of the previous step
 }

@@ -33,14 +33,14 @@ def reduced(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionMo
 def quickened(
     student: UNet2DConditionModel,
     teacher: UNet2DConditionModel,
-    taps: Sequence = (),
+    hooks: Sequence = (),
     *,
     compile: bool = False,
     gradient_checkpointing: bool = False,
 ) -> Iterator[None]:
     """Both networks compiled, or the student's inner activations recomputed instead of kept.
 
-    Enter it when the taps hang in the networks already: a compiled network keeps the hooks that it
+    Enter it when the hooks hang in the networks already: a compiled network keeps the hooks that it
     was compiled with. A step with `gradient_checkpointing` computes the same for less memory and
     the time of one more forward pass of the student. Raises `ValueError` for both at once (the
     compiler chooses by itself what to recompute) and where `torch.compile` does not work.
@@ -52,7 +52,7 @@ def quickened(
         for unet in unets:
             unet.compile(dynamic=False)
         if recomputes:
-            student.enable_gradient_checkpointing(_recomputed_in_silence(taps))
+            student.enable_gradient_checkpointing(_recomputed_in_silence(hooks))
         yield
     finally:
         for unet in unets:
@@ -78,20 +78,20 @@ def refuse_unusable(compile: bool, gradient_checkpointing: bool, device: torch.d
             ) from error
 
 
-def _recomputed_in_silence(taps: Sequence):
-    """A checkpointing function for diffusers under which taps do not see recomputations.
+def _recomputed_in_silence(hooks: Sequence):
+    """A checkpointing function for diffusers under which hooks do not see recomputations.
 
     The hooks run in them again; what those collect would outlive the step.
     """
 
     @contextlib.contextmanager
     def silence():
-        before = [dict(tap._seen) for tap in taps]
+        before = [dict(hooked._seen) for hooked in hooks]
         try:
             yield
         finally:
-            for tap, seen in zip(taps, before, strict=True):
-                tap._seen = seen
+            for hooked, seen in zip(hooks, before, strict=True):
+                hooked._seen = seen
 
     def call(module: nn.Module, *inputs):
         return checkpoint(

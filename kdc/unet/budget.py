@@ -47,7 +47,7 @@ def block_seconds(unet: UNet2DConditionModel, **inputs) -> dict[bool, pd.Series]
     """Measured seconds of every block, by the teacher's names: as it is, and (key True) without
     the innermost stage, where the mid-block works at twice the resolution.
 
-    `inputs` are `size`, `words` and `batch_size` as in `count_costs`.
+    `inputs` are `size`, `sequence_length` and `batch_size` as in `count_costs`.
     """
     seconds = {}
     for dropped, parts in ((False, ()), (True, (INNERMOST,))):

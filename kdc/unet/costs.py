@@ -28,11 +28,14 @@ def block_of(name: str) -> str:
 
 
 def count_costs(
-    unet: UNet2DConditionModel, size: int | None = None, words: int = 77, batch_size: int = 1
+    unet: UNet2DConditionModel,
+    size: int | None = None,
+    sequence_length: int = 77,
+    batch_size: int = 1,
 ) -> pd.DataFrame:
     """Costs of one call, by block and, in the last row, in "total"; from shapes, without memory.
 
-    `size` is the side of the latents (default: the configuration's), `words` the length of the
+    `size` is the side of the latents (default: the configuration's), `sequence_length` the length of the
     caption. Columns: `parameters`; `linear_macs`, multiply-accumulates of convolutions and linear
     layers; `attention_macs`, those of the products of queries with keys and of weights with values;
     `macs`, both; `activation_bytes`, what training keeps for the backward pass in float32, each
@@ -44,7 +47,7 @@ def count_costs(
         model = UNet2DConditionModel.from_config(unet.config)
         size = size or model.config.sample_size
         latents = torch.empty(batch_size, model.config.in_channels, size, size)
-        captions = torch.empty(batch_size, words, model.config.cross_attention_dim)
+        captions = torch.empty(batch_size, sequence_length, model.config.cross_attention_dim)
         timestep = torch.tensor(1)
     rows: dict[str, dict[str, int]] = {}
 
@@ -159,7 +162,10 @@ def measure_latency(
 
 
 def call_of(
-    unet: UNet2DConditionModel, size: int | None = None, words: int = 77, batch_size: int = 1
+    unet: UNet2DConditionModel,
+    size: int | None = None,
+    sequence_length: int = 77,
+    batch_size: int = 1,
 ) -> Callable[[], Tensor]:
     """A call of that U-Net on fixed random inputs of the given size, without gradients."""
     generator, like = torch.Generator().manual_seed(0), {"device": unet.device, "dtype": unet.dtype}
@@ -167,7 +173,7 @@ def call_of(
     shape = (batch_size, unet.config.in_channels, size, size)
     latents = torch.randn(shape, generator=generator).to(**like)
     captions = torch.randn(
-        batch_size, words, unet.config.cross_attention_dim, generator=generator
+        batch_size, sequence_length, unet.config.cross_attention_dim, generator=generator
     ).to(**like)
 
     @torch.inference_mode()

@@ -15,7 +15,7 @@ EXPECTED = ("better", "worse", "not worse", "open")
 
 @dataclass(frozen=True)
 class Claim:
-    """That `candidate`, against `rival`, comes out as `expected` in `measure`.
+    """That `candidate`, against `baseline`, comes out as `expected` in `measure`.
 
     "not worse" is found false by "worse" alone; "open" says that there is no difference to be seen,
     and is found false by "better" and by "worse". That no difference was seen does not show that
@@ -24,7 +24,7 @@ class Claim:
 
     text: str
     candidate: str
-    rival: str
+    baseline: str
     measure: str
     expected: str = "better"
 
@@ -42,7 +42,7 @@ class Claim:
 
 
 def read_claims(table: str) -> list[Claim]:
-    """A claim for each line "text | candidate | rival | measure | expected", the last if it is not
+    """A claim for each line "text | candidate | baseline | measure | expected", the last if it is not
     "better"."""
     return [Claim(*(cell.strip() for cell in x.split("|"))) for x in table.split("\n") if x]
 
@@ -59,7 +59,7 @@ def laid_out(table: pd.DataFrame) -> pd.DataFrame:
 def check(
     rows: pd.DataFrame, claims: Iterable[Claim], measures: Mapping[str, str] = MEASURES
 ) -> pd.DataFrame:
-    """A row for each claim: the difference candidate - rival over seeds, the verdict, the outcome.
+    """A row for each claim: the difference candidate - baseline over seeds, the verdict, the outcome.
 
     Claims about measures or candidates that are not in `rows` are left out. Differences are paired
     by seed, with Student's 95 % interval (see `compare`). There are as many
@@ -67,13 +67,13 @@ def check(
     """
     table, known = [], set(rows["candidate"])
     for claim in claims:
-        if claim.measure not in rows or not {claim.candidate, claim.rival} <= known:
+        if claim.measure not in rows or not {claim.candidate, claim.baseline} <= known:
             continue
-        found = compare(rows, claim.candidate, claim.rival, measures=measures).loc[claim.measure]
+        found = compare(rows, claim.candidate, claim.baseline, measures=measures).loc[claim.measure]
         table.append(
             {
                 "claim": claim.text,
-                "compared": f"{claim.candidate} - {claim.rival}",
+                "compared": f"{claim.candidate} - {claim.baseline}",
                 "in": claim.measure,
                 "expected": claim.expected,
                 "difference": f"{found['mean']:+.3g} [{found['low']:+.3g}, {found['high']:+.3g}]",

@@ -13,7 +13,7 @@ from kdc.data import worlds
 from kdc.data.latents import LatentDataset, latents_of_captions, with_captions
 from kdc.distillation.losses import LossWeights
 
-DATA_SEED = 777  # of the pictures that the teacher makes, and of swapped captions
+DATA_SEED = 777  # of the images that the teacher makes, and of swapped captions
 DATA = ("real", "teacher-made", "swapped captions")
 
 
@@ -33,14 +33,14 @@ class Recipe:
 
 
 def _terms() -> dict[str, LossWeights]:
-    """The losses of the main comparison: the task, one term more, all terms, as published."""
+    """The losses of the main comparison: the task, one term more, all terms, authors' terms, features averaged."""
     return {
         "task": LossWeights.only("task"),
         "task, output": LossWeights.only("task", "output"),
         "task, soft": LossWeights.only("task", "soft"),
         "task, feature": LossWeights.only("task", "feature"),
         "corrected": LossWeights(),
-        "as published": LossWeights.as_published(),
+        "authors' terms, features averaged": LossWeights.as_published(),
     }
 
 
@@ -56,18 +56,18 @@ def _options() -> dict[str, Recipe]:
         "without task": Recipe(no_task),
         "temperature 0.5": Recipe(change(temperature=0.5)),
         "temperature 8": Recipe(change(temperature=8.0)),
-        "taps at attentions": Recipe(change(taps="attention")),
-        "taps at both": Recipe(change(taps="both")),
-        "features raw": Recipe(change(feature_normalised=False)),
+        "features at attentions": Recipe(change(features_at="attention")),
+        "features at both": Recipe(change(features_at="both")),
+        "raw features": Recipe(change(feature_normalised=False)),
         "no caption dropout": Recipe(caption_dropout=0.0),
         "teacher-made": Recipe(data="teacher-made"),
         "swapped captions": Recipe(no_task, data="swapped captions"),
-        "published, output mended": Recipe(published(output_gradient=True)),
-        "published, soft mended": Recipe(published(soft=0.1, soft_reduction="mean")),
-        "published, both mended": Recipe(
+        "features averaged, output corrected": Recipe(published(output_gradient=True)),
+        "features averaged, soft corrected": Recipe(published(soft=0.1, soft_reduction="mean")),
+        "features averaged, both corrected": Recipe(
             published(output_gradient=True, soft=0.1, soft_reduction="mean")
         ),
-        "published, newest": Recipe(LossWeights.as_published(newest=True), "kdc-v2", "random"),
+        "authors' newest terms": Recipe(LossWeights.as_published(newest=True), "kdc-v2", "random"),
     }
 
 
@@ -78,7 +78,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-STUDENT_RECIPE = "published, both mended"  # of the shipped student
+STUDENT_RECIPE = "features averaged, both corrected"  # of the shipped student
 
 
 def every_combination() -> list[worlds.Attributes]:
@@ -87,7 +87,7 @@ def every_combination() -> list[worlds.Attributes]:
     return [one for world, held in kinds for one in world.combinations(held)]
 
 
-def pictures_of(
+def images_of(
     kind: str,
     pipeline: StableDiffusionPipeline,
     real: LatentDataset,
@@ -98,7 +98,7 @@ def pictures_of(
     """The training data of one kind of `DATA`.
 
     The teacher makes, and swapped captions are drawn from, all combinations of attributes, also
-    those that no real training picture shows: `made` pictures of each, in `steps` of sampling.
+    those that no real training image shows: `made` images of each, in `steps` of sampling.
     """
     if kind == "real":
         return real
@@ -106,5 +106,5 @@ def pictures_of(
     if kind == "teacher-made":
         return latents_of_captions(pipeline, captions * made, DATA_SEED, steps=steps)
     generator = torch.Generator().manual_seed(DATA_SEED)
-    drawn = torch.randint(len(captions), (len(real),), generator=generator).tolist()
-    return with_captions(real, pipeline, [captions[i] for i in drawn])
+    generated = torch.randint(len(captions), (len(real),), generator=generator).tolist()
+    return with_captions(real, pipeline, [captions[i] for i in generated])

@@ -17,8 +17,8 @@ def balanced_prompts(copies: int, held_out: bool) -> list[worlds.Attributes]:
 
 def renderings_of(shown: list[worlds.Attributes], seed: int) -> Tensor:
     """Test renderings (N, 3, 64, 64) uint8 of the listed attributes."""
-    pictures = []
+    images = []
     for index, a in enumerate(tqdm(shown, desc="renderings", mininterval=2)):
         rng = worlds.rendering_rng(a.world, "test", index, seed)
-        pictures.append(torch.from_numpy(worlds.render(a, rng)).permute(2, 0, 1))
-    return torch.stack(pictures)
+        images.append(torch.from_numpy(worlds.render(a, rng)).permute(2, 0, 1))
+    return torch.stack(images)

@@ -1,6 +1,6 @@
 """A teacher that answers a question it has heard before from memory.
 
-Recipes of one seed draw the same pictures, captions, noise and timesteps, so that the teacher says
+Recipes of one seed draw the same images, captions, noise and timesteps, so that the teacher says
 the same to all of them; calling it again would be a third of the study's time.
 """
 
@@ -25,7 +25,7 @@ def remembering(
     """Inside, `unet` looks into `answers` before it computes, and adds what was not there.
 
     Kept are its output and those of the submodules called `names`; an answer from memory is handed
-    to the forward hooks of these submodules as well, so that taps see what they would have seen.
+    to the forward hooks of these submodules as well, so that hooks see what they would have seen.
     Bit for bit the same as computing again. For calls without gradients and with
     `return_dict=False` only; others raise `RuntimeError`, and so does a hook on another submodule,
     which would see nothing.
@@ -36,10 +36,12 @@ def remembering(
     def first(output):
         return output[0] if isinstance(output, tuple) else output
 
-    def ask(sample: Tensor, timestep: Tensor, words: Tensor, return_dict: bool) -> tuple[Tensor]:
+    def ask(
+        sample: Tensor, timestep: Tensor, prompt_embeds: Tensor, return_dict: bool
+    ) -> tuple[Tensor]:
         if torch.is_grad_enabled() or return_dict:
             raise RuntimeError("only calls without gradients and with return_dict=False")
-        key = fingerprint(sample, timestep, words)
+        key = fingerprint(sample, timestep, prompt_embeds)
         if key in answers:
             output, seen = answers[key]
             for name, module in modules.items():
@@ -56,7 +58,7 @@ def remembering(
             for name in names
         ]
         try:
-            output = compute(sample, timestep, words, return_dict=False)[0]
+            output = compute(sample, timestep, prompt_embeds, return_dict=False)[0]
         finally:
             for handle in handles:
                 handle.remove()

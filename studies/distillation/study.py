@@ -16,16 +16,16 @@ from PIL import Image
 from kdc import pipelines
 from kdc.data.latents import LatentDataset
 from kdc.distillation.distill import distill
-from kdc.distillation.features import tap_names
+from kdc.distillation.features import feature_pairs
 from kdc.distillation.fidelity import output_error
 from kdc.io import fingerprint, make_once
 from kdc.unet.slimming import slim
 from studies.common import ledger
-from studies.common.protocol import Bench, Extent, prepare, score, slug, strip
-from studies.common.recipes import RECIPES, Recipe, pictures_of
+from studies.common.protocol import Extent, Setup, prepare, score, slug, strip
+from studies.common.recipes import RECIPES, Recipe, images_of
 from studies.common.teacher_cache import Answer, remembering
 
-SHOWN = (  # the last four show a combination that no training picture shows
+SHOWN = (  # the last four show a combination that no training image shows
     "a red daisy on a sky background",
     "a purple lily on a meadow background",
     "a blue eyed butterfly on a night background",
@@ -47,11 +47,11 @@ class Settings(Extent):
     steps: int = 200
     batch_size: int = 16
     learning_rate: float = 5e-4
-    made: int = 4  # pictures that the teacher makes of each combination, never-trained ones too
+    made: int = 4  # images that the teacher makes of each combination, never-trained ones too
 
 
 def follow(
-    bench: Bench,
+    setup: Setup,
     data: LatentDataset,
     recipe: Recipe,
     seed: int,
@@ -62,13 +62,13 @@ def follow(
 
     `answers` are those of the teacher, to be shared by recipes of the same seed and data.
     """
-    teacher = bench.teacher.unet
+    teacher = setup.teacher.unet
     unet = slim(teacher, recipe.plan, recipe.init, seed)
-    names = [name for _, name in tap_names(slim(teacher, "kdc"), teacher, "both")]
+    names = [name for _, name in feature_pairs(slim(teacher, "kdc"), teacher, "both")]
     with remembering(teacher, names, {} if answers is None else answers):
         log = distill(
             unet,
-            bench.teacher,
+            setup.teacher,
             data,
             steps=settings.steps,
             batch_size=settings.batch_size,
@@ -81,10 +81,10 @@ def follow(
     return unet, log
 
 
-def judge(bench: Bench, unet: UNet2DConditionModel, seed: int) -> dict:
-    """A student's scores on test pictures."""
-    row = {"output_error": output_error(unet, bench.teacher, bench.test).mean()}
-    return row | score(bench, pipelines.with_unet(bench.teacher, unet), seed)
+def judge(setup: Setup, unet: UNet2DConditionModel, seed: int) -> dict:
+    """A student's scores on test images."""
+    row = {"output_error": output_error(unet, setup.teacher, setup.test).mean()}
+    return row | score(setup, pipelines.with_unet(setup.teacher, unet), seed)
 
 
 def _as_usual(recipe: Recipe) -> bool:
@@ -92,14 +92,14 @@ def _as_usual(recipe: Recipe) -> bool:
     return (recipe.data, recipe.caption_dropout) == ("real", Recipe().caption_dropout)
 
 
-def _fixed(bench: Bench, settings: Settings) -> dict:
+def _fixed(setup: Setup, settings: Settings) -> dict:
     """What all rows of a folder share."""
     fixed = {k: v for k, v in dataclasses.asdict(settings).items() if k != "seeds"}
-    return fixed | {"teacher": fingerprint(*bench.teacher.unet.state_dict().values())}
+    return fixed | {"teacher": fingerprint(*setup.teacher.unet.state_dict().values())}
 
 
 def study(
-    bench: Bench,
+    setup: Setup,
     settings: Settings,
     folder: str | Path,
     recipes: Mapping[str, Recipe] = RECIPES,
@@ -109,10 +109,10 @@ def study(
     Each is kept in `folder` as soon as it is there and read back by a later call, so a study that
     was stopped goes on. Raises `ValueError` where `folder` holds rows of other settings.
     """
-    fixed = _fixed(bench, settings)
+    fixed = _fixed(setup, settings)
     makes = {"made": settings.made, "steps": settings.sampling_steps}
-    pictures = functools.cache(
-        functools.partial(pictures_of, pipeline=bench.teacher, real=bench.train, **makes)
+    images = functools.cache(
+        functools.partial(images_of, pipeline=setup.teacher, real=setup.train, **makes)
     )
     rows, logs = [], {}
     for seed in settings.seeds:
@@ -122,13 +122,13 @@ def study(
 
             def make(recipe=recipe, seed=seed, answers=answers, stem=stem) -> dict:
                 shared = answers if _as_usual(recipe) else {}
-                unet, log = follow(bench, pictures(recipe.data), recipe, seed, settings, shared)
-                if seed == settings.seeds[0] and bench.asked:
-                    student = pipelines.with_unet(bench.teacher, unet)
+                unet, log = follow(setup, images(recipe.data), recipe, seed, settings, shared)
+                if seed == settings.seeds[0] and setup.asked:
+                    student = pipelines.with_unet(setup.teacher, unet)
                     Image.fromarray(strip(student, SHOWN, settings.sampling_steps)).save(
                         stem.with_suffix(".png")
                     )
-                return {"row": judge(bench, unet, seed), "log": log.to_dict("list")}
+                return {"row": judge(setup, unet, seed), "log": log.to_dict("list")}
 
             made_with = fixed | {"recipe": dataclasses.asdict(recipe), "seed": seed}
             found = make_once(stem.with_suffix(".json"), made_with, make)
@@ -146,25 +146,25 @@ def run(
     """Follow all recipes (or those of `only`) on the mini teacher; writes `distillation.json`.
 
     With the rows and logs stand the teacher's own scores. Beside it, `distillation.png` has a strip
-    of pictures for the teacher and then for each recipe, all from the first seed. `settings`
+    of images for the teacher and then for each recipe, all from the first seed. `settings`
     replace those of `Settings`. Raises `ValueError` for an unknown recipe.
     """
     if unknown := set(only) - set(RECIPES):
         raise ValueError(f"unknown recipes {sorted(unknown)}; they are {'; '.join(RECIPES)}")
     chosen = Settings(**settings)
-    bench = prepare(pipelines.load_teacher("mini"), chosen)
+    setup = prepare(pipelines.load_teacher("mini"), chosen)
     recipes = {name: recipe for name, recipe in RECIPES.items() if not only or name in only}
-    rows, logs = study(bench, chosen, folder, recipes)
+    rows, logs = study(setup, chosen, folder, recipes)
     goal = []
     for seed in chosen.seeds:
-        file, made_with = Path(folder) / f"teacher-{seed}.json", _fixed(bench, chosen)
-        found = make_once(file, made_with, functools.partial(score, bench, bench.teacher, seed))
+        file, made_with = Path(folder) / f"teacher-{seed}.json", _fixed(setup, chosen)
+        found = make_once(file, made_with, functools.partial(score, setup, setup.teacher, seed))
         goal.append({"seed": seed} | found)
     values = {"rows": rows.to_dict("records"), "logs": logs, "teacher": goal}
     path = ledger.write("distillation", values, results, **vars(chosen))
     first = [Path(folder) / f"{slug(name)}-{chosen.seeds[0]}.png" for name in recipes]
     strips = [
-        strip(bench.teacher, SHOWN, chosen.sampling_steps),
+        strip(setup.teacher, SHOWN, chosen.sampling_steps),
         *(np.asarray(Image.open(file)) for file in first),
     ]
     Image.fromarray(np.concatenate(strips)).save(path.with_suffix(".png"))

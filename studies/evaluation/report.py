@@ -12,12 +12,12 @@ from studies.common.protocol import MEASURES
 from studies.evaluation.study import FASTER, LOSS, SHIPPED, label_of
 from studies.slimming.report import stored
 
-SHOWN = ("accuracy", "clip", "fid", "kid", "precision", "recall", "lpips_to_teacher", "diversity")
+SHOWN = ("accuracy", "clip", "fd", "kid", "precision", "recall", "lpips_to_teacher", "diversity")
 
 
 def frontier(steps: Mapping, clock: Mapping) -> pd.DataFrame:
-    """The sweep with the seconds a picture of each setting, at the first batch size."""
-    times = pd.DataFrame(clock["pictures"])
+    """The sweep with the seconds an image of each setting, at the first batch size."""
+    times = pd.DataFrame(clock["images"])
     times = times[times["batch_size"] == times["batch_size"].iloc[0]]
     columns = ["pipeline", "steps", "median", "ratio"]
     return pd.DataFrame(steps["sweep"]).merge(times[columns], on=["pipeline", "steps"])
@@ -93,9 +93,9 @@ def equal_steps(table: Mapping) -> pd.DataFrame:
             name: f"{row['mean']:.3g} ± ({row['retraining']:.1g}, {row['sampling']:.1g})"
             for name, row in spread.items()
         }
-    floors = pd.DataFrame(table["tables"]["teacher"]).T["floor"]
+    baseline_draws = pd.DataFrame(table["tables"]["teacher"]).T["real_vs_real"]
     columns["real against real"] = {
-        name: f"{value:.3g}" for name, value in floors.items() if pd.notna(value)
+        name: f"{value:.3g}" for name, value in baseline_draws.items() if pd.notna(value)
     }
     return pd.DataFrame(columns).reindex(SHOWN).fillna("")
 
@@ -130,7 +130,7 @@ def beside_the_paper(results: str | Path | None = None) -> pd.DataFrame:
     timed = stored(results).timed
     grades = ledger.read("mini_grades", results)
     shipped, teacher = grades["student"], grades["teacher"]
-    distance = f"{shipped['frechet']:.1f} (teacher {teacher['frechet']:.1f})"
+    distance = f"{shipped['fd']:.1f} (teacher {teacher['fd']:.1f})"
     clip = f"{shipped['clip_score'] / 100:.3f} (teacher {teacher['clip_score'] / 100:.3f})"
     count = shipped["samples"]
     rows = [
@@ -140,8 +140,8 @@ def beside_the_paper(results: str | Path | None = None) -> pd.DataFrame:
          "yes: counted"),
         ("student's U-Net, time of a call / teacher's", "-", f"{timed.loc['kdc', 'ratio']:.2f}",
          "a ratio, on two cores in float32; a GPU's is another"),
-        ("Fréchet distance, KDC-Diff's public notebook", "255.8 (5 pictures against 11)", distance,
-         f"no: ours is of the mini model, {count} pictures, in its own CLIP's features"),
+        ("Fréchet distance, KDC-Diff's public notebook", "255.8 (5 images against 11)", distance,
+         f"no: ours is of the mini model, {count} images, in its own CLIP's features"),
         ("Fréchet distance, BK-SDM-Small on COCO-30K", "16.98 (Stable Diffusion 13.05)", distance,
          "no: photographs at full size, features of Inception"),
         ("CLIP score, BK-SDM-Small on COCO-30K", ".2677 (Stable Diffusion .2958)",

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from kdc.evaluation.compare import compare, retraining
 from kdc.pipelines import load_student, load_teacher, save_student
 from studies.common import ledger
-from studies.common.protocol import Bench, prepare, slug
+from studies.common.protocol import Setup, prepare, slug
 from studies.common.recipes import RECIPES
 from studies.distillation import study as distillation
 from studies.distillation.study import follow
@@ -55,22 +55,22 @@ def run(
 
 
 def _timing(teacher, settings: Settings, folder: Path, results) -> dict:
-    pictures, calls = timed(pipelines(teacher), settings)
-    return {"pictures": pictures.to_dict("records"), "calls": calls.to_dict("records")}
+    images, calls = timed(pipelines(teacher), settings)
+    return {"images": images.to_dict("records"), "calls": calls.to_dict("records")}
 
 
 def _steps(teacher, settings: Settings, folder: Path, results) -> dict:
     candidates = pipelines(teacher)
-    drawn = sweep(candidates, settings, folder)
-    times = pd.DataFrame(ledger.read("evaluation_timing", results)["pictures"])
-    return report(candidates, drawn, times, settings)
+    generated = sweep(candidates, settings, folder)
+    times = pd.DataFrame(ledger.read("evaluation_timing", results)["images"])
+    return report(candidates, generated, times, settings)
 
 
 def trained(
     teacher: StableDiffusionPipeline, settings: Settings, folder: Path
 ) -> dict[str, list[StableDiffusionPipeline]]:
     """Students of each recipe after equal steps, one a seed; kept below `folder`."""
-    bench: Bench | None = None
+    setup: Setup | None = None
     study = distillation.Settings(steps=settings.training_steps)
     students: dict[str, list] = {name: [] for name in settings.recipes}
     for seed in settings.trainings:
@@ -78,8 +78,8 @@ def trained(
         for name in settings.recipes:
             where = folder / f"{slug(name)}-{seed}-{settings.training_steps}"
             if not (where / "unet").is_dir():
-                bench = bench or prepare(teacher, study)
-                unet, _ = follow(bench, bench.train, RECIPES[name], seed, study, answers)
+                setup = setup or prepare(teacher, study)
+                unet, _ = follow(setup, setup.train, RECIPES[name], seed, study, answers)
                 save_student(unet, where, recipe=name, seed=seed)
             students[name].append(load_student(where, teacher))
     return students

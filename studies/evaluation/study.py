@@ -18,7 +18,7 @@ from kdc.data import worlds
 from kdc.evaluation import metrics
 from kdc.evaluation.compare import compare
 from kdc.evaluation.evaluate import Scores, evaluate
-from kdc.evaluation.latency import fastest_within, time_calls, time_pictures, with_scheduler
+from kdc.evaluation.latency import fastest_within, time_calls, time_images, with_scheduler
 from kdc.io import fingerprint, make_once
 from kdc.pipelines import generate, load_student
 from studies.common.protocol import slug
@@ -33,16 +33,16 @@ FASTER, LOSS = 5.0, 0.05  # the goals: times as fast, and share of the accuracy 
 class Settings:
     """How much is measured. The defaults are those of the budget `standard`."""
 
-    recipes: tuple[str, ...] = (STUDENT_RECIPE, "as published")
+    recipes: tuple[str, ...] = (STUDENT_RECIPE, "authors' terms, features averaged")
     training_steps: int = 200
     trainings: tuple[int, ...] = (0, 1, 2)  # seeds of students after equal steps
     steps: tuple[int, ...] = (4, 6, 8, 12, 16, 25, 50)
     schedulers: tuple[str, ...] = ("dpm++", "ddim")
     goal_steps: int = 50  # the teacher's, with the first scheduler
-    drawn: int = 144
+    generated: int = 144
     references: int = 288
     choosing: int = 100  # the seed on which steps are chosen
-    choosing_drawn: int = 72
+    choosing_generated: int = 72
     seeds: tuple[int, ...] = (0, 1, 2)  # those on which everything is reported
     table_steps: int = 10  # for students after equal steps, and for the teacher beside them
     batch_sizes: tuple[int, ...] = (1, 8)
@@ -64,7 +64,7 @@ def sweep(
     candidates: Mapping[str, StableDiffusionPipeline], settings: Settings, folder: Path
 ) -> pd.DataFrame:
     """Accuracy and CLIP score by pipeline, scheduler and steps, on the seed for choosing."""
-    asked, rows = asked_for(settings.choosing_drawn), []
+    asked, rows = asked_for(settings.choosing_generated), []
     captions = [worlds.caption(a) for a in asked]
     for name, pipeline in candidates.items():
         print_of = fingerprint(*pipeline.unet.state_dict().values())
@@ -73,15 +73,15 @@ def sweep(
             for steps in settings.steps:
 
                 def make(other=other, steps=steps) -> dict:
-                    pictures = generate(other, captions, seed=settings.choosing, steps=steps)
-                    clip = metrics.clip_score(pictures, captions).mean().item()
+                    images = generate(other, captions, seed=settings.choosing, steps=steps)
+                    clip = metrics.clip_score(images, captions).mean().item()
                     return {
-                        "accuracy": metrics.attribute_accuracy(pictures, asked)["all"],
+                        "accuracy": metrics.attribute_accuracy(images, asked)["all"],
                         "clip": clip,
                     }
 
                 made_with = {"seed": settings.choosing, "unet": print_of}
-                made_with["drawn"] = settings.choosing_drawn
+                made_with["generated"] = settings.choosing_generated
                 file = folder / f"sweep-{slug(name)}-{slug(scheduler)}-{steps}.json"
                 row = make_once(file, made_with, make)
                 rows.append({"pipeline": name, "scheduler": scheduler, "steps": steps} | row)
@@ -91,7 +91,7 @@ def sweep(
 def timed(
     candidates: Mapping[str, StableDiffusionPipeline], settings: Settings
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Seconds a picture, all settings interleaved; and seconds of a call of each U-Net.
+    """Seconds an image, all settings interleaved; and seconds of a call of each U-Net.
 
     The time of a step hardly depends on the scheduler, so the first one is timed. `ratio` is over
     the teacher at `goal_steps`.
@@ -99,13 +99,13 @@ def timed(
     steps = (settings.goal_steps, *(s for s in settings.steps if s != settings.goal_steps))
     prompt = worlds.caption(asked_for(1)[0])
     first = {n: with_scheduler(p, settings.schedulers[0]) for n, p in candidates.items()}
-    table = time_pictures(
+    table = time_images(
         first, prompt, steps=steps, batch_sizes=settings.batch_sizes, rounds=settings.rounds
     )
     return table, time_calls(first, settings.batch_sizes, rounds=3 * settings.rounds)
 
 
-def choose(drawn: pd.DataFrame, times: pd.DataFrame, settings: Settings) -> list[dict]:
+def choose(generated: pd.DataFrame, times: pd.DataFrame, settings: Settings) -> list[dict]:
     """The settings of each pipeline that are reported, by two rules; `rules` names them.
 
     Good enough is an accuracy within 5 % of the teacher's at `goal_steps`, on the seed for
@@ -113,7 +113,7 @@ def choose(drawn: pd.DataFrame, times: pd.DataFrame, settings: Settings) -> list
     as fast as that teacher the one with the highest CLIP score. A rule may find nothing.
     """
     one = times[times["batch_size"] == settings.batch_sizes[0]]
-    rows = drawn.merge(one[["pipeline", "steps", "median", "ratio"]], on=["pipeline", "steps"])
+    rows = generated.merge(one[["pipeline", "steps", "median", "ratio"]], on=["pipeline", "steps"])
     goal = rows[(rows["pipeline"] == "teacher") & (rows["steps"] == settings.goal_steps)]
     goal = goal[goal["scheduler"] == settings.schedulers[0]]["accuracy"].item()
     found: dict[tuple, dict] = {}
@@ -141,7 +141,7 @@ def scored(
     teacher: Scores | None = None,
 ) -> Scores:
     """`evaluate` with all scores, on the seeds that are reported; `teacher` has been scored."""
-    asked = asked_for(settings.drawn)
+    asked = asked_for(settings.generated)
     every = balanced_prompts(1, held_out=False)
     reference = renderings_of((every * 2)[: settings.references], seed=5)
     return evaluate(
@@ -157,7 +157,7 @@ def scored(
 
 def report(
     candidates: Mapping[str, StableDiffusionPipeline],
-    drawn: pd.DataFrame,
+    generated: pd.DataFrame,
     times: pd.DataFrame,
     settings: Settings,
 ) -> dict:
@@ -166,10 +166,10 @@ def report(
     `tables` are those of `evaluate`, the teacher at `goal_steps` first; `compared` says for each
     chosen setting which scores differ from the teacher's. `candidates` has "teacher" in it.
     """
-    teacher, chosen = candidates["teacher"], choose(drawn, times, settings)
+    teacher, chosen = candidates["teacher"], choose(generated, times, settings)
     first = with_scheduler(teacher, settings.schedulers[0])
     goal = scored(first, settings, settings.goal_steps)
-    values = {"sweep": drawn.to_dict("records"), "chosen": chosen, "compared": {}}
+    values = {"sweep": generated.to_dict("records"), "chosen": chosen, "compared": {}}
     values["tables"] = {"teacher": plain(goal.table)}
     itself = {"pipeline": "teacher", "scheduler": settings.schedulers[0]}
     for setting in chosen:
@@ -179,7 +179,7 @@ def report(
         found = scored(other, settings, setting["steps"])
         values["tables"][label_of(setting)] = plain(found.table)
         # steps differ, as they should
-        same = dataclasses.replace(found, drawn_with=goal.drawn_with)
+        same = dataclasses.replace(found, generated_with=goal.generated_with)
         values["compared"][label_of(setting)] = plain(compare(same, goal))
     return values
 

@@ -2,7 +2,7 @@
 
 from studies.figures.colours import COLOURS
 from studies.figures.curves import bars, curves, doses, lines
-from studies.figures.images import picture_grid
+from studies.figures.images import image_grid
 from studies.figures.tables import dots, heat_map, spread_bars, trade_offs
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "dots",
     "heat_map",
     "lines",
-    "picture_grid",
+    "image_grid",
     "spread_bars",
     "trade_offs",
 ]

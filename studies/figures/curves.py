@@ -92,10 +92,10 @@ def lines(
         1, len(panels), figsize=(3.6 * len(panels), 2.9), squeeze=False, layout="constrained"
     )
     scales = scales or ["linear"] * len(panels)
-    for axis, (title, drawn), xlabel, scale in zip(
+    for axis, (title, generated), xlabel, scale in zip(
         axes[0], panels.items(), xlabels, scales, strict=True
     ):
-        for (label, (x, y, *band)), colour in zip(drawn.items(), COLOURS * 3, strict=False):
+        for (label, (x, y, *band)), colour in zip(generated.items(), COLOURS * 3, strict=False):
             axis.plot(x, y, color=colour, label=label, marker="o" if len(x) < 8 else None)
             if band:
                 axis.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
@@ -104,7 +104,7 @@ def lines(
             axis.axhline(y, ls=":", color="k", label=label)
         axis.set(title=title, xlabel=xlabel)
         if scale != "linear":
-            _log_ticks(axis, [value for x, *_ in drawn.values() for value in x])
+            _log_ticks(axis, [value for x, *_ in generated.values() for value in x])
         axis.set_yscale("log" if scale == "log" else "linear")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

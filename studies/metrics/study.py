@@ -23,7 +23,7 @@ from studies.common.renderings import balanced_prompts, renderings_of
 from studies.metrics.faults import FAULTS, Exhibit
 
 SCORES = {
-    "fid": "lower",
+    "fd": "lower",
     "kid": "lower",
     "precision": "higher",
     "recall": "higher",
@@ -36,14 +36,14 @@ SCORES = {
 
 # What each score is expected to notice at the largest dose, written before the trial was held.
 NOTICED: Mapping[str, Sequence[str]] = {
-    "blur": ("fid", "kid", "precision", "lpips", "accuracy"),
-    "colour shift": ("fid", "kid", "clip", "lpips", "accuracy"),
-    "mode dropping": ("fid", "kid", "recall"),
+    "blur": ("fd", "kid", "precision", "lpips", "accuracy"),
+    "colour shift": ("fd", "kid", "clip", "lpips", "accuracy"),
+    "mode dropping": ("fd", "kid", "recall"),
     "wrong caption": ("clip", "accuracy"),
     "memorised copies": ("leakage",),
-    "one picture": ("fid", "kid", "recall", "clip", "accuracy"),
-    "resize": ("fid", "kid", "precision", "lpips"),
-    "jpeg": ("fid", "kid", "precision", "lpips"),
+    "one image": ("fd", "kid", "recall", "clip", "accuracy"),
+    "resize": ("fd", "kid", "precision", "lpips"),
+    "jpeg": ("fd", "kid", "precision", "lpips"),
 }
 
 
@@ -52,32 +52,32 @@ def exhibit(count: int, seed: int) -> Exhibit:
     every = balanced_prompts(1, held_out=False)
     rows = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
     asked = [every[rows[i % len(every)]] for i in range(count)]
-    pictures, *others = (renderings_of(asked, base + seed) for base in (100, 200, 300))
-    return Exhibit(pictures, asked, *others)
+    images, *others = (renderings_of(asked, base + seed) for base in (100, 200, 300))
+    return Exhibit(images, asked, *others)
 
 
 def judge(spoilt: Exhibit, original: Exhibit) -> dict[str, float]:
-    """All scores of spoilt pictures; LPIPS pairs them with the originals.
+    """All scores of spoilt images; LPIPS pairs them with the originals.
 
-    `leakage` is the share of pictures whose nearest neighbour, in normalised features of the
+    `leakage` is the share of images whose nearest neighbour, in normalised features of the
     embedded CLIP, is in the reference and not among those held back: a half for strangers.
     """
-    features = find_extractor("mini-clip")(spoilt.pictures)
+    features = find_extractor("mini-clip")(spoilt.images)
     reference = _features(original.reference)
     scores = {name: measure(features, reference) for name, measure in SET_MEASURES.items()}
     captions = [worlds.caption(a) for a in spoilt.asked]
-    scores["clip"] = metrics.clip_score(spoilt.pictures, captions).mean().item()
+    scores["clip"] = metrics.clip_score(spoilt.images, captions).mean().item()
     distance = find_perceptual("mini-lpips")
-    scores["lpips"] = distance(spoilt.pictures, original.pictures).mean().item()
-    scores["accuracy"] = metrics.attribute_accuracy(spoilt.pictures, spoilt.asked)["all"]
+    scores["lpips"] = distance(spoilt.images, original.images).mean().item()
+    scores["accuracy"] = metrics.attribute_accuracy(spoilt.images, spoilt.asked)["all"]
     scores["leakage"] = share_nearer(features, reference, _features(original.held_back))
     return scores
 
 
 @functools.lru_cache(maxsize=2)
-def _features(pictures: Tensor) -> Tensor:
+def _features(images: Tensor) -> Tensor:
     """Those of the sets that every fault is compared with, computed once for each set."""
-    return find_extractor("mini-clip")(pictures)
+    return find_extractor("mini-clip")(images)
 
 
 def hold(
@@ -112,7 +112,7 @@ def hold(
 def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     """For each fault and score: how much worse it got at the largest dose, in units of its spread.
 
-    The spread is the deviation over seeds of the unspoilt pictures' score, at least a thousandth of
+    The spread is the deviation over seeds of the unspoilt images' score, at least a thousandth of
     the scores' range. `noticed` is a fall of more than three of them, `expected` what was written
     down, `ok` whether they agree.
     """
@@ -161,7 +161,7 @@ def bias(
             for name, delta in (("equal", 0.0), ("shifted", shift)):
                 moved = b.clone()
                 moved[:, 0] += delta
-                scores = {n: SET_MEASURES[n](a, moved) for n in ("fid", "kid")}
+                scores = {n: SET_MEASURES[n](a, moved) for n in ("fd", "kid")}
                 rows.append({"count": count, "seed": seed, "pair": name} | scores)
     return pd.DataFrame(rows)
 

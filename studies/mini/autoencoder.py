@@ -1,4 +1,4 @@
-"""The mini autoencoder: 64x64 pictures to 16x16x4 latents, as Stable Diffusion's does by 8."""
+"""The mini autoencoder: 64x64 images to 16x16x4 latents, as Stable Diffusion's does by 8."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from kdc.training.loop import TrainSettings, train
-from studies.mini.images import leaf_pictures, to_signed, world_pictures
+from studies.mini.images import leaf_images, to_signed, world_images
 
 KL_WEIGHT = 1e-6
 
@@ -28,15 +28,15 @@ def new_autoencoder() -> AutoencoderKL:
     )
 
 
-def autoencoder_loss(vae: nn.Module, pictures: Tensor, generator: torch.Generator) -> dict:
+def autoencoder_loss(vae: nn.Module, images: Tensor, generator: torch.Generator) -> dict:
     """Squared error of the reconstruction plus a small pull of the latents towards N(0, 1).
 
-    pictures (B, 3, 64, 64) in [-1, 1].
+    images (B, 3, 64, 64) in [-1, 1].
     """
-    posterior = vae.encode(pictures).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator).to(pictures.device)
+    posterior = vae.encode(images).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
     restored = vae.decode(posterior.mean + posterior.std * noise).sample
-    error = (restored - pictures).square().mean()
+    error = (restored - images).square().mean()
     kl = posterior.kl().mean()
     return {"loss": error + KL_WEIGHT * kl, "error": error.detach(), "kl": kl.detach()}
 
@@ -49,8 +49,8 @@ def train_autoencoder(
     The scale that makes latents of unit deviation is measured and kept in the configuration.
     """
     torch.manual_seed(seed)
-    worlds_pool, _ = world_pictures(pool, "train", seed=seed)
-    leaves = leaf_pictures(pool // 2, seed)
+    worlds_pool, _ = world_images(pool, "train", seed=seed)
+    leaves = leaf_images(pool // 2, seed)
     vae = new_autoencoder()
 
     def loss(model, generator):

@@ -16,7 +16,7 @@ from kdc.data.datasets import load_dataset
 from kdc.evaluation import metrics
 from studies.common.renderings import balanced_prompts, renderings_of
 
-GOALS = {  # what was asked of the models; lower is better for "fd_over_floor" only
+GOALS = {  # what was asked of the models; lower is better for "fd_over_real_vs_real" only
     "classifier": 0.99,
     "psnr_worlds": 28.0,
     "psnr_photos": 22.0,
@@ -24,24 +24,24 @@ GOALS = {  # what was asked of the models; lower is better for "fd_over_floor" o
     "kind": 0.90,
     "background": 0.95,
     "held_out": 0.80,
-    "fd_over_floor": 3.0,
+    "fd_over_real_vs_real": 3.0,
 }
 STEPS, GUIDANCE, SEED = 25, 7.5, 2026
 
 
 @torch.inference_mode()
-def reconstruct(pipeline: StableDiffusionPipeline, pictures: Tensor) -> Tensor:
-    """Pictures (N, 3, H, W) in [-1, 1], encoded and decoded by the pipeline's autoencoder."""
+def reconstruct(pipeline: StableDiffusionPipeline, images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) in [-1, 1], encoded and decoded by the pipeline's autoencoder."""
     parts = []
-    for batch in pictures.split(64):
+    for batch in images.split(64):
         latents = pipeline.vae.encode(batch.to(pipeline.device)).latent_dist.mean
         parts.append(pipeline.vae.decode(latents).sample.clamp(-1, 1).cpu())
     return torch.cat(parts)
 
 
-def psnr(pipeline: StableDiffusionPipeline, pictures: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, (N,), of the autoencoder on pictures in [-1, 1]."""
-    error = (reconstruct(pipeline, pictures) - pictures.cpu()).square().mean(dim=(1, 2, 3))
+def psnr(pipeline: StableDiffusionPipeline, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, (N,), of the autoencoder on images in [-1, 1]."""
+    error = (reconstruct(pipeline, images) - images.cpu()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(4 / error)
 
 
@@ -55,12 +55,12 @@ def grade_autoencoder(
     pipeline: StableDiffusionPipeline, photos: str | Path | None = None
 ) -> dict[str, float]:
     """Mean PSNR on test renderings and, where a folder is given, on its test photographs."""
-    pictures = renderings_of(balanced_prompts(2, False), seed=2).float() / 127.5 - 1
-    grades = {"psnr_worlds": psnr(pipeline, pictures).mean().item()}
+    images = renderings_of(balanced_prompts(2, False), seed=2).float() / 127.5 - 1
+    grades = {"psnr_worlds": psnr(pipeline, images).mean().item()}
     if photos:
         dataset = load_dataset(photos, split="test")
-        pictures = torch.stack([dataset[i]["image"] for i in range(len(dataset))])
-        grades["psnr_photos"] = psnr(pipeline, pictures).mean().item()
+        images = torch.stack([dataset[i]["image"] for i in range(len(dataset))])
+        grades["psnr_photos"] = psnr(pipeline, images).mean().item()
         grades["photos"] = len(dataset)
     return grades
 
@@ -78,32 +78,32 @@ def grade_pipeline(
     """
     asked = balanced_prompts(copies, False)
     rare = balanced_prompts(held_out_copies, True)
-    drawn = pipelines.generate(
+    generated = pipelines.generate(
         pipeline,
         [worlds.caption(a) for a in asked + rare],
         seed=SEED,
         steps=STEPS,
         guidance=guidance,
     )
-    usual = drawn[: len(asked)]
+    usual = generated[: len(asked)]
     grades = metrics.attribute_accuracy(usual, asked)
-    held_out = metrics.attribute_accuracy(drawn[len(asked) :], rare)
+    held_out = metrics.attribute_accuracy(generated[len(asked) :], rare)
     grades |= {f"held_out_{name}": value for name, value in held_out.items()}
     first, second = (metrics.clip_features(renderings_of(asked, seed)) for seed in (3, 4))
-    grades["frechet"] = metrics.frechet_distance(metrics.clip_features(usual), first)
-    grades["frechet_floor"] = metrics.frechet_distance(second, first)
-    grades["fd_over_floor"] = grades["frechet"] / grades["frechet_floor"]
+    grades["fd"] = metrics.frechet_distance(metrics.clip_features(usual), first)
+    grades["fd_real_vs_real"] = metrics.frechet_distance(second, first)
+    grades["fd_over_real_vs_real"] = grades["fd"] / grades["fd_real_vs_real"]
     captions = [worlds.caption(a) for a in asked]
     grades["clip_score"] = metrics.clip_score(usual, captions).mean().item()
     return grades | {"samples": len(asked), "held_out_samples": len(rare), "guidance": guidance}
 
 
-def explain_frechet(
+def explain_fd(
     pipeline: StableDiffusionPipeline, guidances: tuple[float, ...] = (1.5, 3.0, 7.5)
 ) -> dict:
-    """Where the Fréchet distance comes from: its ratio to the floor for several kinds of pictures.
+    """Where the Fréchet distance comes from: its ratio to the floor for several kinds of images.
 
-    "autoencoder": real renderings, only encoded and decoded; "guidance g": pictures of the pipeline
+    "autoencoder": real renderings, only encoded and decoded; "guidance g": images of the pipeline
     at that guidance, one for every combination, from another seed than the grades'.
     """
     asked = balanced_prompts(1, False)
@@ -111,17 +111,17 @@ def explain_frechet(
     reference = metrics.clip_features(first)
     floor = metrics.frechet_distance(metrics.clip_features(second), reference)
     restored = reconstruct(pipeline, second.float() / 127.5 - 1)
-    pictures = {"autoencoder": ((restored + 1) * 127.5).round().to(torch.uint8)}
+    images = {"autoencoder": ((restored + 1) * 127.5).round().to(torch.uint8)}
     captions = [worlds.caption(a) for a in asked]
     for guidance in guidances:
-        pictures[f"guidance {guidance:g}"] = pipelines.generate(
+        images[f"guidance {guidance:g}"] = pipelines.generate(
             pipeline, captions, seed=SEED + 1, steps=STEPS, guidance=guidance
         )
     ratios = {
-        name: metrics.frechet_distance(metrics.clip_features(drawn), reference) / floor
-        for name, drawn in pictures.items()
+        name: metrics.frechet_distance(metrics.clip_features(generated), reference) / floor
+        for name, generated in images.items()
     }
-    return {"ratios": ratios, "floor": floor, "samples": len(asked)}
+    return {"ratios": ratios, "real_vs_real": floor, "samples": len(asked)}
 
 
 def standard_error(share: float, count: int) -> float:
@@ -133,11 +133,11 @@ NAMES = {
     "classifier": "attribute classifier on real renderings, its worst attribute",
     "psnr_worlds": "autoencoder on the worlds",
     "psnr_photos": "autoencoder on photographs",
-    "colour": "pictures show the asked-for colour",
+    "colour": "images show the asked-for colour",
     "kind": "... species or wing pattern",
     "background": "... background",
     "held_out": "... of never-trained combinations, the worst attribute",
-    "fd_over_floor": "Fréchet distance over its floor (lower is better)",
+    "fd_over_real_vs_real": "Fréchet distance over its floor (lower is better)",
 }
 
 
@@ -153,7 +153,7 @@ def report(stored: dict) -> pd.DataFrame:
         "psnr_worlds": autoencoder["psnr_worlds"],
         "psnr_photos": autoencoder.get("psnr_photos"),
     }
-    both = [*attributes, "fd_over_floor"]
+    both = [*attributes, "fd_over_real_vs_real"]
     reached |= {name: teacher[name] for name in both}
     small = {name: student[name] for name in both}
     for grades, column in ((teacher, reached), (student, small)):
@@ -164,13 +164,15 @@ def report(stored: dict) -> pd.DataFrame:
             return "-"
         if name.startswith("psnr"):
             return f"{value:.1f} dB"
-        return f"{value:.1f}" if name == "fd_over_floor" else f"{100 * value:.1f} %"
+        return f"{value:.1f}" if name == "fd_over_real_vs_real" else f"{100 * value:.1f} %"
 
     def met(name: str, value: float | None) -> str:
         if value is None:
             return "not measured"
         goal = GOALS[name]
-        return "yes" if (value <= goal if name == "fd_over_floor" else value >= goal) else "no"
+        return (
+            "yes" if (value <= goal if name == "fd_over_real_vs_real" else value >= goal) else "no"
+        )
 
     rows = [
         (label, shown(name, GOALS[name]), shown(name, reached[name]), met(name, reached[name]),

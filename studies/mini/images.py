@@ -1,4 +1,4 @@
-"""Training pictures for the mini models: world renderings and dead leaves.
+"""Training images for the mini models: world renderings and dead leaves.
 
 Dead leaves, shapes of power-law sizes that hide one another, share the edge and scale statistics of
 photographs (Lee, Mumford and Huang, 2001; Baradad et al., arXiv 2106.05963), so an autoencoder that
@@ -16,11 +16,11 @@ from kdc.data import worlds
 
 
 def dead_leaves(rng: np.random.Generator, size: int = 64, shapes: int = 70) -> np.ndarray:
-    """One dead-leaves picture, (size, size, 3) uint8: shaded, slightly textured ellipses."""
+    """One dead-leaves image, (size, size, 3) uint8: shaded, slightly textured ellipses."""
     line = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     x, y = np.meshgrid(line, -line)
     base, spread = rng.uniform(0.15, 0.85, 3), rng.uniform(0.1, 0.45)
-    picture = np.broadcast_to(base.astype(np.float32), (size, size, 3)).copy()
+    image = np.broadcast_to(base.astype(np.float32), (size, size, 3)).copy()
     radii = np.sort(0.05 * (1 - rng.random(shapes) * 0.995) ** -0.65)[::-1]
     for radius in np.minimum(radii, 1.2):
         cx, cy, angle = rng.uniform(-1.1, 1.1), rng.uniform(-1.1, 1.1), rng.uniform(0, np.pi)
@@ -33,35 +33,35 @@ def dead_leaves(rng: np.random.Generator, size: int = 64, shapes: int = 70) -> n
         light = 1 + rng.uniform(-0.5, 0.5) * u / radius + rng.uniform(-0.3, 0.3) * v / radius
         if rng.random() < 0.3:
             light = light + rng.uniform(0.05, 0.25) * np.sin(u * rng.uniform(8, 60))
-        picture += alpha * (np.clip(colour * light[..., None], 0, 1) - picture)
+        image += alpha * (np.clip(colour * light[..., None], 0, 1) - image)
     noise = np.fft.rfft2(rng.standard_normal((3, size, size)))
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) + 1 / size
     texture = np.fft.irfft2(noise / frequency, s=(size, size))
-    picture += rng.uniform(0, 0.08) * (texture / texture.std()).transpose(1, 2, 0)
-    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+    image += rng.uniform(0, 0.08) * (texture / texture.std()).transpose(1, 2, 0)
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def leaf_pictures(count: int, seed: int) -> Tensor:
-    """(count, 3, 64, 64) uint8 dead-leaves pictures."""
+def leaf_images(count: int, seed: int) -> Tensor:
+    """(count, 3, 64, 64) uint8 dead-leaves images."""
     rng = np.random.default_rng(seed)
-    pictures = [dead_leaves(rng) for _ in tqdm(range(count), desc="dead leaves", mininterval=2)]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    images = [dead_leaves(rng) for _ in tqdm(range(count), desc="dead leaves", mininterval=2)]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def world_pictures(
+def world_images(
     count: int, split: str, seed: int = 0, held_out: bool = False
 ) -> tuple[Tensor, list[worlds.Attributes]]:
     """(count, 3, 64, 64) uint8 renderings, the worlds in turn, and what each shows."""
-    pictures, shown = [], []
+    images, shown = [], []
     names = list(worlds.WORLDS)
     for index in tqdm(range(count), desc=f"{split} renderings", mininterval=2):
         name = names[index % len(names)]
         rng = worlds.rendering_rng(name, split, index // len(names), seed)
         shown.append(worlds.draw_attributes(name, rng, held_out))
-        pictures.append(worlds.render(shown[-1], rng))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), shown
+        images.append(worlds.render(shown[-1], rng))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), shown
 
 
-def to_signed(pictures: Tensor) -> Tensor:
-    """uint8 pictures to float in [-1, 1], the range of the autoencoder."""
-    return pictures.float() / 127.5 - 1
+def to_signed(images: Tensor) -> Tensor:
+    """uint8 images to float in [-1, 1], the range of the autoencoder."""
+    return images.float() / 127.5 - 1

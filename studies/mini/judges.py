@@ -18,7 +18,7 @@ from kdc.evaluation.judges import (
     new_clip,
 )
 from kdc.training.loop import TrainSettings, train
-from studies.mini.images import leaf_pictures, to_signed, world_pictures
+from studies.mini.images import leaf_images, to_signed, world_images
 from studies.mini.text import new_tokenizer, text_config, tokenize
 
 # The judges see every combination, held-out ones too: they must recognise what they grade. Their
@@ -28,8 +28,8 @@ SEEDS = {"classifier": 101, "clip": 102, "trunk": 103}
 
 def judge_pool(count: int, seed: int) -> tuple[Tensor, list]:
     """Renderings of all combinations: six in seven of training ones, the rest held-out."""
-    usual, shown = world_pictures(count * 6 // 7, "train", seed)
-    rare, shown_rare = world_pictures(count - count * 6 // 7, "train", seed + 1000, held_out=True)
+    usual, shown = world_images(count * 6 // 7, "train", seed)
+    rare, shown_rare = world_images(count - count * 6 // 7, "train", seed + 1000, held_out=True)
     return torch.cat([usual, rare]), shown + shown_rare
 
 
@@ -42,13 +42,13 @@ def train_classifier(
 ) -> tuple[AttributeClassifier, object]:
     """Train the attribute classifier, with light noise and blur so that it forgives both."""
     torch.manual_seed(SEEDS["classifier"])
-    pictures, shown = judge_pool(pool, SEEDS["classifier"])
+    images, shown = judge_pool(pool, SEEDS["classifier"])
     labels = labels_of(shown)
     model = AttributeClassifier()
 
     def loss(model, generator):
-        index = _choose(generator, len(pictures), batch_size)
-        batch = to_signed(pictures[index])
+        index = _choose(generator, len(images), batch_size)
+        batch = to_signed(images[index])
         if torch.rand((), generator=generator) < 0.5:
             batch = batch.flip(3)
         if torch.rand((), generator=generator) < 0.3:
@@ -68,9 +68,9 @@ def train_classifier(
 def train_clip(
     output_dir: Path, steps: int = 700, batch_size: int = 128, pool: int = 8000
 ) -> tuple[object, object]:
-    """Train the mini CLIP contrastively; pictures of equal captions count as matches."""
+    """Train the mini CLIP contrastively; images of equal captions count as matches."""
     torch.manual_seed(SEEDS["clip"])
-    pictures, shown = judge_pool(pool, SEEDS["clip"])
+    images, shown = judge_pool(pool, SEEDS["clip"])
     tokenizer = new_tokenizer()
     model = new_clip(text_config(tokenizer, width=64))
     kinds = {a: i for i, a in enumerate(sorted(set(shown)))}
@@ -78,14 +78,14 @@ def train_clip(
     ids = torch.stack([tokenize(tokenizer, [caption(a, t) for a in kinds]) for t in range(4)])
 
     def loss(model, generator):
-        index = _choose(generator, len(pictures), batch_size)
+        index = _choose(generator, len(images), batch_size)
         template = _choose(generator, len(TEMPLATES), batch_size)
         device = next(model.parameters()).device
-        batch = to_signed(pictures[index])
+        batch = to_signed(images[index])
         if torch.rand((), generator=generator) < 0.5:
             batch = batch.flip(3)
-        words = ids[template, identity[index]]
-        out = model(input_ids=words.to(device), pixel_values=batch.to(device))
+        token_ids = ids[template, identity[index]]
+        out = model(input_ids=token_ids.to(device), pixel_values=batch.to(device))
         same = (identity[index][:, None] == identity[index][None]).float().to(device)
         target = same / same.sum(dim=1, keepdim=True)
         logits = out.logits_per_image
@@ -96,21 +96,21 @@ def train_clip(
     return (model, tokenizer), log
 
 
-def distort(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Distort each picture (B, 3, H, W) in one of `PerceptualTrunk.DISTORTIONS`; also which."""
-    which = torch.randint(len(PerceptualTrunk.DISTORTIONS), (len(pictures),), generator=generator)
-    strength = 0.25 + 0.75 * torch.rand((len(pictures), 1, 1, 1), generator=generator)
-    blurred = vision.gaussian_blur(pictures, 7, 1.6)
-    noisy = pictures + 0.35 * strength * torch.randn(pictures.shape, generator=generator)
-    flat = pictures.mean(dim=(1, 2, 3), keepdim=True)
+def distort(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Distort each image (B, 3, H, W) in one of `PerceptualTrunk.DISTORTIONS`; also which."""
+    which = torch.randint(len(PerceptualTrunk.DISTORTIONS), (len(images),), generator=generator)
+    strength = 0.25 + 0.75 * torch.rand((len(images), 1, 1, 1), generator=generator)
+    blurred = vision.gaussian_blur(images, 7, 1.6)
+    noisy = images + 0.35 * strength * torch.randn(images.shape, generator=generator)
+    flat = images.mean(dim=(1, 2, 3), keepdim=True)
     versions = [
-        pictures,
-        pictures + strength * (blurred - pictures),
+        images,
+        images + strength * (blurred - images),
         noisy,
-        flat + (pictures - flat) * (1 - 0.7 * strength),
-        pictures + 0.5 * strength * torch.randn((len(pictures), 3, 1, 1), generator=generator),
+        flat + (images - flat) * (1 - 0.7 * strength),
+        images + 0.5 * strength * torch.randn((len(images), 3, 1, 1), generator=generator),
     ]
-    return torch.stack(versions)[which, torch.arange(len(pictures))].clamp(-1, 1), which
+    return torch.stack(versions)[which, torch.arange(len(images))].clamp(-1, 1), which
 
 
 def train_trunk(
@@ -118,15 +118,15 @@ def train_trunk(
 ) -> tuple[PerceptualTrunk, object]:
     """Train the perceptual trunk on attributes (renderings) and distortions (dead leaves too)."""
     torch.manual_seed(SEEDS["trunk"])
-    pictures, shown = judge_pool(pool, SEEDS["trunk"])
-    leaves = leaf_pictures(pool // 4, SEEDS["trunk"])
+    images, shown = judge_pool(pool, SEEDS["trunk"])
+    leaves = leaf_images(pool // 4, SEEDS["trunk"])
     labels = labels_of(shown)
     model = PerceptualTrunk()
     half = batch_size // 2
 
     def loss(model, generator):
-        index = _choose(generator, len(pictures), half)
-        batch = torch.cat([pictures[index], leaves[_choose(generator, len(leaves), half)]])
+        index = _choose(generator, len(images), half)
+        batch = torch.cat([images[index], leaves[_choose(generator, len(leaves), half)]])
         if torch.rand((), generator=generator) < 0.5:
             batch = batch.flip(3)
         batch, which = distort(to_signed(batch), generator)

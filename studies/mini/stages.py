@@ -21,7 +21,7 @@ from kdc.data.latents import cache_latents
 from kdc.distillation.distill import distill
 from kdc.pipelines import ASSETS, load_teacher, save_student
 from kdc.unet.slimming import slim
-from studies.common.recipes import RECIPES, STUDENT_RECIPE, pictures_of
+from studies.common.recipes import RECIPES, STUDENT_RECIPE, images_of
 from studies.mini.autoencoder import train_autoencoder
 from studies.mini.judges import train_classifier, train_clip, train_trunk
 from studies.mini.teacher import sampling_scheduler, train_teacher
@@ -65,7 +65,7 @@ def make_teacher(out: Path, **settings) -> None:
 
 
 def make_student(out: Path, steps: int = 3600, batch_size: int = 16, **settings) -> None:
-    """The student by a recipe of the study of chapter 02, with more steps and pictures."""
+    """The student by a recipe of the study of chapter 02, with more steps and images."""
     recipe = RECIPES[STUDENT_RECIPE]
     teacher = load_teacher(out.parent / "teacher" / "final")
     student = slim(teacher.unet, recipe.plan, recipe.init)
@@ -73,7 +73,7 @@ def make_student(out: Path, steps: int = 3600, batch_size: int = 16, **settings)
     distill(
         student,
         teacher,
-        pictures_of(recipe.data, teacher, real),
+        images_of(recipe.data, teacher, real),
         steps=steps,
         batch_size=batch_size,
         weights=recipe.weights,

@@ -1,7 +1,7 @@
 """The mini teacher: a U-Net of Stable Diffusion v1's layout at a tenth of its width.
 
 Text encoder and U-Net are trained together from nothing, with the autoencoder frozen and every
-training picture encoded once.
+training image encoded once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import CLIPTextModel
 from kdc.data.worlds import TEMPLATES, caption
 from kdc.distillation.losses import min_snr_weight
 from kdc.training.loop import TrainSettings, train
-from studies.mini.images import to_signed, world_pictures
+from studies.mini.images import to_signed, world_images
 from studies.mini.text import new_text_encoder, new_tokenizer, tokenize
 
 NOISE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -71,10 +71,10 @@ class TextToNoise(nn.Module):
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, pictures: Tensor, batch_size: int = 64) -> tuple:
-    """Means and deviations (N, 4, 16, 16) of the scaled latents of uint8 pictures."""
+def encode_images(vae: AutoencoderKL, images: Tensor, batch_size: int = 64) -> tuple:
+    """Means and deviations (N, 4, 16, 16) of the scaled latents of uint8 images."""
     means, deviations = [], []
-    for batch in tqdm(pictures.split(batch_size), desc="encoding", mininterval=2):
+    for batch in tqdm(images.split(batch_size), desc="encoding", mininterval=2):
         posterior = vae.encode(to_signed(batch).to(vae.device)).latent_dist
         means.append(posterior.mean.cpu() * vae.config.scaling_factor)
         deviations.append(posterior.std.cpu() * vae.config.scaling_factor)
@@ -92,9 +92,9 @@ def train_teacher(
 ) -> tuple[TextToNoise, object, object]:
     """Train U-Net and text encoder on training combinations; returns them, tokenizer and log."""
     torch.manual_seed(seed)
-    pictures, shown = world_pictures(pool, "train", seed=seed + 1)
-    means, deviations = encode_pictures(vae.eval(), pictures)
-    del pictures
+    images, shown = world_images(pool, "train", seed=seed + 1)
+    means, deviations = encode_images(vae.eval(), images)
+    del images
     tokenizer = new_tokenizer()
     kinds = {a: i for i, a in enumerate(sorted(set(shown)))}
     identity = torch.tensor([kinds[a] for a in shown])
@@ -111,12 +111,12 @@ def train_teacher(
         index, template, timesteps = draw(len(means)), draw(len(TEMPLATES)), draw(1000)
         noise, spread = torch.randn((2, batch_size, *means.shape[1:]), generator=generator)
         latents = means[index] + deviations[index] * spread
-        words = ids[template, identity[index]]
+        token_ids = ids[template, identity[index]]
         dropped = torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT
-        words = torch.where(dropped[:, None], empty, words)
+        token_ids = torch.where(dropped[:, None], empty, token_ids)
         noisy = forward_process.add_noise(latents, noise, timesteps)
         device = next(model.parameters()).device
-        predicted = model(noisy.to(device), timesteps.to(device), words.to(device))
+        predicted = model(noisy.to(device), timesteps.to(device), token_ids.to(device))
         error = (predicted.float() - noise.to(device)).square().mean(dim=(1, 2, 3))
         weighted = error * min_snr_weight(snr[timesteps], MIN_SNR).to(device)
         return {"loss": weighted.mean(), "task": error.mean().detach()}

@@ -22,10 +22,10 @@ from studies.replay.study import stem_of
 def decoded_loss(
     pipeline: StableDiffusionPipeline, data: LatentDataset, count: int = 64
 ) -> dict[str, float]:
-    """By the dtype of a buffer: the PSNR in dB of pictures decoded from what it stored.
+    """By the dtype of a buffer: the PSNR in dB of images decoded from what it stored.
 
     They are compared with those that the exact means of the first `count` items decode to, as
-    pictures in [0, 1]. Infinite where nothing is lost.
+    images in [0, 1]. Infinite where nothing is lost.
     """
     vae, rows = pipeline.vae, torch.arange(min(count, len(data)))
 
@@ -38,12 +38,12 @@ def decoded_loss(
     for dtype in DTYPES:
         buffer = ReplayBuffer(len(rows), "fifo", dtype)
         buffer.add(data, rows)
-        drawn = decode(buffer.items()["mean"])
-        found[dtype] = peak_signal_noise_ratio(drawn, exact, data_range=1.0).item()
+        generated = decode(buffer.items()["mean"])
+        found[dtype] = peak_signal_noise_ratio(generated, exact, data_range=1.0).item()
     return found
 
 
-def drawn_after(
+def generated_after(
     folder: str | Path,
     name: str,
     order: str,
@@ -52,7 +52,7 @@ def drawn_after(
     labels: Iterable[str],
     columns: int,
 ) -> dict[str, list[np.ndarray]]:
-    """The pictures that `forgetting.study` kept in `folder`: a row for each trial and task.
+    """The images that `forgetting.study` kept in `folder`: a row for each trial and task.
 
     `tasks` are the names of the tasks in their order, `columns` the number of prompts.
     """

@@ -25,26 +25,26 @@ MEASURES = {
     "old_output_error": "lower",
     "new_output_error": "lower",
     "forgetting_output_error": "lower",
-    "old_frechet": "lower",
-    "new_frechet": "lower",
-    "forgetting_frechet": "lower",
+    "old_fd": "lower",
+    "new_fd": "lower",
+    "forgetting_fd": "lower",
     "leakage": "lower",
 }
-RIVALS = ("finetune", "replay", "replay+distil", "generative_distillation", "joint")
-BESIDE = ("buffers", "ratios", "guides")  # stages whose rivals are rows of the domains
+BASELINES = ("finetune", "replay", "replay+distil", "generative_distillation", "joint")
+BESIDE = ("buffers", "ratios", "teachers")  # stages whose baselines are rows of the domains
 EXTREMES = (np.mean, np.min, np.max)
-PICTURES = ("new_pictures", "old_pictures", "teacher_pictures", "guide_pictures")
-PICTURES += ("sampler_pictures", "fisher_pictures")
-# Written before the study ran. Each line: what is claimed, the trial, its rival, the measure, and
+IMAGES = ("new_images", "old_images", "teacher_images", "old_teacher_images")
+IMAGES += ("sampler_images", "fisher_images")
+# Written before the study ran. Each line: what is claimed, the trial, its baseline, the measure, and
 # what is expected if it is not "better".
 _CLAIMS = {
     "domains": """
 replay saves the old | replay | finetune | old_accuracy
-one carried picture does not | carry_over | finetune | old_accuracy | open
+one carried image does not | last_sample | finetune | old_accuracy | open
 a penalty on the weights saves nothing | ewc | finetune | old_accuracy | open
 an old student as guide adds to replay | replay+distil | replay | old_accuracy
 it costs nothing new | replay+distil | replay | new_accuracy | not worse
-drawn pictures are worse than kept ones | generative_replay | replay | old_accuracy | worse
+generated images are worse than kept ones | generative_replay | replay | old_accuracy | worse
 a guide mends them | generative_distillation | generative_replay | old_accuracy
 then they are as good as kept ones | generative_distillation | replay | old_accuracy | not worse
 joint is the bound | replay | joint | old_accuracy | not worse
@@ -59,19 +59,19 @@ balance changes nothing | replay 64 class_balanced | replay | old_accuracy | ope
 first in, first out saves nothing | replay 64 fifo | finetune | old_accuracy | open
 """,
     "ratios": """
-a quarter as many old pictures save less | replay ratio 0.25 | replay | old_accuracy | worse
+a quarter as many old images save less | replay ratio 0.25 | replay | old_accuracy | worse
 twice as many cost the new | replay ratio 2 | replay | new_accuracy | worse
 """,
-    "guides": """
+    "teachers": """
 a teacher as guide saves more | replay, task and output | replay, task only | old_accuracy
 it knows more than the old student | replay, task and output | replay+distil | old_accuracy
 features help too | replay | replay, task and output | old_accuracy
-even an old student's | replay, old student, all terms | replay+distil | old_accuracy
-but the teacher's are better | replay | replay, old student, all terms | old_accuracy
+even an old student's | replay, old model, all terms | replay+distil | old_accuracy
+but the teacher's are better | replay | replay, old model, all terms | old_accuracy
 without a guide forgetting is still less | replay, task only | finetune | old_accuracy
 weight alone does not do it | replay, task times 4 | replay | old_accuracy | worse
-by features drawn pictures do too | drawn, all terms | generative_distillation | old_accuracy
-then no buffer is needed | drawn, all terms | replay | old_accuracy | not worse
+by features generated images do too | generated, all terms | generative_distillation | old_accuracy
+then no buffer is needed | generated, all terms | replay | old_accuracy | not worse
 """,
     "plain": """
 replay saves the old in plain training too | replay | finetune | old_accuracy
@@ -80,17 +80,17 @@ joint is the bound there | replay | joint | old_accuracy | not worse
 """,
     "classes": """
 replay saves the old | replay | finetune | old_accuracy
-one carried picture does not | carry_over | finetune | old_accuracy | open
+one carried image does not | last_sample | finetune | old_accuracy | open
 balance beats first in, first out | replay class_balanced | replay fifo | old_accuracy
 herding is better than chance | replay herding | replay class_balanced | old_accuracy
 """,
     "photos": """
 replay saves the old | replay | finetune | old_output_error
-one carried picture does not | carry_over | finetune | old_output_error | open
-and drawn ones show it | replay | finetune | old_frechet
-one carried picture does not there either | carry_over | finetune | old_frechet | open
-replay costs the new nothing | replay | finetune | new_frechet | not worse
-joint is the bound | replay | joint | old_frechet | not worse
+one carried image does not | last_sample | finetune | old_output_error | open
+and drawn ones show it | replay | finetune | old_fd
+one carried image does not there either | last_sample | finetune | old_fd | open
+replay costs the new nothing | replay | finetune | new_fd | not worse
+joint is the bound | replay | joint | old_fd | not worse
 """,
 }  # fmt: skip
 CLAIMS = {stage: read_claims(text) for stage, text in _CLAIMS.items()}
@@ -104,7 +104,7 @@ def stored(stage: str, results: str | Path | None = None) -> list[dict]:
         rows = rows + [
             row
             for row in stored("domains", results)
-            if row["candidate"] in RIVALS and (row["order"], row["seed"]) in known
+            if row["candidate"] in BASELINES and (row["order"], row["seed"]) in known
         ]
     return rows
 
@@ -118,8 +118,8 @@ def table(rows: Iterable[Mapping]) -> pd.DataFrame:
     """A line for each sequence: the measures of `MEASURES`, and what it cost.
 
     `old_<metric>` is the final mean over all tasks but the last, `new_<metric>` the final score of
-    the last; `seed` names order and seed, by which lines are paired. `pictures` counts how often a
-    picture went through a network (forwards and backwards once), `bytes` what was kept at most, of
+    the last; `seed` names order and seed, by which lines are paired. `images` counts how often a
+    image went through a network (forwards and backwards once), `bytes` what was kept at most, of
     which `buffer_bytes` are the buffer's with the embeddings of its captions.
     """
     lines = []
@@ -130,7 +130,7 @@ def table(rows: Iterable[Mapping]) -> pd.DataFrame:
             line |= {f"old_{metric}": final[:-1].mean(), f"new_{metric}": final[-1]}
             line |= {f"{k}_{metric}": v for k, v in matrix.measures().items()}
         counts = pd.DataFrame(row["counts"])
-        line["pictures"] = counts[list(PICTURES)].to_numpy().sum()
+        line["images"] = counts[list(IMAGES)].to_numpy().sum()
         buffer = counts["buffer_bytes"] + counts["embedding_bytes"]
         line["bytes"] = (buffer + counts["model_bytes"]).max()
         line["buffer_bytes"] = buffer.max()
@@ -215,7 +215,7 @@ def against_bytes(lines: pd.DataFrame, column: str, kind: str = "") -> tuple[lis
 
 
 def against_ratio(lines: pd.DataFrame) -> dict[str, tuple[list, ...]]:
-    """Old and new accuracy by the number of old pictures for each new one, as lines of a panel."""
+    """Old and new accuracy by the number of old images for each new one, as lines of a panel."""
     ratios = {"replay ratio 0.25": 0.25, "replay": 1.0, "replay ratio 2": 2.0}
     columns = {"old task": "old_accuracy", "new task": "new_accuracy"}
     return {

@@ -36,11 +36,11 @@ def run(
 ) -> list[Path]:
     """Measure the stages (default: all but "photos", which needs a folder); a result file for each.
 
-    "domains", "buffers", "ratios", "guides", "plain" and "classes" use the worlds and the mini
+    "domains", "buffers", "ratios", "teachers", "plain" and "classes" use the worlds and the mini
     teacher, "plain" with the task term alone, from the shipped student, who can draw already;
     "photos" the classes of the folder `photos`, half of them and then the other half, and the mini
     teacher after it was fine-tuned on all of them. Writes `forgetting_<stage>.json`, and for
-    domains and photos a sheet of pictures beside it. `settings` replace those of `Settings`. Raises
+    domains and photos a sheet of images beside it. `settings` replace those of `Settings`. Raises
     `ValueError` for an unknown stage or a missing folder, before any work.
     """
     wanted = list(stages) or [name for name in STAGES if name != "photos"]
@@ -48,7 +48,7 @@ def run(
         raise ValueError(f"unknown stages {sorted(unknown)}; they are {', '.join(STAGES)}")
     if "photos" in wanted:
         if not photos:
-            raise ValueError("the stage photos needs a folder of pictures: --photos FOLDER")
+            raise ValueError("the stage photos needs a folder of images: --photos FOLDER")
         load_dataset(photos, "test")  # what is wrong with the folder is said at once
     chosen, paths = Settings(**settings), []
     for stage in wanted:
@@ -67,7 +67,7 @@ def _measure(
     stage: str, teacher, settings: Settings, folder: Path, photos
 ) -> tuple[list[dict], tuple[str, ...]]:
     """The rows of a stage, and the prompts drawn after each task."""
-    sizes = {k: getattr(settings, k) for k in ("pictures", "test_pictures", "drawn")}
+    sizes = {k: getattr(settings, k) for k in ("images", "test_images", "generated")}
     common = dict(trials=STAGES[stage], teacher=teacher, folder=folder)
     # what is known before a task is learnt, domains and photographs tell
     common |= {"ahead": stage in ("domains", "photos")}
@@ -80,7 +80,7 @@ def _measure(
         return rows, ()
     if stage == "photos":
         fine_tune(teacher, [photos], settings, folder / "teacher")
-        sizes["drawn"] = settings.drawn_photos
+        sizes["generated"] = settings.generated_photos
         tasks = class_tasks(teacher, photos, per_task=None, **sizes)
         shown = tuple(name for task in tasks for name in sorted(set(task.prompts))[:4])
         common |= {"steps": settings.steps, "shown": shown}

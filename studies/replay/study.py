@@ -19,7 +19,7 @@ from PIL import Image
 
 from kdc.continual.learner import Learnt
 from kdc.continual.sequence import Evaluate, SequenceResult, Task, learn_first, run_sequence
-from kdc.distillation.features import tap_names
+from kdc.distillation.features import feature_pairs
 from kdc.io import fingerprint, make_once
 from kdc.replay.buffer import ReplayBuffer
 from kdc.unet.slimming import slim
@@ -46,15 +46,15 @@ class Settings:
     """How much is measured. The defaults are those of the budget `standard`."""
 
     plan: str = "kdc"
-    pictures: int = 800  # of each domain, to train on
-    test_pictures: int = 64
-    recipe: str = STUDENT_RECIPE  # of `kdc.recipes`, whose loss teaches new pictures
+    images: int = 800  # of each domain, to train on
+    test_images: int = 64
+    recipe: str = STUDENT_RECIPE  # of `kdc.recipes`, whose loss teaches new images
     steps: int = 80  # of each domain
     class_steps: int = 40  # of each class
     batch_size: int = 8
     learning_rate: float = 5e-4
-    drawn: int = 72  # for each domain
-    drawn_photos: int = 256  # of a folder: for each half enough for a Fréchet distance
+    generated: int = 72  # for each domain
+    generated_photos: int = 256  # of a folder: for each half enough for a Fréchet distance
     sampling_steps: int = 10
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning: int = 1500  # steps in which the teacher first learns photographs
@@ -65,7 +65,7 @@ def follow(
     trial: Trial,
     teacher: StableDiffusionPipeline,
     evaluate: Evaluate,
-    directions: Mapping[str, str],
+    higher_is_better: Mapping[str, str],
     settings: Settings,
     *,
     steps: int,
@@ -75,7 +75,7 @@ def follow(
     first: Learnt | None = None,
     start: UNet2DConditionModel | None = None,
 ) -> tuple[SequenceResult, ReplayBuffer | None]:
-    """One sequence with the recipe's loss on new pictures; `start` as in `study`."""
+    """One sequence with the recipe's loss on new images; `start` as in `study`."""
     buffer = trial.buffer(seed)
     result = run_sequence(
         tasks,
@@ -83,7 +83,7 @@ def follow(
         _begin(teacher, settings, start),
         teacher,
         evaluate=evaluate,
-        directions=directions,
+        higher_is_better=higher_is_better,
         buffer=buffer,
         reference=reference,
         ahead=ahead,
@@ -138,7 +138,7 @@ def study(
             first = functools.cache(
                 functools.partial(_first, tasks[0], teacher, settings, steps, seed, start)
             )
-            answers: dict[str, Answer] = {}  # the teacher's, on new pictures alike for all trials
+            answers: dict[str, Answer] = {}  # the teacher's, on new images alike for all trials
             draws = shown if order == next(iter(orders)) and seed == settings.seeds[0] else ()
             for label, trial in trials.items():
                 stem = stem_of(folder, name, order, label, seed)
@@ -154,10 +154,10 @@ def study(
                             strips.append(strip(pipeline, draws, settings.sampling_steps))
                         return scorer(pipeline, asked)
 
-                    with remembering(teacher.unet, _tapped(teacher, settings), answers):
+                    with remembering(teacher.unet, _hooked(teacher, settings), answers):
                         begun = None if trial.strategy.begins_its_own_way else first()
                         result, buffer = follow(
-                            tasks, trial, teacher, evaluate, scorer.directions, settings,
+                            tasks, trial, teacher, evaluate, scorer.higher_is_better, settings,
                             steps=steps, seed=seed, reference=reference, ahead=ahead, first=begun,
                             start=start,
                         )  # fmt: skip
@@ -179,13 +179,15 @@ def study(
 
 
 def stem_of(folder: str | Path, name: str, order: str, label: str, seed: int) -> Path:
-    """Where a sequence's row (.json) and pictures (.png) lie, without the suffix."""
+    """Where a sequence's row (.json) and images (.png) lie, without the suffix."""
     return Path(folder) / f"{name}-{slug(order)}-{slug(label)}-{seed}"
 
 
-def _tapped(teacher: StableDiffusionPipeline, settings: Settings) -> list[str]:
-    taps = RECIPES[settings.recipe].weights.taps
-    return [name for _, name in tap_names(slim(teacher.unet, settings.plan), teacher.unet, taps)]
+def _hooked(teacher: StableDiffusionPipeline, settings: Settings) -> list[str]:
+    hooks = RECIPES[settings.recipe].weights.features_at
+    return [
+        name for _, name in feature_pairs(slim(teacher.unet, settings.plan), teacher.unet, hooks)
+    ]
 
 
 def _first(task, teacher, settings: Settings, steps: int, seed: int, start) -> Learnt:

@@ -31,11 +31,11 @@ ENOUGH = 2 * 64  # samples of the embedded CLIP's features, below which there is
 
 
 @dataclass(frozen=True)
-class Exam:
-    """The test of a task: pictures held back, and real ones to compare drawings with.
+class TaskTest:
+    """The test of a task: images held back, and real ones to compare drawings with.
 
     `asked` are the attributes of the task's prompts, empty where they are not known; `reference`
-    (N, 64) features of real pictures, None where they are too few for a Fréchet distance.
+    (N, 64) features of real images, None where they are too few for a Fréchet distance.
     """
 
     latents: LatentDataset
@@ -44,25 +44,25 @@ class Exam:
 
 
 class Scorer:
-    """`evaluate` for `run_sequence` on tasks whose `test` is an `Exam`; a memory of what it scored.
+    """`evaluate` for `run_sequence` on tasks whose `test` is an `TaskTest`; a memory of what it scored.
 
-    `output_error` is the student's distance to the teacher on the pictures held back, `accuracy`
-    the share of drawn pictures that show all that was asked for, `frechet` the distance of drawn
-    to real pictures in the features of the embedded CLIP. A student that was scored before is not
-    drawn from again. `directions` are the metrics that the exam of `task` gives; for another task
-    that lacks one it is NaN. `last` is the pipeline that was scored last, `drawn` its pictures by
+    `output_error` is the student's distance to the teacher on the images held back, `accuracy`
+    the share of generated images that show all that was asked for, `fd` the distance of drawn
+    to real images in the features of the embedded CLIP. A student that was scored before is not
+    drawn from again. `higher_is_better` are the metrics that the test of `task` gives; for another task
+    that lacks one it is NaN. `last` is the pipeline that was scored last, `generated` its images by
     task.
     """
 
     def __init__(self, teacher: StableDiffusionPipeline, task: Task, seed: int, steps: int = 10):
         self.teacher, self.seed, self.steps = teacher, seed, steps
-        self.directions = {"output_error": "lower"}
+        self.higher_is_better = {"output_error": False}
         if task.test.asked:
-            self.directions["accuracy"] = "higher"
+            self.higher_is_better["accuracy"] = True
         if task.test.reference is not None:
-            self.directions["frechet"] = "lower"
+            self.higher_is_better["fd"] = False
         self.last: StableDiffusionPipeline | None = None
-        self.drawn: dict[str, Tensor] = {}
+        self.generated: dict[str, Tensor] = {}
         self._known: dict[tuple[str, str], tuple[dict, Tensor]] = {}
         self._answers: dict[str, Answer] = {}
 
@@ -70,52 +70,52 @@ class Scorer:
         key = fingerprint(*pipeline.unet.state_dict().values()), task.name
         if key not in self._known:
             self._known[key] = self._score(pipeline, task)
-        scores, self.drawn[task.name] = self._known[key]
+        scores, self.generated[task.name] = self._known[key]
         self.last = pipeline
         return scores
 
     def _score(self, pipeline, task: Task) -> tuple[dict[str, float], Tensor]:
-        exam = task.test
+        test = task.test
         with remembering(self.teacher.unet, [], self._answers):
-            error = output_error(pipeline.unet, self.teacher, exam.latents).mean()
+            error = output_error(pipeline.unet, self.teacher, test.latents).mean()
         scores = {"output_error": error}
-        pictures = pipelines.generate(
+        images = pipelines.generate(
             pipeline, task.prompts, seed=self.seed, steps=self.steps, progress=False
         )
-        if exam.asked:
-            scores["accuracy"] = metrics.attribute_accuracy(pictures, exam.asked)["all"]
-        if exam.reference is not None:
-            features = metrics.clip_features(pictures)
-            scores["frechet"] = metrics.frechet_distance(features, exam.reference)
-        given = {name: float(scores.get(name, float("nan"))) for name in self.directions}
-        return given, pictures
+        if test.asked:
+            scores["accuracy"] = metrics.attribute_accuracy(images, test.asked)["all"]
+        if test.reference is not None:
+            features = metrics.clip_features(images)
+            scores["fd"] = metrics.frechet_distance(features, test.reference)
+        given = {name: float(scores.get(name, float("nan"))) for name in self.higher_is_better}
+        return given, images
 
 
 def domain_tasks(
     teacher: StableDiffusionPipeline,
     names: Sequence[str | Path],
     *,
-    pictures: int = 800,
-    test_pictures: int = 96,
-    drawn: int = 144,
+    images: int = 800,
+    test_images: int = 96,
+    generated: int = 144,
 ) -> list[Task]:
-    """A task for each name of a world or folder of pictures, with an `Exam`."""
+    """A task for each name of a world or folder of images, with an `TaskTest`."""
     size = teacher.unet.config.sample_size * teacher.vae_scale_factor
     tasks = []
     for name in names:
         train, test = (
             load_dataset(name, split, size, count=count)
-            for split, count in (("train", pictures), ("test", test_pictures))
+            for split, count in (("train", images), ("test", test_images))
         )
         latents = cache_latents(teacher, train)
         if name in worlds.WORLDS:
-            exam, prompts = _world_exam(cache_latents(teacher, test), str(name), drawn)
+            test, prompts = _world_test(cache_latents(teacher, test), str(name), generated)
             labels = [worlds.read_caption(train.caption(i)).kind for i in range(len(train))]
         else:
             real = torch.stack([train[i]["image"] for i in range(len(train))])
-            exam = Exam(cache_latents(teacher, test), (), _features(real))
-            prompts, labels = _repeated(latents.captions, drawn), ()
-        tasks.append(Task(Path(name).name, latents, prompts, labels, exam))
+            test = TaskTest(cache_latents(teacher, test), (), _features(real))
+            prompts, labels = _repeated(latents.captions, generated), ()
+        tasks.append(Task(Path(name).name, latents, prompts, labels, test))
     return tasks
 
 
@@ -125,20 +125,20 @@ def class_tasks(
     *,
     per_task: int | None = 1,
     order: int | Sequence[str] | None = None,
-    pictures: int = 800,
-    test_pictures: int = 96,
-    drawn: int = 144,
+    images: int = 800,
+    test_images: int = 96,
+    generated: int = 144,
 ) -> list[Task]:
-    """The classes of one world (its kinds) or folder as tasks of `per_task`, each with an `Exam`.
+    """The classes of one world (its kinds) or folder as tasks of `per_task`, each with an `TaskTest`.
 
     `per_task` None makes two tasks, of half the classes each. `order` is that of
-    `split_classes`; None is alphabetical, for a folder that of its pictures. `drawn` pictures are
+    `split_classes`; None is alphabetical, for a folder that of its images. `generated` images are
     drawn for all tasks together.
     """
     size = teacher.unet.config.sample_size * teacher.vae_scale_factor
     loaded = [
         load_dataset(name, split, size, count=count)
-        for split, count in (("train", pictures), ("test", test_pictures))
+        for split, count in (("train", images), ("test", test_images))
     ]
     train, test = (cache_latents(teacher, dataset) for dataset in loaded)
     world = name in worlds.WORLDS
@@ -149,30 +149,30 @@ def class_tasks(
         per_task = math.ceil(len({label_of(caption) for caption in train.captions}) / 2)
     tasks = split_classes(train, label_of, per_task=per_task, order=order, test=test)
     if any(task.test is None for task in tasks):
-        raise ValueError(f"{name}: a class has no test picture; give it more pictures")
+        raise ValueError(f"{name}: a class has no test image; give it more images")
     done = []
     for task in tasks:
         if world:
             kinds = set(task.labels)
-            share = drawn * len(kinds) // len(worlds.world(str(name)).kinds)
-            exam, prompts = _world_exam(task.test, str(name), share, kinds)
+            share = generated * len(kinds) // len(worlds.world(str(name)).kinds)
+            test, prompts = _world_test(task.test, str(name), share, kinds)
         else:
             mine = set(task.labels)
             rows = [i for i in range(len(loaded[0])) if loaded[0].caption(i) in mine]
             real = torch.stack([loaded[0][i]["image"] for i in rows])
-            prompts = _repeated(task.train.captions, drawn // len(tasks))
+            prompts = _repeated(task.train.captions, generated // len(tasks))
             enough = min(len(real), len(prompts)) >= ENOUGH
-            exam = Exam(task.test, (), _features(real) if enough else None)
-        done.append(dataclasses.replace(task, prompts=prompts, test=exam))
+            test = TaskTest(task.test, (), _features(real) if enough else None)
+        done.append(dataclasses.replace(task, prompts=prompts, test=test))
     return done
 
 
 def tasks_of(teacher: StableDiffusionPipeline, dataset: str | Path, **sizes: int) -> list[Task]:
     """Two tasks by one text.
 
-    "worlds" are flora and then lepidoptera; "A then B" two worlds or folders of pictures, one after
+    "worlds" are flora and then lepidoptera; "A then B" two worlds or folders of images, one after
     the other; a world or folder alone is half of its classes and then the other half. `sizes` are
-    `pictures`, `test_pictures` and `drawn`.
+    `images`, `test_images` and `generated`.
     """
     names = tuple(worlds.WORLDS) if dataset == "worlds" else str(dataset).split(" then ")
     if len(names) == 1:
@@ -183,21 +183,21 @@ def tasks_of(teacher: StableDiffusionPipeline, dataset: str | Path, **sizes: int
 
 
 def beyond(teacher: StableDiffusionPipeline, names: Sequence[str], like: Task) -> Task:
-    """What the teacher knows beyond the tasks: combinations that no training picture shows."""
+    """What the teacher knows beyond the tasks: combinations that no training image shows."""
     asked = [a for name in names for a in worlds.world(name).combinations(held_out=True)]
-    exam = Exam(like.test.latents, asked)
-    return Task("beyond", like.train, [worlds.caption(a) for a in asked], like.labels, exam)
+    test = TaskTest(like.test.latents, asked)
+    return Task("beyond", like.train, [worlds.caption(a) for a in asked], like.labels, test)
 
 
-def _world_exam(
-    latents: LatentDataset, name: str, drawn: int, kinds: set[str] | None = None
-) -> tuple[Exam, list[str]]:
+def _world_test(
+    latents: LatentDataset, name: str, generated: int, kinds: set[str] | None = None
+) -> tuple[TaskTest, list[str]]:
     every = [a for a in worlds.world(name).combinations() if kinds is None or a.kind in kinds]
-    asked = sorted(random.Random(0).sample(every, min(drawn, len(every))))
+    asked = sorted(random.Random(0).sample(every, min(generated, len(every))))
     reference = None
     if len(asked) >= ENOUGH:
         reference = metrics.clip_features(renderings_of(asked, seed=3))
-    return Exam(latents, asked, reference), [worlds.caption(a) for a in asked]
+    return TaskTest(latents, asked, reference), [worlds.caption(a) for a in asked]
 
 
 def _features(real: Tensor) -> Tensor | None:
@@ -216,8 +216,8 @@ def _repeated(captions: Sequence[str], count: int) -> list[str]:
 def leakage(buffer: ReplayBuffer, task: Task, scorer: Scorer) -> dict[str, float] | None:
     """How near drawings of the first task are to what the buffer holds of it.
 
-    Each drawing looks for its nearest picture, in normalised features of the embedded CLIP, among
-    the decoded items of the task and as many pictures held back. `share` is how many find it in the
+    Each drawing looks for its nearest image, in normalised features of the embedded CLIP, among
+    the decoded items of the task and as many images held back. `share` is how many find it in the
     buffer: a half where nothing leaks. Items that later tasks pushed out are not seen. None where
     the buffer holds nothing of the task any more.
     """
@@ -234,6 +234,6 @@ def leakage(buffer: ReplayBuffer, task: Task, scorer: Scorer) -> dict[str, float
         real = torch.cat([vae.decode(x / vae.config.scaling_factor).sample for x in parts])
         return metrics.clip_features(metrics.as_bytes(real))
 
-    drawn = metrics.clip_features(scorer.drawn[task.name])
-    share = share_nearer(drawn, seen(mean[:count]), seen(other[:count]))
-    return {"share": share, "items": count, "drawn": len(drawn)}
+    generated = metrics.clip_features(scorer.generated[task.name])
+    share = share_nearer(generated, seen(mean[:count]), seen(other[:count]))
+    return {"share": share, "items": count, "generated": len(generated)}

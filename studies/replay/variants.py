@@ -41,17 +41,17 @@ BUFFERS |= {f"replay 64 {p}": _with(policy=p) for p in ("class_balanced", "fifo"
 RATIOS = {f"replay ratio {ratio:g}": _replay(ratio=ratio) for ratio in (0.25, 2.0)}
 PLAIN = LossWeights.only("task")
 # replay lets the teacher guide by all terms, replay+distil the old student by two of them
-GUIDES = {
+TEACHERS = {
     "replay, task only": _replay(old_weights=PLAIN),
     # four times the task's gradient is as long as that of all terms, on a freshly cut student
     "replay, task times 4": _replay(old_weights=dataclasses.replace(PLAIN, task=4.0)),
     "replay, task and output": _replay(old_weights=LossWeights.only("task", "output")),
-    "replay, old student, all terms": _replay(guide="old"),
-    "drawn, all terms": Trial(
+    "replay, old model, all terms": _replay(guide="old"),
+    "generated, all terms": Trial(
         dataclasses.replace(STRATEGIES["generative_distillation"], old_weights=None)
     ),
 }
-IN_CLASSES = ("finetune", "carry_over", "replay", "joint")  # the other strategies, by domains
+IN_CLASSES = ("finetune", "last_sample", "replay", "joint")  # the other strategies, by domains
 CLASSES = {name: Trial(STRATEGIES[name], capacity=48) for name in IN_CLASSES}
 CLASSES |= {
     f"replay {policy}": _with(capacity=48, policy=policy)
@@ -61,10 +61,10 @@ STAGES: dict[str, Mapping[str, Trial]] = {
     "domains": DOMAINS,
     "buffers": BUFFERS,
     "ratios": RATIOS,
-    "guides": GUIDES,
+    "teachers": TEACHERS,
     "plain": {n: DOMAINS[n] for n in ("finetune", "replay", "joint")},
     "classes": CLASSES,
     "photos": {
-        n: DOMAINS[n] for n in ("finetune", "carry_over", "replay", "replay+distil", "joint")
+        n: DOMAINS[n] for n in ("finetune", "last_sample", "replay", "replay+distil", "joint")
     },
 }

@@ -35,7 +35,7 @@ def time_plans(
     """Costs and latency of the students that the plans cut from `unet`, the teacher in row "full".
 
     `parameters` and `macs`, the same over the teacher's (`parameter_ratio`, `mac_ratio`), and the
-    columns of `measure_latency`, all candidates interleaved. `inputs` are `size`, `words` and
+    columns of `measure_latency`, all candidates interleaved. `inputs` are `size`, `sequence_length` and
     `batch_size` as in `count_costs`. Students borrow the teacher's tensors, so all fit into the
     memory of one.
     """

@@ -16,7 +16,7 @@ from kdc.unet.costs import count_costs
 from kdc.unet.plans import SlimPlan, find_plan
 from kdc.unet.slimming import slim, source_of
 from studies.common import ledger
-from studies.common.protocol import MEASURES, Bench, compare, prepare, score
+from studies.common.protocol import MEASURES, Setup, compare, prepare, score
 from studies.slimming import full_size, stages, study
 
 
@@ -63,29 +63,29 @@ def measured(
 ) -> Study:
     """The same study on that teacher; all candidates with `settings.seeds`.
 
-    `scores` gives each name of `study.CRITERIA` the worth of every part. Rows are kept in
+    `scores` gives each name of `study.CRITERIA` the importance of every part. Rows are kept in
     `folder` as soon as they are there. Random plans are not timed: their latency is missing.
     """
-    bench = prepare(teacher, settings, dataset)
-    own = study.budgets_of(bench)
+    setup = prepare(teacher, settings, dataset)
+    own = study.budgets_of(setup)
     costs = {"time": stages.full_size_costs()}
     limits = own | {"time": stages.FAST}
-    searched = study.find_plans(bench, scores, limits, settings, folder, costs)
+    searched = study.find_plans(setup, scores, limits, settings, folder, costs)
     found = {name: SlimPlan.from_dict(entry["plan"]) for name, entry in searched.items()}
     plans = study.named_plans() | found
     candidates = {name: dict.fromkeys(settings.seeds, plan) for name, plan in plans.items()}
-    candidates |= study.random_control(bench, own, settings.seeds)
-    rows = study.recover(bench, candidates, settings, folder)
-    timed = full_size.time_plans(teacher.unet, plans, **bench.inputs)
+    candidates |= study.random_control(setup, own, settings.seeds)
+    rows = study.recover(setup, candidates, settings, folder)
+    timed = full_size.time_plans(teacher.unet, plans, **setup.inputs)
     rows["parameter_ratio"] = rows["parameters"] / timed.loc["full", "parameters"]
     rows["mac_ratio"] = rows["macs"] / timed.loc["full", "macs"]
     rows["latency_ratio"] = rows["candidate"].map(timed["ratio"])
-    drawn = [score(bench, teacher, seed) for seed in settings.seeds]
-    return Study(searched, rows, timed, pd.DataFrame(drawn))
+    generated = [score(setup, teacher, seed) for seed in settings.seeds]
+    return Study(searched, rows, timed, pd.DataFrame(generated))
 
 
-def worths(
-    bench: Bench, settings: study.Settings | None = None, **sampled
+def importances(
+    setup: Setup, settings: study.Settings | None = None, **sampled
 ) -> tuple[dict[str, pd.DataFrame], dict[str, pd.Series]]:
     """What parts are worth: `sensitivity` by guidance, and the scores of every criterion.
 
@@ -95,28 +95,28 @@ def worths(
     for name, how in study.CRITERIA.items():
         if how.recovery:
             scores[name] = (
-                study.worth_after_recovery(bench, settings, how)
+                study.importance_after_recovery(setup, settings, how)
                 if settings
                 else stages.stored_scores(name)
             )
             continue
         table = (
-            sensitivity(bench.teacher, bench.train, guidance=how.guidance, **sampled)
+            sensitivity(setup.teacher, setup.train, guidance=how.guidance, **sampled)
             if settings
-            else stages.stored_worth(name)
+            else stages.stored_importance(name)
         )
         rows[f"guidance {how.guidance:g}"], scores[name] = table, stages.scores_of(table)
     return rows, scores
 
 
-def last_heats(searched: Mapping[str, dict]) -> pd.DataFrame:
+def last_rounds(searched: Mapping[str, dict]) -> pd.DataFrame:
     """For every search the winner's place by other judgements, and the errors before and after."""
     rows = {}
     for name, entry in searched.items():
         table = pd.DataFrame(entry["finalists"])
         rows[name] = {
             "plans": len(table),
-            "winner's place by worth": int(table["score"].rank()[0]),
+            "winner's place by importance": int(table["score"].rank()[0]),
             "by error after the cut": int(table["after_cut"].rank()[0]),
             "winner after the cut": table["after_cut"][0],
             "winner recovered": table["recovered"][0],
@@ -125,13 +125,13 @@ def last_heats(searched: Mapping[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def against(rows: pd.DataFrame, candidate: str, rival: str) -> pd.DataFrame:
+def against(rows: pd.DataFrame, candidate: str, baseline: str) -> pd.DataFrame:
     """`compare`; Welch's 95 % interval between means where the two share no seed."""
-    table = compare(rows, candidate, rival).T.to_dict()
+    table = compare(rows, candidate, baseline).T.to_dict()
     for measure, values in table.items():
         if values["n"] > 0:
             continue
-        ours, theirs = (rows.loc[rows["candidate"] == n, measure] for n in (candidate, rival))
+        ours, theirs = (rows.loc[rows["candidate"] == n, measure] for n in (candidate, baseline))
         values |= {"mean": ours.mean() - theirs.mean(), "n": f"{len(ours)} + {len(theirs)}"}
         if min(len(ours), len(theirs)) < 2:
             continue
@@ -148,9 +148,9 @@ def comparisons(rows: pd.DataFrame, found: Iterable[str]) -> dict[str, pd.DataFr
     """`against` of every found plan and `kdc`, and the random plans of the same budget."""
     known, tables = set(rows["candidate"]), {}
     for name in found:
-        for rival in ("kdc", f"random: {name.rpartition(': ')[2]}"):
-            if rival in known:
-                tables[f"{name} - {rival}"] = against(rows, name, rival)
+        for baseline in ("kdc", f"random: {name.rpartition(': ')[2]}"):
+            if baseline in known:
+                tables[f"{name} - {baseline}"] = against(rows, name, baseline)
     return tables
 
 

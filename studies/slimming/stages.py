@@ -22,7 +22,7 @@ from kdc.unet.blocks import PARTS
 from kdc.unet.budget import Budget, block_seconds, cost_every_subset
 from kdc.unet.plans import SlimPlan
 from studies.common import ledger
-from studies.common.protocol import Bench, prepare, score
+from studies.common.protocol import Setup, prepare, score
 from studies.slimming import full_size, study
 
 # What the search for time asks of Stable Diffusion's U-Net: at most the parameters of the `kdc`
@@ -75,26 +75,26 @@ def full_size_costs(results: Path | None = None) -> pd.DataFrame:
     return cost_every_subset(full_size.sd_unet("meta"), seconds)
 
 
-def _worth(results, settings, folder, device) -> Path:
-    bench = prepare(pipelines.load_teacher("mini"), settings)
+def _importance(results, settings, folder, device) -> Path:
+    setup = prepare(pipelines.load_teacher("mini"), settings)
     values = {}
     for name, how in study.CRITERIA.items():
         if how.recovery:
-            values[name] = study.worth_after_recovery(bench, settings, how).to_dict()
+            values[name] = study.importance_after_recovery(setup, settings, how).to_dict()
             continue
-        rows = study.worth(bench, settings, how.guidance)
+        rows = study.importance(setup, settings, how.guidance)
         values[name] = {
             part: {str(t): list(e["error"]) for t, e in of_part.groupby("timestep")}
             for part, of_part in rows.groupby("part", sort=False)
         }
-    return ledger.write("worth", values, results, **vars(settings))
+    return ledger.write("importance", values, results, **vars(settings))
 
 
-def stored_worth(criterion: str = "guided", results: Path | None = None) -> pd.DataFrame:
-    """What the stage `worth` measured without recovery, as `sensitivity` gives it."""
+def stored_importance(criterion: str = "guided", results: Path | None = None) -> pd.DataFrame:
+    """What the stage `importance` measured without recovery, as `sensitivity` gives it."""
     rows = [
         {"part": part, "timestep": int(timestep), "draw": draw, "error": error}
-        for part, by_time in ledger.read("worth", results)[criterion].items()
+        for part, by_time in ledger.read("importance", results)[criterion].items()
         for timestep, errors in by_time.items()
         for draw, error in enumerate(errors)
     ]
@@ -107,18 +107,18 @@ def scores_of(rows: pd.DataFrame) -> pd.Series:
 
 
 def stored_scores(criterion: str = "found", results: Path | None = None) -> pd.Series:
-    """What every part is worth by a criterion, in the order of `PARTS`."""
+    """What every part is importance by a criterion, in the order of `PARTS`."""
     if study.CRITERIA[criterion].recovery:
-        return pd.Series(ledger.read("worth", results)[criterion]).reindex(PARTS)
-    return scores_of(stored_worth(criterion, results))
+        return pd.Series(ledger.read("importance", results)[criterion]).reindex(PARTS)
+    return scores_of(stored_importance(criterion, results))
 
 
 def _search(results, settings, folder, device) -> Path:
-    bench = prepare(pipelines.load_teacher("mini"), settings)
+    setup = prepare(pipelines.load_teacher("mini"), settings)
     scores = {name: stored_scores(name, results) for name in study.CRITERIA}
-    budgets = study.budgets_of(bench) | {"time": FAST}
+    budgets = study.budgets_of(setup) | {"time": FAST}
     costs = {"time": full_size_costs(results)}
-    values = study.find_plans(bench, scores, budgets, settings, folder, costs)
+    values = study.find_plans(setup, scores, budgets, settings, folder, costs)
     return ledger.write("found_plans", values, results, **vars(settings))
 
 
@@ -134,7 +134,7 @@ def _plans(results: Path | None) -> dict[str, SlimPlan]:
     return study.named_plans() | found
 
 
-def _candidates(bench: Bench, results: Path | None, settings: study.Settings) -> dict:
+def _candidates(setup: Setup, results: Path | None, settings: study.Settings) -> dict:
     """For every candidate its plan by seed.
 
     The later searches were thought of when the first had been seen to fail with `seeds`. So what
@@ -149,19 +149,19 @@ def _candidates(bench: Bench, results: Path | None, settings: study.Settings) ->
     of_seeds = {
         name: dict.fromkeys(seeds.get(name, settings.seeds), plan) for name, plan in plans.items()
     }
-    return of_seeds | study.random_control(bench, study.budgets_of(bench), settings.seeds)
+    return of_seeds | study.random_control(setup, study.budgets_of(setup), settings.seeds)
 
 
 def _latency(results, settings, folder, device) -> Path:
-    bench = prepare(pipelines.load_teacher("mini", device=device), settings)
+    setup = prepare(pipelines.load_teacher("mini", device=device), settings)
     plans = _plans(results)  # random ones would fill the memory
     mini = dict(plans)
-    for name, by_seed in _candidates(bench, results, settings).items():
+    for name, by_seed in _candidates(setup, results, settings).items():
         if name not in plans:
             mini |= {of_seed(name, seed): plan for seed, plan in by_seed.items()}
     tables = {
         "full size": full_size.time_plans(_at_full_size(device), plans),
-        "mini": full_size.time_plans(bench.teacher.unet, mini, batch_size=16, **bench.inputs),
+        "mini": full_size.time_plans(setup.teacher.unet, mini, batch_size=16, **setup.inputs),
     }
     values = {
         which: json.loads(table.to_json(orient="index", double_precision=15))
@@ -176,11 +176,11 @@ def of_seed(candidate: str, seed: int) -> str:
 
 
 def _recovery(results, settings, folder, device) -> Path:
-    bench = prepare(pipelines.load_teacher("mini"), settings)
-    candidates = _candidates(bench, results, settings)
-    rows = study.recover(bench, candidates, settings, folder)
-    drawn = [{"seed": seed} | score(bench, bench.teacher, seed) for seed in settings.seeds]
-    values = {"rows": rows.to_dict("records"), "teacher": drawn}
+    setup = prepare(pipelines.load_teacher("mini"), settings)
+    candidates = _candidates(setup, results, settings)
+    rows = study.recover(setup, candidates, settings, folder)
+    generated = [{"seed": seed} | score(setup, setup.teacher, seed) for seed in settings.seeds]
+    values = {"rows": rows.to_dict("records"), "teacher": generated}
     return ledger.write("recovery", values, results, **vars(settings))
 
 
@@ -201,7 +201,7 @@ def stored_recovery(results: Path | None = None) -> pd.DataFrame:
 
 STAGES = {
     "blocks": _blocks,
-    "worth": _worth,
+    "importance": _importance,
     "search": _search,
     "latency": _latency,
     "recovery": _recovery,

@@ -14,11 +14,12 @@ from benchmarks.distill_step import as_ratios, report
 from benchmarks.reference import draw, encode, hook_every_block, plain_terms, train_plainly
 from benchmarks.setups import twin
 from kdc.data.datasets import WorldDataset
+from kdc.distillation.step import forward_process
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """Pictures (N, 3, 64, 64) uint8, their captions, and the same as a data set."""
+def images():
+    """Images (N, 3, 64, 64) uint8, their captions, and the same as a data set."""
     items = list(WorldDataset(["flora", "lepidoptera"], count=6))
     whole = torch.stack([((item["image"] + 1) * 127.5).round() for item in items]).byte()
     captions = [item["caption"] for item in items]
@@ -27,9 +28,9 @@ def pictures():
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_the_plain_loop_and_distill_compute_the_same_loss(teacher, pictures, seed):
-    """The same pictures, captions, noise and timesteps: from files there, from the cache here."""
-    whole, captions, items = pictures
+def test_the_plain_loop_and_distill_compute_the_same_loss(teacher, images, seed):
+    """The same images, captions, noise and timesteps: from files there, from the cache here."""
+    whole, captions, items = images
     log = kdc.distill(
         kdc.slim(teacher.unet, "kdc"), teacher, items, steps=1, batch_size=5, seed=seed
     )
@@ -37,12 +38,12 @@ def test_the_plain_loop_and_distill_compute_the_same_loss(teacher, pictures, see
     d = draw(5, len(whole), (4, 16, 16), torch.Generator().manual_seed(seed * 1009))
     asked = zip(d.index.tolist(), d.dropped.tolist(), strict=True)
     texts = ["" if dropped else captions[i] for i, dropped in asked]
-    latents, words = encode(teacher, whole[d.index].float() / 127.5 - 1, texts, d.spread)
-    process = kdc.distillation.forward_process(teacher)
+    latents, prompt_embeds = encode(teacher, whole[d.index].float() / 127.5 - 1, texts, d.spread)
+    process = forward_process(teacher)
     noisy = process.add_noise(latents, d.noise, d.timesteps)
     hooked = [hook_every_block(student), hook_every_block(teacher.unet)]
     seen = tuple(one for one, _ in hooked)
-    inputs = noisy, d.timesteps, words, d.noise
+    inputs = noisy, d.timesteps, prompt_embeds, d.noise
     terms = plain_terms(student, teacher.unet, seen, *inputs, kdc.LossWeights())
     for handle in hooked[0][1] + hooked[1][1]:
         handle.remove()
@@ -51,8 +52,8 @@ def test_the_plain_loop_and_distill_compute_the_same_loss(teacher, pictures, see
     assert {"down_blocks.0", "down_blocks.0.resnets.0", "up_blocks.3.attentions.1"} <= set(seen[0])
 
 
-def test_the_plain_loop_and_distill_train_the_same_student(teacher, pictures):
-    whole, captions, items = pictures
+def test_the_plain_loop_and_distill_train_the_same_student(teacher, images):
+    whole, captions, items = images
     settings = dict(steps=3, batch_size=4, learning_rate=5e-4, ema_decay=0.9, seed=1)
     plain, ours = kdc.slim(teacher.unet, "kdc"), kdc.slim(teacher.unet, "kdc")
     before = torch.cat([p.detach().flatten() for p in plain.parameters()])
@@ -93,8 +94,8 @@ def test_contenders_take_turns_and_pass_errors_on():
         Contender(failing, 1).step()
 
 
-def test_a_waiting_cache_draws_what_the_cache_draws(teacher, pictures):
-    cache = kdc.cache_latents(teacher, pictures[2])
+def test_a_waiting_cache_draws_what_the_cache_draws(teacher, images):
+    cache = kdc.cache_latents(teacher, images[2])
     calls = []
     ours = waiting(cache, lambda: calls.append(1)).draw(3, torch.Generator().manual_seed(0))
     theirs = cache.draw(3, torch.Generator().manual_seed(0))
@@ -138,7 +139,7 @@ def test_the_floor_has_every_product_of_a_step(tiny_unet):
 def test_goals_are_compared_the_right_way_round(capsys):
     table = {"median": [2.0, 1.0], "low": [1.9, 0.9], "high": [2.1, 1.1]}
     table |= {"ratio": [1.0, 0.5], "ratio_low": [1.0, 0.4], "ratio_high": [1.0, 0.8]}
-    times = kdc.costs.pd.DataFrame(table, index=["reference", "ours"])
+    times = pd.DataFrame(table, index=["reference", "ours"])
     rows = as_ratios(times, batch_size=4)
     assert rows["ours"]["images_per_second"] == 4
     assert rows["ours"]["images_over_reference_quartiles"] == [1.25, 2.5]

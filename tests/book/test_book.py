@@ -52,11 +52,11 @@ def chapters() -> list[str]:
 
 
 @pytest.mark.book
-def test_the_book_has_its_pages_with_pictures(html):
+def test_the_book_has_its_pages_with_images(html):
     assert (html / "index.html").is_file() and (html / "README.html").is_file()
     for name in chapters():
         images = Sources(html / name).images
-        assert any("_images/" in image for image in images), f"{name} shows no picture"
+        assert any("_images/" in image for image in images), f"{name} shows no image"
         for image in images:
             local = (html / name).parent / image
             assert image.startswith("data:") or local.is_file(), f"{name} lacks {image}"

@@ -139,13 +139,13 @@ def test_the_notebook_runs_at_the_quick_budget_and_draws(path, executed):
 @pytest.mark.parametrize(
     ("chapter", "stored", "words"),
     [
-        ("02_distillation_layers", "distillation", "same {steps} steps of {batch_size} pictures"),
-        ("03_replay", "forgetting_domains", "{steps} steps of {batch_size} pictures for each"),
-        ("03_replay", "forgetting_domains", "asked for {drawn} pictures"),
+        ("02_distillation_layers", "distillation", "same {steps} steps of {batch_size} images"),
+        ("03_replay", "forgetting_domains", "{steps} steps of {batch_size} images for each"),
+        ("03_replay", "forgetting_domains", "asked for {drawn} images"),
         ("03_replay", "forgetting_buffers", "One order of the worlds, three seeds, replay alone"),
         ("04_evaluation", "evaluation_table", "three trainings of each recipe, {training_steps}"),
         ("04_evaluation", "evaluation_table", "all at {table_steps} sampling steps"),
-        ("A2_metrics_on_trial", "metrics_trial", "All faults, {count} pictures, three seeds"),
+        ("A2_metrics_on_trial", "metrics_trial", "All faults, {count} images, three seeds"),
     ],
 )
 def test_what_the_text_says_of_a_study_is_what_was_stored(chapter, stored, words):
@@ -174,15 +174,15 @@ def test_the_numbers_that_chapter_03_states_are_those_stored():
         return f"{value:.2f}".lstrip("0")
 
     text = text_of("03_replay")
-    old, leak, dose = means("guides"), means("buffers", "leakage"), means("ratios")
+    old, leak, dose = means("teachers"), means("buffers", "leakage"), means("ratios")
     plain, six = means("plain"), means("classes")
     task, output = old["replay, task only"], old["replay, task and output"]
-    copied = old["replay, old student, all terms"] - old["replay+distil"]
+    copied = old["replay, old model, all terms"] - old["replay+distil"]
     for words in (
         f"ends at {two(task)} of accuracy where fine-tuning ends at {two(old['finetune'])}",
         f"The output term adds {two(output - task)}",
         f"they add {two(old['replay'] - output)} by the teacher's, and {two(copied)} by those",
-        f"too they keep {two(old['drawn, all terms'])} of accuracy",
+        f"too they keep {two(old['generated, all terms'])} of accuracy",
         f"the output alone keeps {two(old['generative_distillation'])}",
         f"is {two(leak['replay 4'])} against {two(leak['replay'])}, where strangers",
         f"keeps {two(dose['replay ratio 0.25'])} where one for each keeps {two(dose['replay'])}",
@@ -222,8 +222,8 @@ def test_the_speed_of_a_step_that_is_stated_is_the_one_stored():
     full = reached("full", "ours")[0]
     chapter, readme = text_of("02_distillation_layers"), text_of("README")
     compact = f"{memory:.2f}".lstrip("0")
-    assert f"gives {compiled:.2f} times the pictures in {compact} of the memory" in chapter
-    assert f"{ours:.1f} times its pictures a second on the mini teacher, {full:.1f} times" in readme
+    assert f"gives {compiled:.2f} times the images in {compact} of the memory" in chapter
+    assert f"{ours:.1f} times its images a second on the mini teacher, {full:.1f} times" in readme
     assert f"a compiled step too: {compiled:.1f} times on the mini teacher" in readme
     assert memory == pytest.approx(2 / 3, abs=0.03)  # two thirds
     assert reached("mini", "channels last")[0] - ours == pytest.approx(0.1, abs=0.05)  # a tenth

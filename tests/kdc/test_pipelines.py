@@ -34,7 +34,7 @@ def test_the_same_function_opens_a_folder(teacher, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_first_picture_needs_no_network(tmp_path):
+def test_the_first_image_needs_no_network(tmp_path):
     """The README's one line, with every socket refused."""
     code = (
         "import socket\n"
@@ -51,13 +51,13 @@ def test_the_teacher_draws_what_it_is_asked_for(teacher):
     from kdc.evaluation.metrics import attribute_accuracy
 
     asked = [a for w in worlds.WORLDS.values() for a in w.combinations()[::6]]
-    drawn = kdc.generate(teacher, [worlds.caption(a) for a in asked], seed=1, steps=15)
-    scores = attribute_accuracy(drawn, asked)
+    generated = kdc.generate(teacher, [worlds.caption(a) for a in asked], seed=1, steps=15)
+    scores = attribute_accuracy(generated, asked)
     # Far below the published grades, far above chance (1/7, 1/12, 1/4): a broken teacher fails.
     assert scores["colour"] > 0.6 and scores["kind"] > 0.5 and scores["background"] > 0.7
 
 
-def test_the_noise_of_a_picture_does_not_depend_on_the_batch(teacher):
+def test_the_noise_of_a_image_does_not_depend_on_the_batch(teacher):
     prompts = ["a red rose on a sky background"] * 3
     together = kdc.generate(teacher, prompts, seed=3, steps=4)
     alone = kdc.generate(teacher, prompts, seed=3, steps=4, batch_size=1)

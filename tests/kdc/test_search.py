@@ -4,7 +4,7 @@ import torch
 
 import kdc
 from kdc import search
-from kdc.search import recovered_worth, search_plan, sensitivity
+from kdc.search import recovered_importance, search_plan, sensitivity
 from kdc.unet.blocks import PARTS, plan_without
 from kdc.unet.budget import Budget, cost_every_subset
 from kdc.unet.plans import PLANS
@@ -24,7 +24,7 @@ def test_sensitivity_is_the_error_of_bypassing_the_part(teacher, data):
     assert mine["error"].tolist() == errors.tolist()
 
 
-def test_the_worth_after_recovery_is_the_judges_word_on_the_student_trained_without_the_part(
+def test_the_importance_after_recovery_is_the_judges_word_on_the_student_trained_without_the_part(
     teacher, data, monkeypatch
 ):
     monkeypatch.setattr(search, "PARTS", ("layer 0", "mid-block"))
@@ -34,8 +34,8 @@ def test_the_worth_after_recovery_is_the_judges_word_on_the_student_trained_with
         seen.append(student)
         return float(len(seen))
 
-    worth = recovered_worth(teacher, data, judge, steps=1, batch_size=2, seed=3)
-    assert worth.to_dict() == {"layer 0": 1.0, "mid-block": 2.0}  # the whole network got 1
+    importance = recovered_importance(teacher, data, judge, steps=1, batch_size=2, seed=3)
+    assert importance.to_dict() == {"layer 0": 1.0, "mid-block": 2.0}  # the whole network got 1
     twin = kdc.slim(teacher.unet, plan_without(["mid-block"]))
     kdc.distill(twin, teacher, data, steps=1, batch_size=2, seed=3)
     ours, theirs = seen[2].state_dict(), twin.state_dict()
@@ -51,7 +51,7 @@ def test_the_judge_decides(teacher, data):
 
     plan, table = search_plan(
         teacher, data, Budget(parameters=5_000_000), scores=scores, judge=size,
-        heats=((4, 1),), batch_size=2, words=24,
+        halving_rounds=((4, 1),), batch_size=2, sequence_length=24,
     )  # fmt: skip
     assert plan == table.loc[0, "plan"] and table["parameters"].is_monotonic_decreasing
     assert table["parameters"].nunique() > 1
@@ -61,7 +61,7 @@ def test_a_search_ends_within_the_budget_with_the_best_of_the_finalists(teacher,
     limit = 5_000_000
     budget = Budget(parameters=limit)
     plan, table = search_plan(
-        teacher, data, budget, heats=((3, 1), (2, 2)), batch_size=2, words=24,
+        teacher, data, budget, halving_rounds=((3, 1), (2, 2)), batch_size=2, sequence_length=24,
         scores=pd.Series(range(1, 13), PARTS, dtype=float),
     )  # fmt: skip
     student = kdc.slim(teacher.unet, plan)
@@ -71,11 +71,11 @@ def test_a_search_ends_within_the_budget_with_the_best_of_the_finalists(teacher,
 
 
 def test_a_search_can_be_held_against_the_costs_of_another_network(teacher, data, tiny_unet):
-    other = cost_every_subset(tiny_unet, size=16, words=5)
+    other = cost_every_subset(tiny_unet, size=16, sequence_length=5)
     limit = 0.5 * other["parameters"].max()
     scores = pd.Series(range(1, 13), PARTS, dtype=float)
     plan, table = search_plan(
-        teacher, data, Budget(parameters=limit), costs=other, heats=((1, 1),), batch_size=2,
+        teacher, data, Budget(parameters=limit), costs=other, halving_rounds=((1, 1),), batch_size=2,
         scores=scores, judge=lambda student: 0.0,
     )  # fmt: skip
     counted = sum(p.numel() for p in kdc.slim(tiny_unet, plan).parameters())
@@ -89,13 +89,13 @@ def test_a_latency_budget_is_predicted_and_then_measured(teacher, data):
         data,
         Budget(latency=0.95),
         scores=scores,
-        heats=((2, 1),),
+        halving_rounds=((2, 1),),
         judge=lambda student: 0.0,
         batch_size=2,
-        words=24,
+        sequence_length=24,
     )
     assert table.loc[0, "latency"] <= 0.95 and plan != PLANS["full"]
     with pytest.raises(ValueError, match="a plan and a step"):
-        search_plan(teacher, data, Budget(latency=0.9), heats=((4, 0),))
+        search_plan(teacher, data, Budget(latency=0.9), halving_rounds=((4, 0),))
     with pytest.raises(ValueError, match="no plan fits"):
-        search_plan(teacher, data, Budget(latency=0.01), scores=scores, words=24)
+        search_plan(teacher, data, Budget(latency=0.01), scores=scores, sequence_length=24)

@@ -9,22 +9,24 @@ from studies.mini import stages as mini
 
 
 def test_grades_are_written_and_shown_beside_their_goals(tmp_path, monkeypatch, capsys):
-    drawn = dict.fromkeys(("colour", "kind", "background"), 0.97)
-    drawn |= {f"held_out_{name}": 0.7 for name in list(drawn)} | {"fd_over_floor": 2.5}
+    generated = dict.fromkeys(("colour", "kind", "background"), 0.97)
+    generated |= {f"held_out_{name}": 0.7 for name in list(generated)} | {
+        "fd_over_real_vs_real": 2.5
+    }
     monkeypatch.setattr(pipelines, "load_teacher", lambda *a: "teacher")
     monkeypatch.setattr(pipelines, "load_student", lambda *a: "student")
     monkeypatch.setattr(grades, "grade_classifier", lambda: dict.fromkeys(grades.GOALS, 1.0))
     found = {"psnr_worlds": 29.0, "psnr_photos": 21.0}
     monkeypatch.setattr(grades, "grade_autoencoder", lambda pipeline, photos: found)
     seen = []
-    monkeypatch.setattr(grades, "grade_pipeline", lambda p: seen.append(p) or drawn)
+    monkeypatch.setattr(grades, "grade_pipeline", lambda p: seen.append(p) or generated)
     with pytest.raises(FileNotFoundError, match="neither a folder"):
         main(["grades", "--photos", str(tmp_path / "nowhere")])
     assert not seen
     Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
     main(["grades", "--photos", str(tmp_path), "--results", str(tmp_path)])
     stored = ledger.read("mini_grades", tmp_path)
-    assert seen == ["teacher", "student"] and stored["teacher"] == drawn
+    assert seen == ["teacher", "student"] and stored["teacher"] == generated
     shown = capsys.readouterr().out
     assert "| autoencoder on photographs | 22.0 dB | 21.0 dB | no | - |" in shown
     assert "| 97.0 % | yes | 97.0 % |" in shown

@@ -13,7 +13,7 @@ HIGHER = [[0.9, 0.2, 0.1], [0.7, 0.8, 0.3], [0.5, 0.85, 0.7]]
 
 
 def test_forgetting_by_hand_where_lower_is_better():
-    m = ScoreMatrix(LOWER, "lower", start=[60, 40, 55], reference=[20, 21, 23, 26])
+    m = ScoreMatrix(LOWER, False, start=[60, 40, 55], reference=[20, 21, 23, 26])
     assert m.forgotten().tolist() == [6, -1]
     assert m.forgetting == pytest.approx((6 - 1) / 2)
     assert m.backward_transfer == pytest.approx(-2.5)
@@ -25,7 +25,7 @@ def test_forgetting_by_hand_where_lower_is_better():
 
 
 def test_forgetting_by_hand_where_higher_is_better():
-    m = ScoreMatrix(HIGHER, "higher", start=[0.1, 0.1, 0.2], reference=[0.9, 0.8, 0.85, 0.7])
+    m = ScoreMatrix(HIGHER, True, start=[0.1, 0.1, 0.2], reference=[0.9, 0.8, 0.85, 0.7])
     assert m.forgotten() == pytest.approx([0.4, -0.05])
     assert m.forgetting == pytest.approx((0.4 - 0.05) / 2)
     assert m.backward_transfer == pytest.approx(-0.175)
@@ -37,8 +37,8 @@ def test_forgetting_by_hand_where_higher_is_better():
 
 def test_the_mirrored_score_has_the_same_losses_and_gains():
     arrays = dict(start=np.array([60.0, 40, 55]), reference=np.array([20.0, 21, 23, 26]))
-    a = ScoreMatrix(LOWER, "lower", **arrays).measures()
-    b = ScoreMatrix(-np.array(LOWER), "higher", **{k: -v for k, v in arrays.items()}).measures()
+    a = ScoreMatrix(LOWER, False, **arrays).measures()
+    b = ScoreMatrix(-np.array(LOWER), True, **{k: -v for k, v in arrays.items()}).measures()
     own_sense = ["average_final", "plasticity"]
     assert b[own_sense].tolist() == (-a[own_sense]).tolist()
     assert b.drop(own_sense).tolist() == a.drop(own_sense).tolist()
@@ -47,20 +47,20 @@ def test_the_mirrored_score_has_the_same_losses_and_gains():
 def test_what_is_undefined_is_not_a_number_and_says_so_quietly():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        alone = ScoreMatrix([[0.7]], "higher", start=[0.1])
+        alone = ScoreMatrix([[0.7]], True, start=[0.1])
         for name in ("forgetting", "backward_transfer", "forward_transfer", "retention"):
             assert np.isnan(alone.measures()[name])
         assert alone.average_final == alone.plasticity == 0.7
         lower = np.array(HIGHER)
         lower[np.triu_indices(3, 1)] = np.nan  # tasks ahead were not measured
-        m = ScoreMatrix(lower, "higher", start=[0.1, 0.1, 0.2])
+        m = ScoreMatrix(lower, True, start=[0.1, 0.1, 0.2])
         assert np.isnan(m.forward_transfer) and m.forgetting == pytest.approx(0.175)
         lower[1, 1] = np.nan  # a mean over the rest would be another measure
-        assert np.isnan(ScoreMatrix(lower, "higher").forgetting)
+        assert np.isnan(ScoreMatrix(lower, True).forgetting)
 
 
 def test_a_sequence_under_way_has_fewer_rows_than_tasks():
-    m = ScoreMatrix(LOWER[:2], "lower", start=[60, 40, 55])
+    m = ScoreMatrix(LOWER[:2], False, start=[60, 40, 55])
     assert m.forgetting == pytest.approx(3) and m.average_final == pytest.approx((13 + 8) / 2)
     assert m.forward_transfer == pytest.approx(10)
 
@@ -68,15 +68,15 @@ def test_a_sequence_under_way_has_fewer_rows_than_tasks():
 def test_a_matrix_survives_json():
     values = np.array(LOWER, float)
     values[0, 2] = np.nan
-    m = ScoreMatrix(values, "lower", "frechet", ("a", "b", "c"), start=[1, 2, np.nan])
+    m = ScoreMatrix(values, False, "fd", ("a", "b", "c"), start=[1, 2, np.nan])
     again = ScoreMatrix.from_dict(json.loads(json.dumps(m.to_dict(), allow_nan=False)))
-    assert again == m and again != ScoreMatrix(LOWER, "lower", "frechet", ("a", "b", "c"))
+    assert again == m and again != ScoreMatrix(LOWER, False, "fd", ("a", "b", "c"))
     assert m.to_frame().loc["after b", "a"] == 13 and list(m.to_frame()) == ["a", "b", "c"]
 
 
 def test_a_matrix_cannot_be_changed():
     values = np.array(LOWER, float)
-    m = ScoreMatrix(values, "lower")
+    m = ScoreMatrix(values, False)
     values[0, 0] = 0
     assert m.values[0, 0] == 10
     with pytest.raises(ValueError):
@@ -85,12 +85,12 @@ def test_a_matrix_cannot_be_changed():
 
 def test_what_does_not_fit_is_refused():
     for arguments, message in (
-        ((LOWER, "down"), "lower or higher, not 'down'"),
-        (([1, 2, 3], "lower"), r"\(T, K\)"),
-        ((np.ones((3, 2)), "lower"), r"not \(3, 2\)"),
-        ((LOWER, "lower", "m", ("a", "b")), "2 names for 3 tasks"),
-        ((LOWER, "lower", "m", (), [1, 2]), "start must have 3"),
-        ((LOWER, "lower", "m", (), None, [1, 2, 3]), "reference must have 4"),
+        ((LOWER, "down"), "True or False: 'down'"),
+        (([1, 2, 3], False), r"\(T, K\)"),
+        ((np.ones((3, 2)), False), r"not \(3, 2\)"),
+        ((LOWER, False, "m", ("a", "b")), "2 names for 3 tasks"),
+        ((LOWER, False, "m", (), [1, 2]), "start must have 3"),
+        ((LOWER, False, "m", (), None, [1, 2, 3]), "reference must have 4"),
     ):
         with pytest.raises(ValueError, match=message):
             ScoreMatrix(*arguments)

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 
 import kdc
 from kdc import LossWeights, ReplayBuffer, Task
-from kdc.continual.learner import Learner
+from kdc.continual.learner import Learner, _draw
 from kdc.continual.sequence import STRATEGIES, Strategy, learn_first, run_sequence, split_classes
 from kdc.continual.strategies import RankOneFisher, generate_pool
 from kdc.data import worlds
 from kdc.data.latents import LatentDataset
 from kdc.pipelines import load_student
+from kdc.replay.storage import item_bytes
 
 SMALL = dict(pool=6, sampling_steps=2, fisher_samples=3)
 QUICK = {name: dataclasses.replace(s, **SMALL) for name, s in STRATEGIES.items()}
@@ -40,8 +41,12 @@ def latents(count=12, seed=0, captions=("a red rose", "a blue tulip")):
 
 
 def three_tasks():
-    words = [("a red rose", "a blue tulip"), ("a pink lily",), ("a white poppy", "a red poppy")]
-    return [Task(f"task {i}", latents(seed=i, captions=w)) for i, w in enumerate(words)]
+    prompt_embeds = [
+        ("a red rose", "a blue tulip"),
+        ("a pink lily",),
+        ("a white poppy", "a red poppy"),
+    ]
+    return [Task(f"task {i}", latents(seed=i, captions=w)) for i, w in enumerate(prompt_embeds)]
 
 
 tasks = pytest.fixture(three_tasks, scope="module")
@@ -84,7 +89,7 @@ def probe(pipeline, task):
     return {"error": out.square().mean().item(), "level": -out.mean().item()}
 
 
-DIRECTIONS = {"error": "lower", "level": "higher"}
+HIGHER_IS_BETTER = {"error": False, "level": True}
 
 
 def buffer_for(strategy, **settings):
@@ -98,7 +103,7 @@ def run(tasks, strategy, narrow, student=None, **settings):
     student = student or copy.deepcopy(narrow.unet)
     settings = {
         "steps": 4, "batch_size": 3, "ema_decay": 0.9, "save_every": 2, "seed": 1,
-        "evaluate": probe, "directions": DIRECTIONS, "buffer": buffer_for(strategy),
+        "evaluate": probe, "higher_is_better": HIGHER_IS_BETTER, "buffer": buffer_for(strategy),
     } | settings  # fmt: skip
     result = run_sequence(tasks, strategy, student, narrow, **settings)
     return student, result
@@ -149,7 +154,7 @@ def test_a_sequence_killed_anywhere_ends_as_one_that_was_not(
         resumed, result = run(tasks, strategy, narrow, **again)
     assert not calls, "a task that was learnt was learnt again"
     assert asked[4] == "task 0" and torch.equal(weights(resumed), weights(whole))
-    for metric in DIRECTIONS:
+    for metric in HIGHER_IS_BETTER:
         assert result.matrices[metric] == expected.matrices[metric]
     plain = [c for c in expected.counts if c != "seconds"]
     pd.testing.assert_frame_equal(result.counts[plain], expected.counts[plain])
@@ -161,9 +166,9 @@ def test_a_sequence_killed_anywhere_ends_as_one_that_was_not(
 
 def test_the_matrix_holds_what_evaluate_said(tasks, narrow, tmp_path):
     student, result = run(tasks, "replay", narrow, output_dir=tmp_path)
-    for metric, direction in DIRECTIONS.items():
+    for metric, direction in HIGHER_IS_BETTER.items():
         matrix = result.matrices[metric]
-        assert (matrix.metric, matrix.direction) == (metric, direction)
+        assert (matrix.metric, matrix.higher_is_better) == (metric, direction)
         assert matrix.names == ("task 0", "task 1", "task 2")
         for t, name in [(-1, "start"), (0, "task-0"), (1, "task-1"), (2, "task-2")]:
             pipeline = load_student(tmp_path / name, narrow)
@@ -185,7 +190,7 @@ TAUGHT = QUICK | {
     "replay, other terms": dataclasses.replace(
         QUICK["replay"], old_weights=LossWeights.only("task", "feature")
     ),
-    "replay, old student, all terms": dataclasses.replace(QUICK["replay"], guide="old"),
+    "replay, old model, all terms": dataclasses.replace(QUICK["replay"], guide="old"),
 }
 
 
@@ -203,7 +208,7 @@ def test_a_narrower_student_learns_through_projections_by_every_strategy(
             run(tasks[:2], strategy, narrow, two_stages(4, 8), **settings)
     (file,) = tmp_path.glob("task-1/checkpoint-*/model.safetensors")
     added = {n.split(".")[0] for n in load_file(file) if n.startswith("feature_projections")}
-    # replay follows the teacher with one loss for old and new pictures, so through the same ones
+    # replay follows the teacher with one loss for old and new images, so through the same ones
     assert len(added) == (2 if name == "replay, other terms" else 1)
     student, result = run(tasks[:2], strategy, narrow, two_stages(4, 8), **settings)
     assert torch.equal(weights(student), weights(whole)) and result.matrices == expected.matrices
@@ -219,20 +224,20 @@ def test_a_narrower_student_learns_through_projections_by_every_strategy(
 
 
 def test_costs_are_counted(tasks, narrow):
-    """By hand for 3 tasks of 4 steps of 3 new pictures, a ratio of 1, and buffers of 8 items."""
+    """By hand for 3 tasks of 4 steps of 3 new images, a ratio of 1, and buffers of 8 items."""
     parameters = sum(p.numel() for p in narrow.unet.parameters())
-    item = kdc.replay.item_bytes((4, 8, 8), "float16")
+    item = item_bytes((4, 8, 8), "float16")
     table = {name: run(tasks, name, narrow)[1].counts for name in STRATEGIES}
     for name, counts in table.items():
-        assert counts["new_pictures"].tolist() == [12, 12, 12], name
-        assert counts["teacher_pictures"].sum() == 0
-    columns = ["old_pictures", "guide_pictures", "sampler_pictures", "fisher_pictures"]
+        assert counts["new_images"].tolist() == [12, 12, 12], name
+        assert counts["teacher_images"].sum() == 0
+    columns = ["old_images", "old_teacher_images", "sampler_images", "fisher_images"]
     expected = {
         "finetune": ([0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]),
-        "carry_over": ([3, 4, 4], [0, 0, 0], [0, 0, 0], [0, 0, 0]),
+        "last_sample": ([3, 4, 4], [0, 0, 0], [0, 0, 0], [0, 0, 0]),
         "replay": ([0, 12, 12], [0, 0, 0], [0, 0, 0], [0, 0, 0]),
         "replay+distil": ([0, 12, 12], [0, 12, 12], [0, 0, 0], [0, 0, 0]),
-        # 6 pictures in 2 sampler steps, each with and without the caption
+        # 6 images in 2 sampler steps, each with and without the caption
         "generative_replay": ([0, 12, 12], [0, 0, 0], [0, 24, 24], [0, 0, 0]),
         "generative_distillation": ([0, 12, 12], [0, 12, 12], [0, 24, 24], [0, 0, 0]),
         "ewc": ([0, 0, 0], [0, 0, 0], [0, 0, 0], [6, 6, 6]),
@@ -245,8 +250,8 @@ def test_costs_are_counted(tasks, narrow):
     assert table["replay+distil"]["model_bytes"].tolist() == [0, 4 * parameters, 4 * parameters]
     assert table["ewc"]["model_bytes"].tolist() == [4 * parameters * n for n in (2, 3, 4)]
     taught = run(tasks[:2], "replay", narrow, weights=LossWeights.only("output", "feature"))[1]
-    assert taught.counts["teacher_pictures"].tolist() == [12, 12]
-    assert taught.counts["guide_pictures"].tolist() == [0, 12]
+    assert taught.counts["teacher_images"].tolist() == [12, 12]
+    assert taught.counts["old_teacher_images"].tolist() == [0, 12]
 
 
 def test_every_strategy_takes_the_same_first_task(tasks, narrow):
@@ -254,7 +259,7 @@ def test_every_strategy_takes_the_same_first_task(tasks, narrow):
     first = {name: run(tasks[:1], name, narrow)[0] for name in STRATEGIES if name not in ("joint",)}
     plain = weights(first["finetune"])
     for name, student in first.items():
-        assert torch.equal(weights(student), plain) == (name != "carry_over"), name
+        assert torch.equal(weights(student), plain) == (name != "last_sample"), name
 
 
 def test_a_fine_tuned_task_is_plain_distillation(tasks, narrow):
@@ -269,8 +274,8 @@ def test_a_fine_tuned_task_is_plain_distillation(tasks, narrow):
     assert torch.equal(weights(student), weights(other))
 
 
-def test_every_strategy_sees_the_same_new_pictures(tasks, narrow, monkeypatch):
-    """Noise, timesteps and pictures of the second task, as the student is shown them."""
+def test_every_strategy_sees_the_same_new_images(tasks, narrow, monkeypatch):
+    """Noise, timesteps and images of the second task, as the student is shown them."""
     seen, compute = {}, type(narrow.unet).forward
 
     def watching(unet, sample, timestep, *arguments, **named):
@@ -292,8 +297,8 @@ def test_every_strategy_sees_the_same_new_pictures(tasks, narrow, monkeypatch):
             assert torch.equal(new, other) and torch.equal(t, u), name
 
 
-def test_old_and_new_pictures_count_by_their_number(tasks, narrow, tmp_path):
-    """The first step of the second task by hand: 3 new and 6 old pictures, noise and all."""
+def test_old_and_new_images_count_by_their_number(tasks, narrow, tmp_path):
+    """The first step of the second task by hand: 3 new and 6 old images, noise and all."""
     strategy = dataclasses.replace(QUICK["replay"], ratio=2.0)
     run(tasks[:2], strategy, narrow, output_dir=tmp_path)
     row = pd.read_csv(tmp_path / "task-1" / "log.csv").iloc[0]
@@ -315,7 +320,7 @@ def test_old_and_new_pictures_count_by_their_number(tasks, narrow, tmp_path):
 
     new = error(**data[torch.randint(12, (3,), generator=g)])
     old, aside = buffer.sample(6), torch.Generator()
-    aside.set_state(g.get_state())  # old pictures draw from a generator that g's state seeds
+    aside.set_state(g.get_state())  # old images draw from a generator that g's state seeds
     aside.manual_seed(torch.randint(2**62, (), generator=aside).item())
     old = error(old["mean"], old["std"], old["embedding"], aside)
     assert row["new_loss"] == pytest.approx(new, rel=1e-4)
@@ -340,13 +345,13 @@ def test_what_holds_the_student_is_the_student_before_the_task(
 def test_a_small_buffer_is_gone_through_again():
     buffer = ReplayBuffer(3, dtype="float32", seed=1)
     buffer.add(latents(3))
-    batch = kdc.rehearsal._draw(buffer, 8)
+    batch = _draw(buffer, 8)
     found = (batch["mean"][:, None] == buffer.items()["mean"]).all(dim=(2, 3, 4)).long()
     assert found.sum(dim=1).eq(1).all() and sorted(found.sum(dim=0).tolist()) == [2, 3, 3]
     assert batch["embedding"].shape == (8, 7, 16)
 
 
-def test_carry_over_rehearses_the_last_picture_of_the_step_before(tasks, narrow, monkeypatch):
+def test_last_sample_rehearses_the_last_image_of_the_step_before(tasks, narrow, monkeypatch):
     seen = []
     original = Learner._posterior
 
@@ -355,8 +360,8 @@ def test_carry_over_rehearses_the_last_picture_of_the_step_before(tasks, narrow,
         return original(self, batch, generator)
 
     monkeypatch.setattr(Learner, "_posterior", watching)
-    buffer = ReplayBuffer(policy="carry_over", dtype="float32")
-    run(tasks[:2], "carry_over", narrow, buffer=buffer)
+    buffer = ReplayBuffer(policy="last_sample", dtype="float32")
+    run(tasks[:2], "last_sample", narrow, buffer=buffer)
     assert len(buffer) == 1 and torch.equal(buffer.items()["mean"][0], seen[-2][-1])
     assert [len(m) for m in seen] == [3] + [3, 1] * 7
     new, old = [m for m in seen if len(m) == 3], [m for m in seen if len(m) == 1]
@@ -434,7 +439,7 @@ def test_the_penalty_holds_the_weights_along_its_direction(tasks, narrow):
             patch.setattr(RankOneFisher, "learn", learn)
             run_sequence(
                 tasks[:2], strategy, student, narrow, steps=8, batch_size=4, evaluate=probe,
-                directions=DIRECTIONS, learning_rate=5e-3, ahead=False,
+                higher_is_better=HIGHER_IS_BETTER, learning_rate=5e-3, ahead=False,
             )  # fmt: skip
         return fishers[-1]
 
@@ -449,13 +454,13 @@ def test_a_pool_holds_what_the_pipeline_draws(tasks, narrow):
     assert items["task"].tolist() == [0, 0, 0, 1, 1] and items["std"].eq(0).all()
     g = torch.Generator().manual_seed(3)
     data = tasks[0].train
-    words = data.embeddings[data.caption_index[torch.randint(12, (3,), generator=g)]]
-    drawn = narrow(
-        prompt_embeds=words, negative_prompt_embeds=data.empty.expand_as(words),
+    prompt_embeds = data.embeddings[data.caption_index[torch.randint(12, (3,), generator=g)]]
+    generated = narrow(
+        prompt_embeds=prompt_embeds, negative_prompt_embeds=data.empty.expand_as(prompt_embeds),
         latents=torch.randn(3, 4, 8, 8, generator=g), num_inference_steps=2,
         guidance_scale=strategy.guidance, output_type="latent",
     ).images  # fmt: skip
-    assert torch.allclose(items["mean"][:3], drawn, atol=1e-5)
+    assert torch.allclose(items["mean"][:3], generated, atol=1e-5)
 
 
 def test_classes_become_tasks():
@@ -483,7 +488,7 @@ def test_classes_become_tasks():
     assert [task.name for task in named] == ["tulip", "rose"]
     assert len(split_classes(data)) == 8  # every caption a class
     for settings, message in (
-        (dict(order=["rose", "orchid"]), r"no pictures of \['orchid'\]"),
+        (dict(order=["rose", "orchid"]), r"no images of \['orchid'\]"),
         (dict(order=["rose"]), "a sequence needs two tasks"),
         (dict(per_task=0), "per_task"),
     ):
@@ -539,7 +544,7 @@ def test_resume_refuses_another_experiment_and_a_new_run_an_old_folder(tasks, na
     assert note["learnt"] == 2 and len(note["scores"]) == 6
 
 
-@pytest.mark.parametrize("name", ["replay", "carry_over"])
+@pytest.mark.parametrize("name", ["replay", "last_sample"])
 def test_a_new_sequence_refuses_a_buffer_that_holds_items_and_resume_takes_it(
     name, tasks, narrow, tmp_path, monkeypatch
 ):
@@ -547,8 +552,8 @@ def test_a_new_sequence_refuses_a_buffer_that_holds_items_and_resume_takes_it(
         raise AssertionError("scored")
 
     def buffer():
-        if name == "carry_over":
-            return ReplayBuffer(policy="carry_over", dtype="float32")
+        if name == "last_sample":
+            return ReplayBuffer(policy="last_sample", dtype="float32")
         return buffer_for(QUICK[name])
 
     whole, expected = run(tasks[:2], name, narrow, buffer=buffer())
@@ -578,11 +583,11 @@ def test_what_cannot_be_run_is_refused_before_anything_is_scored(tasks, narrow):
     for settings, message in (
         (dict(strategy=Strategy("replay", "buffer"), buffer=None), "replay needs a buffer"),
         (dict(strategy="finetune", buffer=ReplayBuffer(3)), "finetune uses no buffer"),
-        (dict(strategy="carry_over", buffer=ReplayBuffer(3)), "carry_over needs a buffer of its"),
+        (dict(strategy="last_sample", buffer=ReplayBuffer(3)), "last_sample needs a buffer of its"),
         (dict(tasks=[]), "names of their own"),
         (dict(tasks=[tasks[0], tasks[0]]), "names of their own"),
         (dict(tasks=[wide]), r"latents of \(4, 4, 4\), the student takes \(4, 8, 8\)"),
-        (dict(directions={"error": "down"}), "lower or higher"),
+        (dict(higher_is_better={"error": "down"}), "True or False"),
         (dict(batch_size=0), "batch_size"),
     ):
         arguments = {"tasks": tasks, "strategy": "finetune", "evaluate": never} | settings
@@ -590,10 +595,16 @@ def test_what_cannot_be_run_is_refused_before_anything_is_scored(tasks, narrow):
             run(arguments.pop("tasks"), arguments.pop("strategy"), narrow, **arguments)
     with pytest.raises(ValueError, match="unknown strategy 'nothing'; the strategies are finetune"):
         run_sequence(
-            tasks, "nothing", narrow.unet, narrow, steps=1, evaluate=never, directions=DIRECTIONS
+            tasks,
+            "nothing",
+            narrow.unet,
+            narrow,
+            steps=1,
+            evaluate=never,
+            higher_is_better=HIGHER_IS_BETTER,
         )
-    with pytest.raises(ValueError, match=r"evaluate gave \['fid'\], but directions names"):
-        run(tasks, "finetune", narrow, evaluate=lambda p, t: {"fid": 1.0})
+    with pytest.raises(ValueError, match=r"evaluate gave \['fid'\], but higher_is_better names"):
+        run(tasks, "finetune", narrow, evaluate=lambda p, t: {"fd": 1.0})
     for settings in (dict(source="disk"), dict(guide="me"), dict(ratio=0), dict(pool=0),
                      dict(joint=True, source="buffer")):  # fmt: skip
         with pytest.raises(ValueError):
@@ -603,11 +614,11 @@ def test_what_cannot_be_run_is_refused_before_anything_is_scored(tasks, narrow):
             Strategy("wrong", "buffer", ratio=value)
         with pytest.raises(ValueError, match=f"ewc must be finite and not negative, not {value}"):
             Strategy("wrong", ewc=value)
-    with pytest.raises(ValueError, match="2 labels, 12 pictures"):
+    with pytest.raises(ValueError, match="2 labels, 12 images"):
         Task("few", latents(), labels=["a", "b"])
 
 
-@pytest.mark.parametrize("strategy", [n for n in STRATEGIES if n not in ("joint", "carry_over")])
+@pytest.mark.parametrize("strategy", [n for n in STRATEGIES if n not in ("joint", "last_sample")])
 def test_a_first_task_learnt_before_changes_nothing(strategy, tasks, narrow):
     settings = dict(steps=4, batch_size=3, ema_decay=0.9, seed=1)
     first = learn_first(tasks[0], copy.deepcopy(narrow.unet), narrow, **settings)
@@ -621,6 +632,6 @@ def test_a_first_task_learnt_before_changes_nothing(strategy, tasks, narrow):
 
 def test_a_first_task_of_their_own_is_not_taken_from_elsewhere(tasks, narrow):
     first = learn_first(tasks[0], copy.deepcopy(narrow.unet), narrow, steps=1, batch_size=2)
-    for name in ("joint", "carry_over"):
+    for name in ("joint", "last_sample"):
         with pytest.raises(ValueError, match=f"{name} learns the first task in its own way"):
             run(tasks[:2], name, narrow, first=first)

@@ -11,7 +11,7 @@ EVERY = [
 ]
 
 
-def picture(attributes, seed=0, size=64):
+def image(attributes, seed=0, size=64):
     return worlds.render(attributes, np.random.default_rng(seed), size)
 
 
@@ -26,16 +26,16 @@ def test_every_world_has_enough_combinations_and_a_held_out_list():
             assert {getattr(a, name) for a in rare} <= {getattr(a, name) for a in usual}
 
 
-def test_the_same_seed_draws_the_same_picture_and_another_seed_another():
+def test_the_same_seed_draws_the_same_image_and_another_seed_another():
     for attributes in EVERY[::17]:
-        assert np.array_equal(picture(attributes), picture(attributes))
-        assert not np.array_equal(picture(attributes), picture(attributes, seed=1))
+        assert np.array_equal(image(attributes), image(attributes))
+        assert not np.array_equal(image(attributes), image(attributes, seed=1))
 
 
 @pytest.mark.parametrize("size", [32, 64, 96])
-def test_pictures_are_uint8_rgb_of_the_asked_for_size(size):
-    drawn = picture(EVERY[0], size=size)
-    assert drawn.shape == (size, size, 3) and drawn.dtype == np.uint8
+def test_images_are_uint8_rgb_of_the_asked_for_size(size):
+    generated = image(EVERY[0], size=size)
+    assert generated.shape == (size, size, 3) and generated.dtype == np.uint8
 
 
 def test_edges_are_anti_aliased():
@@ -64,7 +64,7 @@ def test_unclear_captions_are_refused():
             worlds.read_caption(text)
 
 
-def test_the_colour_of_the_picture_is_the_colour_of_the_caption():
+def test_the_colour_of_the_image_is_the_colour_of_the_caption():
     """Measured in the pixels, without any classifier: the palette entry nearest to the subject."""
     palette = {
         name: np.array(value) / np.linalg.norm(value) for name, value in worlds.COLOURS.items()
@@ -73,13 +73,13 @@ def test_the_colour_of_the_picture_is_the_colour_of_the_caption():
         if attributes.kind in ("sunflower", "bordered", "striped"):
             continue  # mostly centre, rim or stripes: the median pixel is not the colour
         plain = drawing.background(attributes.background, np.random.default_rng(0), 64)
-        drawn = picture(attributes, 0) / 255.0
+        generated = image(attributes, 0) / 255.0
         rng = np.random.default_rng(0)
         rng.uniform(-0.025, 0.025, 3)  # the first draw of `render` is the colour's jitter
         plain = drawing.background(attributes.background, rng, 64).pixels
-        changed = np.abs(drawn - plain).sum(axis=2) > 0.25
+        changed = np.abs(generated - plain).sum(axis=2) > 0.25
         changed[44:] = False  # below the head: stem and leaves
-        pixels = drawn[changed]
+        pixels = generated[changed]
         bright = pixels[np.linalg.norm(pixels, axis=1) > 0.35]
         direction = np.median(bright / np.linalg.norm(bright, axis=1, keepdims=True), axis=0)
         nearest = max(palette, key=lambda name: direction @ palette[name])
@@ -88,13 +88,13 @@ def test_the_colour_of_the_picture_is_the_colour_of_the_caption():
 
 def test_train_and_test_share_no_rendering():
     def first(split, world):
-        pictures = set()
+        images = set()
         for index in range(60):
             rng = worlds.rendering_rng(world, split, index)
-            pictures.add(picture_bytes(worlds.draw_attributes(world, rng), rng))
-        return pictures
+            images.add(image_bytes(worlds.draw_attributes(world, rng), rng))
+        return images
 
-    def picture_bytes(attributes, rng):
+    def image_bytes(attributes, rng):
         return worlds.render(attributes, rng).tobytes()
 
     for world in worlds.WORLDS:
@@ -106,8 +106,8 @@ def test_held_out_combinations_are_drawn_only_on_request():
     rng = np.random.default_rng(0)
     for world in worlds.WORLDS.values():
         for held_out in (False, True):
-            drawn = {worlds.draw_attributes(world.name, rng, held_out) for _ in range(300)}
-            assert all(((a.colour, a.kind) in world.held_out) == held_out for a in drawn)
+            generated = {worlds.draw_attributes(world.name, rng, held_out) for _ in range(300)}
+            assert all(((a.colour, a.kind) in world.held_out) == held_out for a in generated)
 
 
 def test_unknown_names_are_refused_by_name():
@@ -116,4 +116,4 @@ def test_unknown_names_are_refused_by_name():
     with pytest.raises(ValueError, match="train, test"):
         worlds.rendering_rng("flora", "holdout", 0)
     with pytest.raises(ValueError, match="cactus"):
-        picture(worlds.Attributes("flora", "red", "cactus", "sky"))
+        image(worlds.Attributes("flora", "red", "cactus", "sky"))

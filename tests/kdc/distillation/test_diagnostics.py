@@ -9,7 +9,7 @@ import kdc
 from kdc import LossWeights
 from kdc.distillation.diagnostics import blind_terms, diagnose
 from kdc.distillation.distill import published_recipe
-from kdc.distillation.step import Lesson, forward_process
+from kdc.distillation.step import DistillationStep, forward_process
 
 TERMS = ("task", "output", "soft", "feature")
 
@@ -27,10 +27,10 @@ def student(teacher):
 def whole_gradient(student, teacher, data, weights):
     """The gradient of the loss as training makes it: one backward pass."""
     student.zero_grad()
-    lesson = Lesson(student, teacher.unet, forward_process(teacher), weights)
+    distillation_step = DistillationStep(student, teacher.unet, forward_process(teacher), weights)
     generator = torch.Generator().manual_seed(0)
-    lesson(student, *data.draw(4, generator, 0.1), generator)["loss"].backward()
-    lesson.close()
+    distillation_step(student, *data.draw(4, generator, 0.1), generator)["loss"].backward()
+    distillation_step.close()
     gradient = torch.cat([p.grad.flatten() for p in student.parameters()])
     student.zero_grad()
     return gradient

@@ -8,7 +8,7 @@ import kdc
 from kdc import LossWeights
 from kdc.data.datasets import WorldDataset
 from kdc.distillation.distill import published_recipe
-from kdc.distillation.step import Lesson, forward_process
+from kdc.distillation.step import DistillationStep, forward_process
 
 
 def weights(unet):
@@ -84,7 +84,7 @@ def test_resume_refuses_another_experiment(teacher, data, tmp_path):
         run(teacher, other, **again)
 
 
-def test_what_cannot_be_distilled_is_refused_before_pictures_are_encoded(teacher):
+def test_what_cannot_be_distilled_is_refused_before_images_are_encoded(teacher):
     nothing = object()  # encoding it would be a TypeError
     half = kdc.slim(teacher.unet, "kdc").half()
     with pytest.raises(ValueError, match="float32, not torch.float16"):
@@ -95,7 +95,7 @@ def test_what_cannot_be_distilled_is_refused_before_pictures_are_encoded(teacher
 
 @pytest.mark.parametrize("term", ["task", "output", "soft", "feature"])
 def test_every_term_alone_moves_the_weights_of_the_student(teacher, data, term):
-    """Through the real taps and hooks: a detached tap or output would leave the weights alone."""
+    """Through the real hooks and hooks: a detached hook or output would leave the weights alone."""
     student, log = run(
         teacher, data, steps=2, weights=LossWeights.only(term), ema_decay=0, learning_rate=1e-3
     )
@@ -156,7 +156,7 @@ def test_velocity_is_the_target_where_the_teacher_predicts_velocity(teacher, dat
         student, teacher, data, steps=1, batch_size=8, weights=LossWeights.only("task"), seed=3
     )
     g = torch.Generator().manual_seed(3 * 1009)
-    latents, words = data.draw(8, g, 0.1)
+    latents, prompt_embeds = data.draw(8, g, 0.1)
     noise = torch.randn(latents.shape, generator=g)
     t = torch.randint(1000, (8,), generator=g)
     process = DDPMScheduler.from_config(teacher.scheduler.config)
@@ -164,7 +164,9 @@ def test_velocity_is_the_target_where_the_teacher_predicts_velocity(teacher, dat
     noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
     velocity = a.sqrt() * noise - (1 - a).sqrt() * latents
     with torch.no_grad():
-        expected = (kdc.slim(teacher.unet, "kdc")(noisy, t, words).sample - velocity).square()
+        expected = (
+            kdc.slim(teacher.unet, "kdc")(noisy, t, prompt_embeds).sample - velocity
+        ).square()
     assert log["task"].iloc[0] == pytest.approx(expected.mean().item(), rel=1e-4)
 
 
@@ -182,34 +184,34 @@ def test_a_narrow_student_is_distilled_through_projections_that_do_not_stay(teac
     narrow = UNet2DConditionModel.from_config(config)
     names = set(narrow.state_dict())
     only = LossWeights.only("feature")
-    lesson = Lesson(narrow, teacher.unet, forward_process(teacher), only)
+    distillation_step = DistillationStep(narrow, teacher.unet, forward_process(teacher), only)
     generator = torch.Generator().manual_seed(0)
-    lesson(narrow, *data.draw(2, generator, 0.1), generator)["loss"].backward()
+    distillation_step(narrow, *data.draw(2, generator, 0.1), generator)["loss"].backward()
     added = dict(narrow.feature_projections.named_parameters())
     assert added and all(p.grad.abs().sum() > 0 for p in added.values())
-    lesson.close()
+    distillation_step.close()
     assert set(narrow.state_dict()) == names
     log = kdc.distill(narrow, teacher, data, steps=2, batch_size=2)
     assert set(narrow.state_dict()) == names and log["feature"].notna().all()
 
 
 @pytest.mark.parametrize("closed_first", [0, 1])
-def test_lessons_of_one_student_have_projections_of_their_own(teacher, data, closed_first):
+def test_steps_of_one_student_have_projections_of_their_own(teacher, data, closed_first):
     """One follows the teacher, one the student's older self, one the teacher once more."""
     config = dict(teacher.unet.config) | {"block_out_channels": (16, 32, 64, 64)}
     narrow = UNet2DConditionModel.from_config(config)
     old, names = copy.deepcopy(narrow), set(narrow.state_dict())
     only, process = LossWeights.only("feature"), forward_process(teacher)
 
-    def loss(lesson):
+    def loss(distillation_step):
         g = torch.Generator().manual_seed(0)
-        return lesson(narrow, *data.draw(2, g, 0.1), g)["loss"]
+        return distillation_step(narrow, *data.draw(2, g, 0.1), g)["loss"]
 
-    alone = Lesson(narrow, teacher.unet, process, only)
+    alone = DistillationStep(narrow, teacher.unet, process, only)
     expected = loss(alone).item()
     alone.close()
     first, mine, second = (
-        Lesson(narrow, guide, process, only, seed)
+        DistillationStep(narrow, guide, process, only, seed)
         for guide, seed in ((teacher.unet, 0), (old, 0), (teacher.unet, 1))
     )
     assert loss(first).item() == expected != loss(second).item() > 0
@@ -218,7 +220,7 @@ def test_lessons_of_one_student_have_projections_of_their_own(teacher, data, clo
     left = pair.pop(1 - closed_first)
     pair[0].close()
     mine.close()
-    assert set(narrow.state_dict()) > names, "one lesson took another's projections away"
+    assert set(narrow.state_dict()) > names, "one distillation step took another's projections away"
     loss(left).backward()
     added = [p for name, p in narrow.named_parameters() if name not in names]
     assert added and all(p.grad.abs().sum() > 0 for p in added)
@@ -228,7 +230,7 @@ def test_lessons_of_one_student_have_projections_of_their_own(teacher, data, clo
 
 @pytest.mark.parametrize("at", ["attention", "both"])
 def test_features_can_be_compared_at_the_attentions(teacher, data, at):
-    weights = LossWeights(taps=at)
+    weights = LossWeights(hooks=at)
     _, log = run(teacher, data, steps=1, batch_size=2, weights=weights)
     _, blocks = run(teacher, data, steps=1, batch_size=2)
     assert log["feature"].iloc[0] != blocks["feature"].iloc[0] > 0

@@ -5,7 +5,7 @@ from torch import nn
 
 import kdc
 from kdc import pipelines
-from kdc.distillation.features import FeatureTaps, projections, tap_names
+from kdc.distillation.features import FeatureHooks, feature_pairs, projections
 from kdc.distillation.losses import feature_term
 from kdc.unet.slimming import slim
 
@@ -20,21 +20,21 @@ class TwoLayers(nn.Module):
         return hidden if skip else self.second(hidden)
 
 
-def test_taps_collect_in_order_forget_and_miss_nothing():
+def test_hooks_collect_in_order_forget_and_miss_nothing():
     model, x = TwoLayers(), torch.ones(1, 2)
-    taps = FeatureTaps(model, ["second", "first"])
+    hooks = FeatureHooks(model, ["second", "first"])
     out = model(x)
-    second, first = taps.take()
+    second, first = hooks.take()
     assert torch.equal(second, out) and torch.equal(first, model.first(x))
     model(x, skip=True)
     with pytest.raises(RuntimeError, match="second"):
-        taps.take()
-    taps.close()
+        hooks.take()
+    hooks.close()
     model(x)
     with pytest.raises(RuntimeError):
-        taps.take()
+        hooks.take()
     with pytest.raises(ValueError, match="third"):
-        FeatureTaps(model, ["third"])
+        FeatureHooks(model, ["third"])
 
 
 @pytest.fixture
@@ -47,28 +47,28 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_taps_survive_data_parallel_wrapping_and_compilation(one_process):
+def test_hooks_survive_data_parallel_wrapping_and_compilation(one_process):
     model, x = TwoLayers(), torch.ones(1, 2)
-    taps = FeatureTaps(model, ["first", "second"])
+    hooks = FeatureHooks(model, ["first", "second"])
     wrapped = nn.parallel.DistributedDataParallel(model)
     for call in (wrapped, torch.compile(model, backend="eager"), torch.compile(wrapped.module)):
         for scale in (1.0, 2.0):  # a second call must not see what the first has left
             out = call(scale * x)
-            first, second = taps.take()
+            first, second = hooks.take()
             assert torch.allclose(first, model.first(scale * x)) and torch.equal(second, out)
             with pytest.raises(RuntimeError):
-                taps.take()
-            model(x), taps.take()
+                hooks.take()
+            model(x), hooks.take()
 
 
 @pytest.mark.parametrize("plan", ["full", "bk-base", "kdc", "kdc-v2", "bk-tiny"])
-def test_corresponding_taps_agree_in_shape(plan, tiny_unet):
+def test_corresponding_hooks_agree_in_shape(plan, tiny_unet):
     teacher = tiny_unet.eval()
     student = slim(teacher, plan).eval()
-    pairs = tap_names(student, teacher)
+    pairs = feature_pairs(student, teacher)
     assert len(pairs) >= 6
-    ours = FeatureTaps(student, [s for s, _ in pairs])
-    theirs = FeatureTaps(teacher, [t for _, t in pairs])
+    ours = FeatureHooks(student, [s for s, _ in pairs])
+    theirs = FeatureHooks(teacher, [t for _, t in pairs])
     inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 5, 16)
     with torch.no_grad():
         for unet in (student, teacher):
@@ -80,23 +80,23 @@ def test_corresponding_taps_agree_in_shape(plan, tiny_unet):
 
 
 def collect(student, teacher, at):
-    pairs = tap_names(student, teacher, at)
-    taps = [
-        FeatureTaps(student, [s for s, _ in pairs]),
-        FeatureTaps(teacher, [t for _, t in pairs]),
+    pairs = feature_pairs(student, teacher, at)
+    hooks = [
+        FeatureHooks(student, [s for s, _ in pairs]),
+        FeatureHooks(teacher, [t for _, t in pairs]),
     ]
     inputs = torch.randn(2, 4, 16, 16), torch.tensor([500]), torch.randn(2, 5, 16)
     with torch.no_grad():
         for unet in (student, teacher):
             unet(*inputs)
-    return [tap.take() for tap in taps]
+    return [hooked.take() for hooked in hooks]
 
 
 @pytest.mark.parametrize("plan", ["full", "kdc", "bk-tiny"])
-def test_attention_taps_are_those_the_students_were_cut_from(plan, tiny_unet):
+def test_attention_hooks_are_those_the_students_were_cut_from(plan, tiny_unet):
     """Slimming copies a layer's weights; so tapped layers must hold the same ones."""
     student = slim(tiny_unet, plan)
-    pairs = tap_names(student, tiny_unet, "attention")
+    pairs = feature_pairs(student, tiny_unet, "attention")
     for ours, theirs in pairs:
         a, b = (
             unet.get_submodule(n).to_q.weight for unet, n in ((student, ours), (tiny_unet, theirs))
@@ -104,8 +104,8 @@ def test_attention_taps_are_those_the_students_were_cut_from(plan, tiny_unet):
         assert torch.equal(a, b), (ours, theirs)
     kept = sum(name.endswith("attn1") for name, _ in student.named_modules())
     assert len(pairs) == kept > 0
-    both = tap_names(student, tiny_unet, "both")
-    assert both == tap_names(student, tiny_unet) + pairs
+    both = feature_pairs(student, tiny_unet, "both")
+    assert both == feature_pairs(student, tiny_unet) + pairs
     s, t = collect(student.eval(), tiny_unet.eval(), "both")
     assert all(a.shape == b.shape for a, b in zip(s, t, strict=True))
 
@@ -117,37 +117,37 @@ def test_a_student_that_lost_its_plan_is_refused_at_its_attentions(plan, tiny_un
     reopened = UNet2DConditionModel.from_pretrained(folder / "unet")
     for at in ("attention", "both"):
         with pytest.raises(ValueError, match=r"kdc\.load_student.*kdc\.slim"):
-            tap_names(reopened, tiny_unet, at)
-    assert tap_names(reopened, tiny_unet) == tap_names(slim(tiny_unet, plan), tiny_unet)
+            feature_pairs(reopened, tiny_unet, at)
+    assert feature_pairs(reopened, tiny_unet) == feature_pairs(slim(tiny_unet, plan), tiny_unet)
     reopened.slim_plan = pipelines.read_plan(folder)
-    assert len(tap_names(reopened, tiny_unet, "attention")) > 0
+    assert len(feature_pairs(reopened, tiny_unet, "attention")) > 0
 
 
 @pytest.mark.parametrize("plan", ["bk-base", "bk-tiny"])
 def test_a_student_and_its_older_self_are_tapped_at_the_same_attentions(plan, tiny_unet):
     student = slim(tiny_unet, plan)
     for guide in (slim(tiny_unet, plan), UNet2DConditionModel.from_config(student.config)):
-        pairs = tap_names(student, guide, "attention")
+        pairs = feature_pairs(student, guide, "attention")
         assert pairs and all(ours == theirs for ours, theirs in pairs)
 
 
-def test_taps_elsewhere_or_without_attention_are_refused(tiny_unet):
+def test_hooks_elsewhere_or_without_attention_are_refused(tiny_unet):
     with pytest.raises(ValueError, match="blocks, attention, both"):
-        tap_names(tiny_unet, tiny_unet, "skips")
+        feature_pairs(tiny_unet, tiny_unet, "skips")
     bare = kdc.SlimPlan("bare", ((0,),) * 4, ((0, 2),) * 4, False, (False,) * 4, (False,) * 4)
     with pytest.raises(ValueError, match="kept no self-attention"):
-        tap_names(slim(tiny_unet, bare), tiny_unet, "attention")
+        feature_pairs(slim(tiny_unet, bare), tiny_unet, "attention")
 
 
 def test_narrow_students_are_projected_to_the_teachers_width(tiny_unet):
     config = dict(tiny_unet.config) | {"block_out_channels": (4, 8, 12, 12)}
     narrow = UNet2DConditionModel.from_config(config).eval()
     s, t = collect(narrow, tiny_unet.eval(), "both")
-    with pytest.raises(ValueError, match="tap 0"):
+    with pytest.raises(ValueError, match="hook 0"):
         feature_term(s, t)
     layers = projections(s, t, seed=1)
-    projected = [layer(tap) for layer, tap in zip(layers, s, strict=True)]
-    assert [p.shape for p in projected] == [tap.shape for tap in t]
+    projected = [layer(hooked) for layer, hooked in zip(layers, s, strict=True)]
+    assert [p.shape for p in projected] == [hooked.shape for hooked in t]
     assert {type(layer) for layer in layers} == {nn.Conv2d, nn.Linear}
     again = projections(s, t, seed=1)
     assert all(torch.equal(a, again.state_dict()[k]) for k, a in layers.state_dict().items())

@@ -17,13 +17,15 @@ def test_the_output_error_is_the_mean_squared_difference_of_predictions(teacher,
     student = kdc.slim(teacher.unet, "kdc")
     errors = kdc.output_error(student, teacher, data, count=6, levels=1, seed=5)
     g = torch.Generator().manual_seed(5)
-    latents, words = data.draw(6, g, 0.0)
+    latents, prompt_embeds = data.draw(6, g, 0.0)
     t = torch.full((6,), errors.index[0])
     noise = torch.randn(latents.shape, generator=g)
     a = DDPMScheduler.from_config(teacher.scheduler.config).alphas_cumprod[t][:, None, None, None]
     noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
     with torch.no_grad():
-        difference = student(noisy, t, words).sample - teacher.unet(noisy, t, words).sample
+        difference = (
+            student(noisy, t, prompt_embeds).sample - teacher.unet(noisy, t, prompt_embeds).sample
+        )
     assert errors.iloc[0] == pytest.approx(difference.square().mean().item(), rel=1e-4)
 
 
@@ -31,11 +33,11 @@ def test_the_guided_output_error_is_that_of_the_prediction_the_sampler_follows(t
     student = kdc.slim(teacher.unet, "kdc")
     errors = kdc.output_error(student, teacher, data, count=4, levels=1, guidance=3.0, seed=5)
     g = torch.Generator().manual_seed(5)
-    latents, words = data.draw(4, g, 0.0)
+    latents, prompt_embeds = data.draw(4, g, 0.0)
     t = torch.full((4,), errors.index[0])
     noise = torch.randn(latents.shape, generator=g)
     noisy = DDPMScheduler.from_config(teacher.scheduler.config).add_noise(latents, noise, t)
-    both = torch.cat([data.empty.expand_as(words), words])
+    both = torch.cat([data.empty.expand_as(prompt_embeds), prompt_embeds])
     guided = []
     with torch.no_grad():
         for unet in (student, teacher.unet):
@@ -51,19 +53,21 @@ def test_a_student_is_judged_by_the_latents_it_draws(teacher):
     judge = drawing_judge(teacher, captions, **how)
     assert judge(kdc.slim(teacher.unet, "full")) == pytest.approx(0, abs=1e-9)
     student = kdc.slim(teacher.unet, "kdc")
-    drawn = [
+    generated = [
         kdc.generate(one, captions, decode=False, **how)
         for one in (teacher, kdc.with_unet(teacher, student))
     ]
-    assert drawn[0].shape == (2, 4, 16, 16)
-    assert judge(student) == pytest.approx((drawn[0] - drawn[1]).square().mean().item(), rel=1e-5)
+    assert generated[0].shape == (2, 4, 16, 16)
+    assert judge(student) == pytest.approx(
+        (generated[0] - generated[1]).square().mean().item(), rel=1e-5
+    )
 
 
-def test_latents_decode_to_the_pictures(teacher):
+def test_latents_decode_to_the_images(teacher):
     caption = "a red rose on a night background"
     latents = kdc.generate(teacher, caption, steps=2, decode=False)
     with torch.no_grad():
         decoded = teacher.vae.decode(latents / teacher.vae.config.scaling_factor).sample
-    pictures = kdc.generate(teacher, caption, steps=2)
-    error = (decoded.clamp(-1, 1) + 1) * 127.5 - pictures.float()
+    images = kdc.generate(teacher, caption, steps=2)
+    error = (decoded.clamp(-1, 1) + 1) * 127.5 - images.float()
     assert error.abs().max() <= 0.6

@@ -18,12 +18,12 @@ def batch(seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)  # noqa: E731
     student = draw(2, 4, 8, 8).requires_grad_()
-    taps = [draw(2, 3, 4, 4).requires_grad_(), draw(2, 5, 2, 2).requires_grad_()]
-    return student, draw(2, 4, 8, 8), draw(2, 4, 8, 8), taps, [torch.randn_like(t) for t in taps]
+    hooks = [draw(2, 3, 4, 4).requires_grad_(), draw(2, 5, 2, 2).requires_grad_()]
+    return student, draw(2, 4, 8, 8), draw(2, 4, 8, 8), hooks, [torch.randn_like(t) for t in hooks]
 
 
 def kl_by_hand(s, t, temperature):
-    """Sum over pixels and pictures of T^2 KL(t || s), in Python floats."""
+    """Sum over pixels and images of T^2 KL(t || s), in Python floats."""
     total = 0.0
     for b in range(s.shape[0]):
         for y in range(s.shape[2]):
@@ -39,31 +39,33 @@ def kl_by_hand(s, t, temperature):
 
 @pytest.mark.parametrize("name", TERMS)
 def test_every_enabled_term_has_a_gradient(name):
-    student, target, teacher, taps, teacher_taps = batch()
-    terms = DistillationLoss(LossWeights.only(name))(student, target, teacher, taps, teacher_taps)
+    student, target, teacher, hooks, teacher_features = batch()
+    terms = DistillationLoss(LossWeights.only(name))(
+        student, target, teacher, hooks, teacher_features
+    )
     assert set(terms) == {name, "loss"}
-    grads = torch.autograd.grad(terms["loss"], [student, *taps], allow_unused=True)
-    of_output, of_taps = grads[0], grads[1:]
+    grads = torch.autograd.grad(terms["loss"], [student, *hooks], allow_unused=True)
+    of_output, of_hooks = grads[0], grads[1:]
     if name == "feature":
-        assert all(g is not None and g.abs().sum() > 0 for g in of_taps)
+        assert all(g is not None and g.abs().sum() > 0 for g in of_hooks)
     else:
         assert of_output is not None and of_output.abs().sum() > 0
 
 
 def test_the_published_output_term_has_a_value_but_no_gradient():
-    student, target, teacher, taps, teacher_taps = batch()
+    student, target, teacher, hooks, teacher_features = batch()
     published = LossWeights.as_published()
-    terms = DistillationLoss(published)(student, target, teacher, taps, teacher_taps)
+    terms = DistillationLoss(published)(student, target, teacher, hooks, teacher_features)
     assert terms["output"] > 0 and not terms["output"].requires_grad
-    corrected = DistillationLoss(LossWeights())(student, target, teacher, taps, teacher_taps)
+    corrected = DistillationLoss(LossWeights())(student, target, teacher, hooks, teacher_features)
     assert corrected["output"].requires_grad
     assert torch.equal(corrected["output"].detach(), terms["output"])
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms():
-    student, target, teacher, taps, teacher_taps = batch()
+    student, target, teacher, hooks, teacher_features = batch()
     weights = LossWeights(task=0.5, output=2.0, soft=3.0, feature=0.25)
-    terms = DistillationLoss(weights)(student, target, teacher, taps, teacher_taps)
+    terms = DistillationLoss(weights)(student, target, teacher, hooks, teacher_features)
     expected = sum(getattr(weights, n) * terms[n].item() for n in TERMS)
     assert terms["loss"].item() == pytest.approx(expected, rel=1e-6)
     assert terms["task"].item() == pytest.approx((student - target).square().mean().item())
@@ -95,27 +97,31 @@ def test_the_soft_term_is_blind_to_an_error_that_all_channels_share():
     assert soft_term(student, teacher, 2.0, "mean") > 0.01
 
 
-def test_the_feature_term_does_not_depend_on_the_scale_of_a_tap():
-    *_, taps, teacher_taps = batch()
-    once = feature_term(taps, teacher_taps)
-    scaled = feature_term([1000 * t for t in taps], [1000 * t for t in teacher_taps])
+def test_the_feature_term_does_not_depend_on_the_scale_of_a_hook():
+    *_, hooks, teacher_features = batch()
+    once = feature_term(hooks, teacher_features)
+    scaled = feature_term([1000 * t for t in hooks], [1000 * t for t in teacher_features])
     assert scaled.item() == pytest.approx(once.item(), rel=1e-4)
-    raw = feature_term([10 * t for t in taps], [10 * t for t in teacher_taps], normalised=False)
-    assert raw.item() == pytest.approx(100 * feature_term(taps, teacher_taps, False).item(), 1e-4)
+    raw = feature_term(
+        [10 * t for t in hooks], [10 * t for t in teacher_features], normalised=False
+    )
+    assert raw.item() == pytest.approx(
+        100 * feature_term(hooks, teacher_features, False).item(), 1e-4
+    )
 
 
 @pytest.mark.parametrize("names", [("task",), ("output",), ("soft",), ("feature",), TERMS])
 def test_gradients_agree_with_finite_differences_in_float64(names):
     g = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    student, taps = draw(2, 4, 2, 2).requires_grad_(), [draw(2, 3).requires_grad_()]
-    target, teacher, teacher_taps = draw(2, 4, 2, 2), draw(2, 4, 2, 2), [draw(2, 3)]
+    student, hooks = draw(2, 4, 2, 2).requires_grad_(), [draw(2, 3).requires_grad_()]
+    target, teacher, teacher_features = draw(2, 4, 2, 2), draw(2, 4, 2, 2), [draw(2, 3)]
     loss = DistillationLoss(LossWeights.only(*names))
 
-    def total(student, tap):
-        return loss(student, target, teacher, [tap], teacher_taps)["loss"]
+    def total(student, hooked):
+        return loss(student, target, teacher, [hooked], teacher_features)["loss"]
 
-    assert torch.autograd.gradcheck(total, (student, *taps))
+    assert torch.autograd.gradcheck(total, (student, *hooks))
 
 
 def test_min_snr_caps_the_weight():
@@ -148,7 +154,7 @@ def test_min_snr_has_its_limit_where_nothing_is_left_but_noise():
         (dict(min_snr=0), "min_snr must be positive, not 0"),
         (dict(min_snr=math.nan), "min_snr must be positive, not nan"),
         (dict(soft_reduction="sum"), "soft_reduction"),
-        (dict(taps="skips"), "taps must be one of blocks, attention, both"),
+        (dict(hooks="skips"), "hooks must be one of blocks, attention, both"),
         (dict(task=0, output=0, soft=0, feature=0), "nothing"),
     ],
 )
@@ -163,7 +169,7 @@ def test_unknown_terms_and_missing_parts_are_refused():
     student, target, *_ = batch()
     with pytest.raises(ValueError, match="teacher"):
         DistillationLoss(LossWeights())(student, target)
-    with pytest.raises(ValueError, match="taps"):
+    with pytest.raises(ValueError, match="hooks"):
         feature_term([], [])
-    with pytest.raises(ValueError, match="tap 0"):
+    with pytest.raises(ValueError, match="hook 0"):
         feature_term([torch.zeros(1, 2)], [torch.zeros(1, 3)])

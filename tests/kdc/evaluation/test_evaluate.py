@@ -16,7 +16,7 @@ from studies.common.renderings import balanced_prompts, renderings_of
 
 ASKED = balanced_prompts(1, held_out=False)[::24]  # twelve
 PROMPTS = [worlds.caption(a) for a in ASKED]
-QUICK = {"steps": 2, "seeds": (0, 1), "floors": 3}
+QUICK = {"steps": 2, "seeds": (0, 1), "baseline_draws": 3}
 
 
 @pytest.fixture(scope="module")
@@ -43,31 +43,33 @@ def test_every_row_says_what_it_is(scored, teacher, real):
     )
     assert table.loc["diversity", "extractor"] == "mini-lpips"
     assert table.loc["accuracy", "extractor"] == "mini-classifier"
-    assert np.isnan(table.loc["fid", "value"]) and "128 needed" in table.loc["fid", "note"]
-    drawn = kdc.generate(teacher, PROMPTS, seed=1, steps=2)
-    assert torch.equal(scored.pictures[1], drawn)
-    assert scored.by_seed["accuracy"][1] == metrics.attribute_accuracy(drawn, ASKED)["all"]
-    clip = metrics.clip_score(drawn, PROMPTS)
-    assert torch.allclose(scored.per_picture["clip"][1], clip, atol=1e-3)
+    assert np.isnan(table.loc["fd", "value"]) and "128 needed" in table.loc["fd", "note"]
+    generated = kdc.generate(teacher, PROMPTS, seed=1, steps=2)
+    assert torch.equal(scored.images[1], generated)
+    assert scored.by_seed["accuracy"][1] == metrics.attribute_accuracy(generated, ASKED)["all"]
+    clip = metrics.clip_score(generated, PROMPTS)
+    assert torch.allclose(scored.per_image["clip"][1], clip, atol=1e-3)
     assert table.loc["clip", "value"] == pytest.approx(np.mean(scored.by_seed["clip"]))
     assert table.loc["lpips_to_teacher", "value"] == pytest.approx(0, abs=1e-6)  # it is its own
     assert table.loc["diversity", "value"] > 0.01 and np.isnan(table.loc["diversity", "spread"])
     kid = table.loc["kid"]
-    assert np.isfinite(kid[["value", "floor", "floor_spread"]].astype(float)).all()
-    assert "2 seed(s)" in kid["note"] and "floor" not in kid["note"]
+    assert np.isfinite(kid[["value", "real_vs_real", "real_vs_real_spread"]].astype(float)).all()
+    assert "2 seed(s)" in kid["note"] and "real_vs_real" not in kid["note"]
 
 
 def test_warnings_travel_with_the_number(teacher, real):
     few = kdc.evaluate(
         teacher, PROMPTS, real[:10], steps=1, seeds=(0,), scores=("kid", "precision")
     )
-    assert list(few.table.index) == ["kid", "precision"] and np.isnan(few.table["floor"]).all()
+    assert (
+        list(few.table.index) == ["kid", "precision"] and np.isnan(few.table["real_vs_real"]).all()
+    )
     note = few.table.loc["kid", "note"]
-    assert "no floor: 10 reference pictures, 24 needed" in note and "compared with 10" in note
+    assert "no floor: 10 reference images, 24 needed" in note and "compared with 10" in note
     assert "1 seed(s)" in note and np.isnan(few.table.loc["kid", "spread"])
 
 
-def test_what_cannot_carry_its_weight_is_refused_before_drawing(teacher, real, monkeypatch):
+def test_what_cannot_last_its_weight_is_refused_before_drawing(teacher, real, monkeypatch):
     def never(*arguments, **settings):
         raise AssertionError("drew")
 
@@ -77,12 +79,12 @@ def test_what_cannot_carry_its_weight_is_refused_before_drawing(teacher, real, m
         with pytest.raises(error, match=match):
             kdc.evaluate(teacher, PROMPTS, reference, **(QUICK | settings))
 
-    refused(ValueError, "fid: 12 pictures, 128 needed", scores=("fid",))
+    refused(ValueError, "fid: 12 images, 128 needed", scores=("fd",))
     refused(ValueError, "unknown scores .*'is'", scores=("is",))
     refused(ValueError, "diversity: it needs two seeds", scores=("diversity",), seeds=(0,))
     refused(ValueError, "3 attributes for 12", asked=ASKED[:3])
     refused(ValueError, r"got torch.float32 in \[0.*: from \[0, 1\] make", real.float() / 255)
-    refused(ValueError, r"reference pictures are \(32, 32\)", real[:, :, ::2, ::2])
+    refused(ValueError, r"reference images are \(32, 32\)", real[:, :, ::2, ::2])
     refused(ValueError, "unknown extractor", extractor="vgg")
     refused(ValueError, "unknown distance", perceptual="ssim")
     refused(FileNotFoundError, "no data set", "no/such/folder")
@@ -142,22 +144,22 @@ def test_features_of_a_reference_are_computed_once_for_its_content(teacher, real
     see, calls = extractors.find_extractor("mini-clip"), []
     evaluation._REFERENCES.clear()
     counted = dataclasses.replace(see, see=lambda x: calls.append(len(x)) or see.see(x))
-    for pictures in (real, real.clone(), real[:20]):
-        evaluation._features_of(pictures, counted, teacher)
+    for images in (real, real.clone(), real[:20]):
+        evaluation._features_of(images, counted, teacher)
     assert calls == [40, 20]
 
 
 def test_the_paired_distance_is_that_of_the_package():
-    pictures = renderings_of(ASKED[:4], seed=5)
-    noisy = (pictures.float() + 20 * torch.randn(pictures.shape)).clamp(0, 255).to(torch.uint8)
-    found = perceptual.find_perceptual("mini-lpips")(pictures, noisy)
+    images = renderings_of(ASKED[:4], seed=5)
+    noisy = (images.float() + 20 * torch.randn(images.shape)).clamp(0, 255).to(torch.uint8)
+    found = perceptual.find_perceptual("mini-lpips")(images, noisy)
     package = LPIPS(net="alex", pnet_rand=True, lpips=False, verbose=False).eval()
     package.net.load_state_dict(metrics.mini_lpips().net.state_dict())
     with torch.no_grad():
-        expected = package(pictures.float() / 255, noisy.float() / 255, normalize=True).flatten()
+        expected = package(images.float() / 255, noisy.float() / 255, normalize=True).flatten()
     assert torch.allclose(found, expected, atol=1e-5)
     with pytest.raises(ValueError, match="one shape"):
-        perceptual.find_perceptual("mini-lpips")(pictures, noisy[:2])
+        perceptual.find_perceptual("mini-lpips")(images, noisy[:2])
 
 
 def test_a_worse_student_is_told_from_its_teacher_and_a_model_from_itself_not(
@@ -195,7 +197,7 @@ def test_samplers_share_networks_and_fewer_steps_take_less_time(teacher, cut):
     again = latency.with_scheduler(teacher, "dpm++")
     pair = (kdc.generate(one, PROMPTS[:1], steps=4) for one in (teacher, again))
     assert torch.equal(*pair)
-    rows = latency.time_pictures(
+    rows = latency.time_images(
         {"teacher": teacher, "cut": cut}, PROMPTS[0], steps=(2, 8), batch_sizes=(1, 2), rounds=2
     )
     assert len(rows) == 8 and rows["ratio"][0] == 1

@@ -17,11 +17,11 @@ def renderings():
 
 
 def test_the_classifier_reads_real_renderings(renderings):
-    pictures, shown = renderings
-    scores = metrics.attribute_accuracy(pictures, shown)
+    images, shown = renderings
+    scores = metrics.attribute_accuracy(images, shown)
     assert all(scores[name] >= 0.98 for name in ("colour", "kind", "background"))
     wrong = shown[1:] + shown[:1]
-    assert metrics.attribute_accuracy(pictures, wrong)["all"] < 0.1
+    assert metrics.attribute_accuracy(images, wrong)["all"] < 0.1
 
 
 def test_the_frechet_distance_is_that_of_gaussians():
@@ -41,9 +41,9 @@ def test_the_frechet_distance_is_that_of_gaussians():
 
 
 def test_clip_prefers_the_right_caption(renderings):
-    pictures, shown = renderings
-    right = metrics.clip_score(pictures[:96], [worlds.caption(a) for a in shown[:96]])
-    wrong = metrics.clip_score(pictures[:96], [worlds.caption(a) for a in shown[96:192]])
+    images, shown = renderings
+    right = metrics.clip_score(images[:96], [worlds.caption(a) for a in shown[:96]])
+    wrong = metrics.clip_score(images[:96], [worlds.caption(a) for a in shown[96:192]])
     assert (right > wrong).float().mean() > 0.95
 
 
@@ -62,22 +62,22 @@ def test_lpips_is_the_packages_arithmetic_on_our_trunk(renderings):
 
 
 def test_lpips_grows_with_the_distortion(renderings):
-    pictures = renderings[0][:32]
-    assert find_perceptual("mini-lpips")(pictures, pictures).abs().max() < 1e-6
+    images = renderings[0][:32]
+    assert find_perceptual("mini-lpips")(images, images).abs().max() < 1e-6
     distances = [
-        find_perceptual("mini-lpips")(pictures, gaussian_blur(pictures, 9, sigma)).mean().item()
+        find_perceptual("mini-lpips")(images, gaussian_blur(images, 9, sigma)).mean().item()
         for sigma in (0.5, 1.0, 2.0)
     ]
     assert 0 < distances[0] < distances[1] < distances[2]
 
 
 def test_wrong_ranges_and_sizes_are_refused(renderings):
-    pictures, shown = renderings
+    images, shown = renderings
     with pytest.raises(ValueError, match="uint8"):
-        metrics.clip_features(pictures[:2].float() / 255)
+        metrics.clip_features(images[:2].float() / 255)
     with pytest.raises(ValueError, match="uint8"):
-        metrics.clip_features(pictures[0])
+        metrics.clip_features(images[0])
     with pytest.raises(ValueError, match="attributes"):
-        metrics.attribute_accuracy(pictures[:2], shown[:3])
+        metrics.attribute_accuracy(images[:2], shown[:3])
     with pytest.raises(ValueError, match="shape"):
-        find_perceptual("mini-lpips")(pictures[:2], pictures[:3])
+        find_perceptual("mini-lpips")(images[:2], images[:3])

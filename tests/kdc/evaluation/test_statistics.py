@@ -55,13 +55,13 @@ def test_precision_and_recall_see_what_is_missing():
 def test_the_floor_is_what_disjoint_halves_score():
     real = normal(200, 2, 0)
     halves = []
-    mean, deviation = statistics.floor(
+    mean, deviation = statistics.real_vs_real(
         lambda a, b: halves.append((a, b)) or float(len(a)), real, 60, draws=3
     )
     assert (mean, deviation, len(halves)) == (60, 0, 3)
     for a, b in halves:
         assert len(torch.cat([a, b]).unique(dim=0)) == 120
-    assert np.isnan(statistics.floor(frechet_distance, real, 101)).all()
+    assert np.isnan(statistics.real_vs_real(frechet_distance, real, 101)).all()
 
 
 def test_the_permutation_test_is_level_and_finds_a_difference():

@@ -80,13 +80,13 @@ def test_the_first_in_are_the_first_out():
     assert sorted(numbers(buffer.items())) == [18, 19, 20, 21, 22]
 
 
-def test_carry_over_holds_the_last_picture_of_the_previous_step():
-    buffer, data = ReplayBuffer(policy="carry_over", dtype="float32"), latents(8)
+def test_last_sample_holds_the_last_image_of_the_previous_step():
+    buffer, data = ReplayBuffer(policy="last_sample", dtype="float32"), latents(8)
     for rows in torch.arange(8).split(4):
         buffer.add(data, rows)
         assert numbers(buffer.items()) == [rows[-1]]
     with pytest.raises(ValueError, match="one item"):
-        ReplayBuffer(2, "carry_over")
+        ReplayBuffer(2, "last_sample")
 
 
 def balanced(seed, capacity=12, sizes=(40, 3, 17)):
@@ -220,14 +220,14 @@ def test_a_batch_has_no_item_twice_and_every_item_its_turn():
     buffer = ReplayBuffer(50, dtype="float32", seed=5)
     buffer.add(data)
     for count, runs in ((4, 2500), (20, 500), (50, 2)):
-        drawn = Counter()
+        generated = Counter()
         for _ in range(runs):
             batch = numbers(buffer.sample(count))
             assert len(set(batch)) == count
-            drawn.update(batch)
+            generated.update(batch)
         p = count / 50
         if p < 1:
-            squares = sum((drawn[i] - runs * p) ** 2 for i in range(50))
+            squares = sum((generated[i] - runs * p) ** 2 for i in range(50))
             assert stats.chi2.sf(squares / (runs * p * (1 - p)) * 49 / 50, 49) > ALARM
 
 
@@ -250,7 +250,7 @@ def test_a_loaded_buffer_goes_on_as_an_unsaved_one_bit_for_bit(policy, dtype, tm
             batch = buffer.sample(min(4, len(buffer)))
         return batch
 
-    capacity = 1 if policy == "carry_over" else 9
+    capacity = 1 if policy == "last_sample" else 9
     whole = ReplayBuffer(capacity, policy, dtype, seed=4)
     feed(whole, 0, 4)
     loaded = ReplayBuffer.load(whole.save(tmp_path / "made" / "buffer.safetensors"))
@@ -406,7 +406,7 @@ def test_what_is_refused_changes_nothing(case, policy):
     """Not even what the policy has counted: the next items are kept as if nothing had been."""
     settings, error, message = REFUSED[case]
     buffer, other = (
-        ReplayBuffer(1 if policy == "carry_over" else 8, policy, seed=2) for _ in range(2)
+        ReplayBuffer(1 if policy == "last_sample" else 8, policy, seed=2) for _ in range(2)
     )
     for start in range(2):  # empty, and then with items
         with pytest.raises(error, match=message):

@@ -8,7 +8,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 import kdc
-from kdc.distillation.features import FeatureTaps
+from kdc.distillation.features import FeatureHooks
 from kdc.training.efficiency import average, quickened, reduced, refuse_infinite
 
 
@@ -23,8 +23,8 @@ def attentions(unet):
     return [name for name, _ in unet.named_modules() if name.endswith(".attn1")]
 
 
-def gradients(unet, taps):
-    """Gradients of a loss through output and taps, and the bytes kept for the backward pass."""
+def gradients(unet, hooks):
+    """Gradients of a loss through output and hooks, and the bytes kept for the backward pass."""
     kept, own = {}, {p.data_ptr() for p in unet.parameters()}
 
     def pack(tensor):
@@ -34,8 +34,8 @@ def gradients(unet, taps):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = unet(*inputs(unet), return_dict=False)[0]
-        seen = taps.take()
-        loss = out.square().mean() + sum(tap.square().mean() for tap in seen)
+        seen = hooks.take()
+        loss = out.square().mean() + sum(hooked.square().mean() for hooked in seen)
     size = sum(kept.values())
     loss.backward()
     grads = [p.grad.clone() for p in unet.parameters()]
@@ -45,11 +45,11 @@ def gradients(unet, taps):
 
 def test_recomputed_activations_give_the_same_gradients_and_are_not_kept(tiny_unet):
     unet = tiny_unet.train()
-    taps = FeatureTaps(unet, attentions(unet))  # within what is recomputed
-    plain, plain_bytes = gradients(unet, taps)
-    with quickened(unet, unet, [taps], gradient_checkpointing=True):
-        saving, saving_bytes = gradients(unet, taps)
-        assert taps._seen == {}, "the recomputation left something in the taps"
+    hooks = FeatureHooks(unet, attentions(unet))  # within what is recomputed
+    plain, plain_bytes = gradients(unet, hooks)
+    with quickened(unet, unet, [hooks], gradient_checkpointing=True):
+        saving, saving_bytes = gradients(unet, hooks)
+        assert hooks._seen == {}, "the recomputation left something in the hooks"
     for a, b in zip(plain, saving, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert saving_bytes < 0.6 * plain_bytes
@@ -88,7 +88,7 @@ def test_what_cannot_be_quickened_is_refused(teacher, monkeypatch):
 
 
 def tiny_pair():
-    """Two small networks that compile in a minute or so, and taps on both."""
+    """Two small networks that compile in a minute or so, and hooks on both."""
     unets = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -106,11 +106,11 @@ def tiny_pair():
             )
         )
     names = ["down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1", *attentions(unets[0])]
-    return unets, [FeatureTaps(unet, names) for unet in unets]
+    return unets, [FeatureHooks(unet, names) for unet in unets]
 
 
 @pytest.mark.slow
-def test_taps_and_gradients_survive_compiling():
+def test_hooks_and_gradients_survive_compiling():
     (student, teacher), (ours, theirs) = tiny_pair()
     student.train()
     batch, results = inputs(student), []
@@ -141,9 +141,9 @@ def test_a_reduced_teacher_is_a_frozen_copy_and_the_original_stays(tiny_unet):
         assert value.dtype == torch.float32 and torch.equal(value, before[name])
         assert torch.equal(half.state_dict()[name], value.bfloat16())
     with torch.no_grad():
-        noisy, timesteps, words = inputs(tiny_unet)
-        exact = tiny_unet(noisy, timesteps, words).sample
-        rough = half(noisy.bfloat16(), timesteps, words.bfloat16()).sample
+        noisy, timesteps, prompt_embeds = inputs(tiny_unet)
+        exact = tiny_unet(noisy, timesteps, prompt_embeds).sample
+        rough = half(noisy.bfloat16(), timesteps, prompt_embeds.bfloat16()).sample
     assert (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
@@ -151,7 +151,7 @@ def test_in_bf16_the_teacher_is_cast_once():
     """In a process of its own: Accelerate keeps one precision for all that follows."""
     code = (
         "import torch, kdc\n"
-        "from kdc.data import WorldDataset\n"
+        "from kdc.data.datasets import WorldDataset\n"
         "teacher = kdc.load_teacher('mini', device='cpu')\n"
         "student, seen = kdc.slim(teacher.unet, 'bk-tiny'), []\n"
         "unets = type(teacher.unet)\n"

@@ -174,7 +174,7 @@ def test_an_output_folder_that_cannot_be_is_noticed_before_training(tmp_path):
 def test_bf16_is_for_training_only_and_leaves_the_model_as_it_was():
     """In a process of its own: Accelerate keeps one precision for all that follows."""
     code = (
-        "import torch, kdc.training as t\n"
+        "import torch, kdc.training.loop as t\n"
         "t.has_bf16 = lambda device: True\n"
         "model, seen = torch.nn.Linear(4, 4), []\n"
         "x = torch.randn(2, 4)\n"

@@ -8,7 +8,7 @@ import torch
 import kdc
 from kdc.unet.blocks import INNERMOST, PARTS, every_subset, kept_blocks, plan_without
 from kdc.unet.budget import Budget, block_seconds, cost_every_subset, random_plans, rank_plans
-from kdc.unet.costs import count_costs
+from kdc.unet.costs import block_of, count_costs
 from kdc.unet.plans import PLANS
 from kdc.unet.slimming import copy_map
 
@@ -37,7 +37,7 @@ def test_every_subset_is_a_plan_of_its_own():
 def test_kept_blocks_are_those_that_a_student_copies(tiny_unet):
     for subset in random.Random(0).sample(every_subset(), 12):
         plan = plan_without(subset)
-        sources = {kdc.costs.block_of(source) for source in copy_map(tiny_unet, plan).values()}
+        sources = {block_of(source) for source in copy_map(tiny_unet, plan).values()}
         assert sources == set(kept_blocks(plan)) - {"other"}, subset
 
 
@@ -57,15 +57,15 @@ def test_the_knapsack_is_solved_exactly():
     """Against a brute force written another way, on additive costs."""
     g = torch.Generator().manual_seed(0)
     scores = pd.Series(torch.rand(len(PARTS), generator=g).tolist(), PARTS)
-    worth = dict(zip(PARTS, torch.rand(len(PARTS), generator=g).tolist(), strict=True))
+    importance = dict(zip(PARTS, torch.rand(len(PARTS), generator=g).tolist(), strict=True))
     subsets = every_subset()
-    costs = pd.DataFrame({"macs": [10 - sum(worth[p] for p in s) for s in subsets]})
+    costs = pd.DataFrame({"macs": [10 - sum(importance[p] for p in s) for s in subsets]})
     costs.index = pd.Index(subsets, tupleize_cols=False)
     best = rank_plans(scores, costs, Budget(macs=8.0))
     expected = min(
         sum(scores[p] for p, out in zip(PARTS, choice, strict=True) if out)
         for choice in itertools.product([False, True], repeat=len(PARTS))
-        if 10 - sum(worth[p] for p, out in zip(PARTS, choice, strict=True) if out) <= 8
+        if 10 - sum(importance[p] for p, out in zip(PARTS, choice, strict=True) if out) <= 8
         and not (choice[PARTS.index(INNERMOST)] and choice[PARTS.index("layer 3")])
     )
     assert best["score"].iloc[0] == pytest.approx(expected)
@@ -76,25 +76,25 @@ def test_a_budget_must_say_something_and_be_possible(tiny_unet):
     for wrong in ({}, {"macs": 0}, {"parameters": -1}):
         with pytest.raises(ValueError, match="positive limit"):
             Budget(**wrong)
-    costs = cost_every_subset(tiny_unet, size=16, words=5)
+    costs = cost_every_subset(tiny_unet, size=16, sequence_length=5)
     with pytest.raises(ValueError, match="no plan fits .*the least that plans can cost"):
         rank_plans(pd.Series(0.0, PARTS), costs, Budget(parameters=10))
 
 
 def test_random_plans_use_the_budget_up(tiny_unet):
     """Against the definition by kept blocks: no larger network fits."""
-    costs = cost_every_subset(tiny_unet, size=16, words=5)
+    costs = cost_every_subset(tiny_unet, size=16, sequence_length=5)
     limit = 0.6 * costs["macs"].max()
     generator = torch.Generator().manual_seed(0)
-    drawn = random_plans(costs, Budget(macs=limit), 12, generator)
-    assert len(set(drawn)) == 12
+    generated = random_plans(costs, Budget(macs=limit), 12, generator)
+    assert len(set(generated)) == 12
     kept = {subset: set(kept_blocks(plan_without(subset))) for subset in costs.index}
     macs = dict(zip(costs.index, costs["macs"], strict=True))
-    for subset in drawn:
+    for subset in generated:
         assert macs[subset] <= limit
         assert not [s for s in kept if kept[s] > kept[subset] and macs[s] <= limit], subset
     again = random_plans(costs, Budget(macs=limit), 5, torch.Generator().manual_seed(0))
-    assert again == drawn[:5]
+    assert again == generated[:5]
     with pytest.raises(ValueError, match=r"only \d+ plans use up"):
         random_plans(costs, Budget(macs=limit), 3000, generator)
 

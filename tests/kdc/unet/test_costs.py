@@ -37,7 +37,7 @@ def test_the_published_table_to_the_digit(plan):
 
 
 def test_blocks_add_up_and_a_convolution_has_its_closed_form(tiny_unet):
-    table = count_costs(tiny_unet, size=16, words=5)
+    table = count_costs(tiny_unet, size=16, sequence_length=5)
     assert (table.drop("total").sum() == table.loc["total"]).all()
     assert table.loc["total", "parameters"] == sum(p.numel() for p in tiny_unet.parameters())
     # conv_in: 3 x 3 kernel, 4 to 8 channels, on 16 x 16 pixels
@@ -46,10 +46,10 @@ def test_blocks_add_up_and_a_convolution_has_its_closed_form(tiny_unet):
 
 
 def test_attention_products_have_their_closed_form(tiny_unet):
-    table = count_costs(tiny_unet, size=16, words=5)
+    table = count_costs(tiny_unet, size=16, sequence_length=5)
     # queries with keys and weights with values: 2 x pixels x (pixels + words) x channels
-    pixels, words, channels = 16 * 16, 5, 8
-    expected = 2 * pixels * (pixels + words) * channels
+    pixels, sequence_length, channels = 16 * 16, 5, 8
+    expected = 2 * pixels * (pixels + sequence_length) * channels
     assert table.loc["down_blocks.0.attentions.0", "attention_macs"] == expected
     assert table.loc["down_blocks.0.resnets.0", "attention_macs"] == 0
 
@@ -79,7 +79,7 @@ def test_activations_are_what_autograd_saves_on_a_real_device(tiny_unet):
     ):
         tiny_unet(torch.randn(1, 4, 16, 16), torch.tensor(1), torch.randn(1, 5, 16))
     measured = sum(size for size, _ in kept.values())
-    counted = count_costs(tiny_unet, 16, words=5).loc["total", "activation_bytes"]
+    counted = count_costs(tiny_unet, 16, sequence_length=5).loc["total", "activation_bytes"]
     assert counted == pytest.approx(measured, rel=0.05)
 
 
@@ -100,11 +100,11 @@ def test_latency_is_interleaved_and_a_slower_call_has_the_larger_ratio():
 
 
 def test_a_call_of_a_unet_draws_a_batch(tiny_unet):
-    assert call_of(tiny_unet, size=16, words=5, batch_size=2)().shape == (2, 4, 16, 16)
+    assert call_of(tiny_unet, size=16, sequence_length=5, batch_size=2)().shape == (2, 4, 16, 16)
 
 
 def test_times_of_blocks_add_up_to_the_call(tiny_unet):
-    seconds = time_blocks(tiny_unet, rounds=2, size=16, words=5)
+    seconds = time_blocks(tiny_unet, rounds=2, size=16, sequence_length=5)
     assert set(kept_blocks(PLANS["full"])) == set(seconds.index)
     assert (seconds.drop("other") > 0).all() and seconds["other"] > 0
     assert not any(m._forward_pre_hooks for m in tiny_unet.modules())

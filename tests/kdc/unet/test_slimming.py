@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import kdc
+from kdc.pipelines import read_plan
 from kdc.unet.plans import PLANS, SlimPlan
 from kdc.unet.slimming import copy_map, count_parameters, student_config
 
@@ -59,8 +60,8 @@ def on_meta(config):
 def inputs(unet, size=16):
     g = torch.Generator().manual_seed(3)
     latents = torch.randn(2, unet.config.in_channels, size, size, generator=g)
-    words = torch.randn(2, 5, unet.config.cross_attention_dim, generator=g)
-    return latents, torch.tensor([3, 700]), words
+    sequence_length = torch.randn(2, 5, unet.config.cross_attention_dim, generator=g)
+    return latents, torch.tensor([3, 700]), sequence_length
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ def walk(teacher, down, up, stages, mid, bare=()):
 
     Stages in `bare`, counted from the outermost, go without their transformer blocks.
     """
-    x, t, words = inputs(teacher)
+    x, t, sequence_length = inputs(teacher)
     emb = teacher.time_embedding(teacher.time_proj(t))
     x = teacher.conv_in(x)
     skips = [x]
@@ -82,7 +83,7 @@ def walk(teacher, down, up, stages, mid, bare=()):
     def layer(block, index, x, stage):
         x = block.resnets[index](x, emb)
         if hasattr(block, "attentions") and stage not in bare:
-            x = block.attentions[index](x, encoder_hidden_states=words).sample
+            x = block.attentions[index](x, encoder_hidden_states=sequence_length).sample
         return x
 
     for number, block in enumerate(teacher.down_blocks[:stages]):
@@ -93,7 +94,7 @@ def walk(teacher, down, up, stages, mid, bare=()):
             x = block.downsamplers[0](x)
             skips.append(x)
     if mid:
-        x = teacher.mid_block(x, emb, encoder_hidden_states=words)
+        x = teacher.mid_block(x, emb, encoder_hidden_states=sequence_length)
     for number, block in enumerate(teacher.up_blocks[4 - stages :]):
         for index in up:
             x = layer(block, index, torch.cat([x, skips.pop()], dim=1), stages - 1 - number)
@@ -200,8 +201,8 @@ def test_random_weights_come_from_the_seed_and_leave_the_global_generator_alone(
 def test_a_student_opens_without_kdc_and_draws_the_same(tiny_unet, tmp_path):
     student = kdc.slim(tiny_unet, "kdc-v2")
     student.save_pretrained(tmp_path / "unet")
-    latents, times, words = inputs(student)
-    save_file({"x": latents, "t": times, "w": words}, tmp_path / "in.safetensors")
+    latents, times, sequence_length = inputs(student)
+    save_file({"x": latents, "t": times, "w": sequence_length}, tmp_path / "in.safetensors")
     code = (
         "import sys; sys.modules['kdc'] = None\n"
         "import torch; from diffusers import UNet2DConditionModel as U\n"
@@ -211,8 +212,8 @@ def test_a_student_opens_without_kdc_and_draws_the_same(tiny_unet, tmp_path):
         "save_file({'y': y}, 'out.safetensors')\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
-    drawn = load_file(tmp_path / "out.safetensors")["y"]
-    assert torch.allclose(drawn, predict(student), atol=1e-6)
+    generated = load_file(tmp_path / "out.safetensors")["y"]
+    assert torch.allclose(generated, predict(student), atol=1e-6)
 
 
 def test_what_cannot_be_cut_is_refused_with_the_reason(tiny_unet):
@@ -265,7 +266,7 @@ def test_plans_compare_by_what_they_keep_and_survive_json(tiny_unet, tmp_path):
     assert again == plan and again.name == "bare" and hash(again) == hash(plan)
     assert plan != PLANS["kdc"] and dataclasses.replace(PLANS["kdc"], name="x") == PLANS["kdc"]
     kdc.save_student(kdc.slim(tiny_unet, plan), tmp_path, steps=3)
-    assert kdc.models.read_plan(tmp_path) == plan
+    assert read_plan(tmp_path) == plan
     with pytest.raises(ValueError, match="not a slimming plan"):
         SlimPlan.from_dict({"layers": 3})
 
@@ -318,5 +319,5 @@ def test_once_for_real_at_full_size():
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.fill_(1e-3)
-        drawn = student(torch.ones(1, 4, 8, 8).bfloat16(), 5, torch.ones(1, 7, 768).bfloat16())
-    assert drawn.sample.shape == (1, 4, 8, 8) and drawn.sample.isfinite().all()
+        generated = student(torch.ones(1, 4, 8, 8).bfloat16(), 5, torch.ones(1, 7, 768).bfloat16())
+    assert generated.sample.shape == (1, 4, 8, 8) and generated.sample.isfinite().all()

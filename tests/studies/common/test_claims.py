@@ -8,7 +8,7 @@ ROWS = pd.DataFrame(
         "candidate": ["new"] * 3 + ["old"] * 3,
         "seed": [0, 1, 2] * 2,
         "accuracy": [0.8, 0.82, 0.81, 0.5, 0.51, 0.53],
-        "frechet": [5.0, 9.0, 7.0, 7.0, 6.0, 8.0],
+        "fd": [5.0, 9.0, 7.0, 7.0, 6.0, 8.0],
     }
 )
 
@@ -20,9 +20,9 @@ def test_a_claim_holds_fails_or_stays_open():
         Claim("no difference", "new", "old", "accuracy", "open"),
         Claim("worse", "new", "old", "accuracy", "worse"),
         Claim("backwards", "old", "new", "accuracy", "not worse"),
-        Claim("cannot be told", "new", "old", "frechet"),
-        Claim("and is not", "new", "old", "frechet", "open"),
-        Claim("nor worse", "new", "old", "frechet", "not worse"),
+        Claim("cannot be told", "new", "old", "fd"),
+        Claim("and is not", "new", "old", "fd", "open"),
+        Claim("nor worse", "new", "old", "fd", "not worse"),
     ]
     table = check(ROWS, claims)
     assert table["outcome"].tolist() == [
@@ -33,7 +33,7 @@ def test_a_claim_holds_fails_or_stays_open():
 
 
 def test_a_table_for_the_eye_says_a_claim_once():
-    claims = [Claim("ahead", "new", "old", m) for m in ("accuracy", "frechet")]
+    claims = [Claim("ahead", "new", "old", m) for m in ("accuracy", "fd")]
     table = laid_out(check(ROWS, claims))
     assert table.index.nlevels == 3 and list(table) == ["outcome", "difference", "expected"]
     assert table.to_html().count("ahead") == 1

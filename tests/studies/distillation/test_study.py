@@ -9,6 +9,7 @@ import torch
 
 import kdc
 from kdc import LossWeights
+from kdc.data import worlds
 from kdc.pipelines import ASSETS
 from studies.common import recipes as recipe_table
 from studies.common.protocol import MEASURES, prepare
@@ -19,13 +20,13 @@ from studies.mini import stages as mini
 from studies.mini.grades import balanced_prompts
 
 TINY = study.Settings(
-    seeds=(0, 1), steps=1, batch_size=2, pictures=16, test_pictures=64, copies=0, unseen_copies=0,
+    seeds=(0, 1), steps=1, batch_size=2, images=16, test_images=64, copies=0, unseen_copies=0,
     sampling_steps=1, made=1,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def bench(teacher):
+def setup(teacher):
     return prepare(teacher, TINY)
 
 
@@ -33,7 +34,7 @@ def test_the_recipes_differ_and_change_one_thing_at_a_time():
     recipes = study.RECIPES
     assert len(set(recipes.values())) == len(recipes)
     corrected = dataclasses.asdict(recipes["corrected"])
-    for name in ("temperature 8", "taps at both", "features raw", "no caption dropout"):
+    for name in ("temperature 8", "features at both", "raw features", "no caption dropout"):
         changed = dataclasses.asdict(recipes[name])
         outer = [k for k in corrected if changed[k] != corrected[k]]
         inner = [
@@ -41,81 +42,84 @@ def test_the_recipes_differ_and_change_one_thing_at_a_time():
         ]
         assert len(inner) + len(outer) - ("weights" in outer) == 1, name
     assert recipes["corrected"].weights == LossWeights()
-    assert recipes["random start: as published"].weights == LossWeights.as_published()
+    assert (
+        recipes["random start: authors' terms, features averaged"].weights
+        == LossWeights.as_published()
+    )
     with pytest.raises(ValueError, match="real, teacher-made, swapped captions"):
         recipe_table.Recipe(data="invented")
 
 
-def test_swapped_captions_and_made_pictures_reach_the_combinations_never_trained(bench):
-    rare = {kdc.worlds.caption(a) for a in balanced_prompts(1, held_out=True)}
-    swapped = recipe_table.pictures_of("swapped captions", bench.teacher, bench.train)
-    assert torch.equal(swapped.mean, bench.train.mean)
+def test_swapped_captions_and_made_images_reach_the_combinations_never_trained(setup):
+    rare = {worlds.caption(a) for a in balanced_prompts(1, held_out=True)}
+    swapped = recipe_table.images_of("swapped captions", setup.teacher, setup.train)
+    assert torch.equal(swapped.mean, setup.train.mean)
     shown = {swapped.captions[i] for i in swapped.caption_index.tolist()}
-    assert len(shown) > 10 and not rare & set(bench.train.captions)
+    assert len(shown) > 10 and not rare & set(setup.train.captions)
     with pytest.MonkeyPatch.context() as patch:
         some = balanced_prompts(1, held_out=True)[:3]
         patch.setattr(recipe_table, "every_combination", lambda: some)
-        made = recipe_table.pictures_of("teacher-made", bench.teacher, bench.train, made=1, steps=1)
-    assert set(made.captions) == {kdc.worlds.caption(a) for a in some} and set(made.captions) < rare
+        made = recipe_table.images_of("teacher-made", setup.teacher, setup.train, made=1, steps=1)
+    assert set(made.captions) == {worlds.caption(a) for a in some} and set(made.captions) < rare
     assert made.mean.shape == (3, 4, 16, 16) and not made.std.any()
 
 
-def test_a_remembered_teacher_teaches_what_it_would_have_said(bench, monkeypatch):
+def test_a_remembered_teacher_teaches_what_it_would_have_said(setup, monkeypatch):
     two = dataclasses.replace(TINY, steps=2)
-    recipes = [study.RECIPES[name] for name in ("corrected", "taps at both", "task, soft")]
-    answers, calls, compute = {}, [], type(bench.teacher.unet).forward
+    recipes = [study.RECIPES[name] for name in ("corrected", "features at both", "task, soft")]
+    answers, calls, compute = {}, [], type(setup.teacher.unet).forward
     monkeypatch.setattr(
-        type(bench.teacher.unet),
+        type(setup.teacher.unet),
         "forward",
-        lambda unet, *a, **k: calls.append(unet is bench.teacher.unet) or compute(unet, *a, **k),
+        lambda unet, *a, **k: calls.append(unet is setup.teacher.unet) or compute(unet, *a, **k),
     )
     for recipe in recipes:
-        alone, log = study.follow(bench, bench.train, recipe, 0, two)
+        alone, log = study.follow(setup, setup.train, recipe, 0, two)
         before = sum(calls)
-        shared, same = study.follow(bench, bench.train, recipe, 0, two, answers)
+        shared, same = study.follow(setup, setup.train, recipe, 0, two, answers)
         assert sum(calls) - before == (2 if recipe is recipes[0] else 0)
         assert log.equals(same) and len(answers) == 2
         pairs = zip(alone.parameters(), shared.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-    assert bench.teacher.unet.forward.__func__ is type(bench.teacher.unet).forward
-    unet, latents = bench.teacher.unet, bench.train.mean[:1]
-    words = bench.train.embeddings[:1]
+    assert setup.teacher.unet.forward.__func__ is type(setup.teacher.unet).forward
+    unet, latents = setup.teacher.unet, setup.train.mean[:1]
+    prompt_embeds = setup.train.embeddings[:1]
     with remembering(unet, [], answers := {}), torch.no_grad():
-        unet(latents, torch.tensor([5]), words, return_dict=False)
-        tap = kdc.FeatureTaps(unet, ["mid_block"])
+        unet(latents, torch.tensor([5]), prompt_embeds, return_dict=False)
+        hooked = kdc.FeatureHooks(unet, ["mid_block"])
         with pytest.raises(RuntimeError, match="mid_block has a hook"):
-            unet(latents, torch.tensor([5]), words, return_dict=False)
-        tap.close()
+            unet(latents, torch.tensor([5]), prompt_embeds, return_dict=False)
+        hooked.close()
         with remembering(unet, [], inner := {}):  # one around another: both remember
-            unet(latents, torch.tensor([6]), words, return_dict=False)
-        unet(latents, torch.tensor([7]), words, return_dict=False)
+            unet(latents, torch.tensor([6]), prompt_embeds, return_dict=False)
+        unet(latents, torch.tensor([7]), prompt_embeds, return_dict=False)
         assert len(inner) == 1 and len(answers) == 3
     assert "forward" not in vars(unet)
 
 
-def test_pictures_of_every_recipe_come_from_one_seed_and_lie_beside_the_rows(
-    bench, tmp_path, monkeypatch
+def test_images_of_every_recipe_come_from_one_seed_and_lie_beside_the_rows(
+    setup, tmp_path, monkeypatch
 ):
-    asked = dataclasses.replace(bench, asked=[object()])
-    monkeypatch.setattr(study, "judge", lambda bench, unet, seed: {"accuracy": 0.5})
+    asked = dataclasses.replace(setup, asked=[object()])
+    monkeypatch.setattr(study, "judge", lambda setup, unet, seed: {"accuracy": 0.5})
     monkeypatch.setattr(study, "prepare", lambda teacher, settings: asked)
-    monkeypatch.setattr(study, "score", lambda bench, pipeline, seed: {"accuracy": 1.0})
+    monkeypatch.setattr(study, "score", lambda setup, pipeline, seed: {"accuracy": 1.0})
     small = dataclasses.asdict(TINY)
     path = study.run(tmp_path, tmp_path / "rows", ["task", "random start: task"], **small)
     rows, logs, teacher = report.stored(path.parent)
     assert set(rows["candidate"]) == {"task", "random start: task"} == set(logs)
-    pictures, captions = report.shown(path.parent)
-    assert list(pictures) == ["teacher", "task", "random start: task"] and len(captions) == 8
-    drawn = kdc.generate(bench.teacher, list(captions), seed=0, steps=1)
-    assert torch.equal(torch.stack([torch.tensor(x) for x in pictures["teacher"]]), drawn)
-    assert not (pictures["task"][0] == pictures["teacher"][0]).all()
+    images, captions = report.shown(path.parent)
+    assert list(images) == ["teacher", "task", "random start: task"] and len(captions) == 8
+    generated = kdc.generate(setup.teacher, list(captions), seed=0, steps=1)
+    assert torch.equal(torch.stack([torch.tensor(x) for x in images["teacher"]]), generated)
+    assert not (images["task"][0] == images["teacher"][0]).all()
     assert len(list((tmp_path / "rows").glob("*.png"))) == 2  # of the first seed alone
 
 
 def test_every_claim_compares_recipes_that_are_followed():
     rows = [c for claims in report.CLAIMS.values() for c in claims]
-    assert len(rows) == 52 and all({c.candidate, c.rival} <= set(study.RECIPES) for c in rows)
-    used = {name for claim in rows for name in (claim.candidate, claim.rival)}
+    assert len(rows) == 52 and all({c.candidate, c.baseline} <= set(study.RECIPES) for c in rows)
+    used = {name for claim in rows for name in (claim.candidate, claim.baseline)}
     left = set(study.RECIPES) - used
     assert not {name for name in left if "random start" not in name}, left
     assert set(report.MAIN) <= used and all(c.measure in MEASURES for c in rows)
@@ -136,13 +140,13 @@ def test_the_gap_to_the_teacher_is_0_for_the_start_and_1_for_the_teacher():
 
 
 def test_the_best_recipe_has_the_lowest_mean_rank_among_those_of_the_same_plan():
-    names = ["task", "corrected", "output", "published, newest"]
+    names = ["task", "corrected", "output", "authors' newest terms"]
     rows = pd.DataFrame(
         {
             "candidate": names,
             "accuracy": [0.2, 0.9, 0.8, 1.0],
             "output_error": [0.3, 0.1, 0.05, 0.0],
-            "frechet": [9.0, 4.0, 5.0, 0.0],
+            "fd": [9.0, 4.0, 5.0, 0.0],
         }
     )
     assert report.best(rows) == "corrected"
@@ -180,26 +184,26 @@ def test_differences_fall_on_the_gradient_as_the_square_of_the_step():
         assert np.array_equal(a, b)
 
 
-def test_a_stopped_study_goes_on_and_keeps_logs(bench, tmp_path, monkeypatch):
+def test_a_stopped_study_goes_on_and_keeps_logs(setup, tmp_path, monkeypatch):
     recipes = {name: study.RECIPES[name] for name in ("task", "random start: task")}
     made, follow = [], study.follow
 
-    def counted(bench, data, recipe, seed, settings, answers):
+    def counted(setup, data, recipe, seed, settings, answers):
         made.append((recipe.init, seed))
         if len(made) == 3:
             raise KeyboardInterrupt
-        return follow(bench, data, recipe, seed, settings, answers)
+        return follow(setup, data, recipe, seed, settings, answers)
 
     monkeypatch.setattr(study, "follow", counted)
     with pytest.raises(KeyboardInterrupt):
-        study.study(bench, TINY, tmp_path, recipes)
-    rows, logs = study.study(bench, TINY, tmp_path, recipes)
+        study.study(setup, TINY, tmp_path, recipes)
+    rows, logs = study.study(setup, TINY, tmp_path, recipes)
     assert made == [("copy", 0), ("random", 0), ("copy", 1), ("copy", 1), ("random", 1)]
     assert rows["candidate"].tolist() == list(recipes) * 2 and (rows["output_error"] > 0).all()
     assert [len(runs) for runs in logs.values()] == [2, 2]
     assert logs["task"][0]["step"] == [1] and logs["task"][0]["task"] != logs["task"][1]["task"]
-    with pytest.raises(ValueError, match="other settings"):
-        study.study(bench, dataclasses.replace(TINY, steps=2), tmp_path, recipes)
+    with pytest.raises(ValueError, match="was made with .*, now "):
+        study.study(setup, dataclasses.replace(TINY, steps=2), tmp_path, recipes)
 
 
 def test_the_shipped_student_is_of_the_best_recipe_of_the_stored_study():

@@ -10,13 +10,13 @@ LABEL = f"{SHIPPED}, ddim, 4 steps"
 
 
 def scores(accuracy, clip, fid=1.0):
-    values = {"accuracy": accuracy, "clip": clip, "fid": fid, "diversity": None}
+    values = {"accuracy": accuracy, "clip": clip, "fd": fid, "diversity": None}
     return {
         name: {
             "value": value,
             "spread": 0.1,
             "samples": 144,
-            "floor": 0.5 if name == "fid" else None,
+            "real_vs_real": 0.5 if name == "fd" else None,
         }
         for name, value in values.items()
     }
@@ -82,7 +82,7 @@ def test_the_frontier_has_the_time_of_each_setting():
         for n, s, m in (("teacher", 50, 5.0), (SHIPPED, 4, 1.0))
         for b in (1, 8)
     ]
-    rows = report.frontier(steps(), {"pictures": clock})
+    rows = report.frontier(steps(), {"images": clock})
     assert rows["median"].tolist() == [5.0, 1.0] and len(rows) == 2
     assert report.curves_of(rows, "accuracy")[f"{SHIPPED}, ddim"] == ([1.0], [0.95])
 
@@ -101,7 +101,7 @@ def test_spreads_of_retraining_and_sampling_stand_apart():
     shown = report.equal_steps(table())
     assert shown.loc["accuracy", "corrected"] == "0.8 ± (0.02, 0.01)"
     assert shown.loc["accuracy", "teacher"] == "1 ± 0.1" and shown.loc["recall", "teacher"] == ""
-    assert shown.loc["fid", "real against real"] == "0.5"
+    assert shown.loc["fd", "real against real"] == "0.5"
     assert report.verdicts(table()).iloc[0, 0] == "worse (p = 0.010)"
 
 

@@ -11,8 +11,8 @@ from studies.evaluation import stages, study
 from studies.evaluation.study import Settings
 
 TINY = Settings(
-    recipes=("as published", "corrected"), training_steps=1, trainings=(0, 1), steps=(1, 2),
-    schedulers=("dpm++", "ddim"), goal_steps=2, drawn=8, choosing_drawn=8, references=16,
+    recipes=("authors' terms, features averaged", "corrected"), training_steps=1, trainings=(0, 1), steps=(1, 2),
+    schedulers=("dpm++", "ddim"), goal_steps=2, generated=8, choosing_generated=8, references=16,
     seeds=(0, 1), table_steps=1, batch_sizes=(1, 2), rounds=2,
 )  # fmt: skip
 
@@ -44,17 +44,19 @@ def times(**seconds):
 
 
 def test_the_fastest_good_setting_is_chosen_and_the_best_of_the_quick_ones():
-    drawn = rows(teacher={1: 0.5, 2: 1.0}, student={1: 0.949, 2: 0.95, 3: 0.96, 4: 0.99, 5: 0.9})
+    generated = rows(
+        teacher={1: 0.5, 2: 1.0}, student={1: 0.949, 2: 0.95, 3: 0.96, 4: 0.99, 5: 0.9}
+    )
     clock = times(
         teacher={1: 5.0, 2: 10.0}, student={1: 0.5, 2: 1.0, 3: 2.0, 4: 2.1, 5: 1.9}
     )  # only 3 is good, quick, and of the highest CLIP score: 4 is slow, 5 not good
-    teacher, fastest, best = study.choose(drawn, clock, TINY)
+    teacher, fastest, best = study.choose(generated, clock, TINY)
     assert (teacher["pipeline"], teacher["steps"], teacher["rules"]) == ("teacher", 2, ["fastest"])
     assert (fastest["steps"], fastest["ratio"], fastest["rules"]) == (2, 0.1, ["fastest"])
     assert (best["steps"], best["rules"]) == (3, ["best"])
     assert study.label_of(best) == "student, dpm++, 3 steps"
-    drawn = rows(teacher={2: 1.0}, student={1: 0.9, 2: 1.0})
-    both = study.choose(drawn, times(teacher={2: 10.0}, student={1: 0.5, 2: 1.0}), TINY)
+    generated = rows(teacher={2: 1.0}, student={1: 0.9, 2: 1.0})
+    both = study.choose(generated, times(teacher={2: 10.0}, student={1: 0.5, 2: 1.0}), TINY)
     assert [row["rules"] for row in both] == [["fastest"], ["fastest", "best"]]
     none = study.choose(
         rows(teacher={2: 1.0}, student={1: 0.9}), times(teacher={2: 9.0}, student={1: 1.0}), TINY
@@ -63,7 +65,7 @@ def test_the_fastest_good_setting_is_chosen_and_the_best_of_the_quick_ones():
 
 
 def test_the_stages_write_what_the_chapter_reads(teacher, tmp_path, monkeypatch):
-    small = {"pictures": 24, "test_pictures": 8}
+    small = {"images": 24, "test_images": 8}
     defaults = stages.distillation.Settings
     monkeypatch.setattr(
         stages.distillation, "Settings", lambda **s: defaults(**small, batch_size=2, **s)
@@ -75,7 +77,7 @@ def test_the_stages_write_what_the_chapter_reads(teacher, tmp_path, monkeypatch)
     assert [path.stem for path in paths] == [
         "evaluation_timing", "evaluation_steps", "evaluation_table"
     ]  # fmt: skip
-    timed = pd.DataFrame(ledger.read("evaluation_timing", tmp_path)["pictures"])
+    timed = pd.DataFrame(ledger.read("evaluation_timing", tmp_path)["images"])
     assert len(timed) == 8 and timed.loc[0, ["pipeline", "steps", "ratio"]].tolist() == [
         "teacher", 2, 1.0
     ]  # fmt: skip
@@ -87,10 +89,10 @@ def test_the_stages_write_what_the_chapter_reads(teacher, tmp_path, monkeypatch)
         }  # fmt: skip
     table = ledger.read("evaluation_table", tmp_path)
     assert set(table["tables"]) == {
-        "teacher", study.SHIPPED, "as published, 0", "as published, 1", "corrected, 0",
+        "teacher", study.SHIPPED, "authors' terms, features averaged, 0", "authors' terms, features averaged, 1", "corrected, 0",
         "corrected, 1",
     }  # fmt: skip
-    assert "as published - corrected" in table["compared"]
+    assert "authors' terms, features averaged - corrected" in table["compared"]
     assert table["retraining"]["corrected"]["accuracy"]["retraining"] >= 0
     assert "NaN" not in (tmp_path / "evaluation_table.json").read_text()
     json.loads((tmp_path / "evaluation_table.json").read_text())
@@ -105,13 +107,13 @@ def test_the_stages_write_what_the_chapter_reads(teacher, tmp_path, monkeypatch)
     assert len(stages.trained(teacher, TINY, tmp_path / "rows" / "students")["corrected"]) == 2
 
 
-def test_samplers_of_one_noise_schedule_draw_nearly_the_same_picture(teacher):
-    """All three follow the same path from noise to picture, so with many steps they must meet."""
+def test_samplers_of_one_noise_schedule_draw_nearly_the_same_image(teacher):
+    """All three follow the same path from noise to image, so with many steps they must meet."""
     prompt = ["a red daisy on a sky background"]
-    drawn = {
+    generated = {
         name: kdc.generate(latency.with_scheduler(teacher, name), prompt, steps=16, guidance=2.0)
         for name in latency.SCHEDULERS
     }
     for name in ("ddim", "euler"):
-        apart = (drawn[name].float() - drawn["dpm++"].float()).abs().mean()
+        apart = (generated[name].float() - generated["dpm++"].float()).abs().mean()
         assert 0 < apart < 6, name

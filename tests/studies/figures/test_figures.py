@@ -12,10 +12,10 @@ def close_figures():
     plt.close("all")
 
 
-def test_a_grid_shows_the_pictures_it_was_given():
+def test_a_grid_shows_the_images_it_was_given():
     signed = torch.linspace(-1, 1, 3 * 8 * 8).reshape(3, 8, 8)
     whole = ((signed + 1) * 127.5 + 0.5).to(torch.uint8)
-    figure = figures.picture_grid({"a": [signed, signed], "b": [whole]}, ["one two", "three"])
+    figure = figures.image_grid({"a": [signed, signed], "b": [whole]}, ["one two", "three"])
     images = [axis.images[0].get_array() for axis in figure.axes if axis.images]
     assert len(images) == 3
     assert (images[0] == images[2]).all()
@@ -81,7 +81,7 @@ def test_dots_stand_at_their_values_with_their_spread():
     assert axis.yaxis_inverted() and axis.get_xlabel() == "share"
 
 
-def test_heat_maps_show_their_tables_on_one_scale():
+def test_halving_round_maps_show_their_tables_on_one_scale():
     table = pd.DataFrame([[1.0, 10.0], [100.0, 0.1]], index=["a", "b"], columns=[5, 9])
     left, right, _ = figures.heat_map({"one": table, "ten": table * 10}, "error").axes
     assert (right.images[0].get_array() == table.to_numpy() * 10).all()
@@ -121,13 +121,13 @@ def test_a_family_has_one_mark_and_a_name_one_colour():
 def test_doses_draw_a_panel_a_fault_and_a_line_a_score():
     rows = pd.DataFrame(
         [
-            {"fault": fault, "dose": dose, "fid": dose + seed, "clip": 1 - dose}
+            {"fault": fault, "dose": dose, "fd": dose + seed, "clip": 1 - dose}
             for fault in ("blur", "jpeg", "hue")
             for dose in (0, 2)
             for seed in (0, 1)
         ]
     )
-    figure = figures.doses(rows, ["fid", "clip"], columns=2)
+    figure = figures.doses(rows, ["fd", "clip"], columns=2)
     shown = [axis for axis in figure.axes if axis.get_title()]
     assert [axis.get_title() for axis in shown] == ["blur", "jpeg", "hue"]
     assert shown[0].lines[0].get_ydata().tolist() == [0.5, 2.5]

@@ -40,12 +40,12 @@ def test_dead_leaves_have_the_spectrum_of_photographs():
     assert -2.8 < slope < -1.9
 
 
-def test_world_pictures_show_what_they_say_and_leave_out_the_held_out():
-    drawn, shown = images.world_pictures(20, "train", seed=3)
-    assert drawn.shape == (20, 3, 64, 64) and len(shown) == 20
+def test_world_images_show_what_they_say_and_leave_out_the_held_out():
+    generated, shown = images.world_images(20, "train", seed=3)
+    assert generated.shape == (20, 3, 64, 64) and len(shown) == 20
     assert all((a.colour, a.kind) not in worlds.world(a.world).held_out for a in shown)
-    again, _ = images.world_pictures(20, "train", seed=3)
-    assert torch.equal(drawn, again)
+    again, _ = images.world_images(20, "train", seed=3)
+    assert torch.equal(generated, again)
 
 
 def test_every_stage_runs_hands_on_and_is_not_repeated(tmp_path, capsys):
@@ -94,9 +94,9 @@ def test_psnr_of_a_known_error():
             return type("S", (), {"sample": self.x * 0 + self.x + 0.02})
 
     pipeline = type("Pipe", (), {"vae": Off(), "device": "cpu"})
-    pictures_ = torch.zeros(2, 3, 8, 8)
+    images_ = torch.zeros(2, 3, 8, 8)
     # an error of 0.02 on a range of 2: 20 log10(2 / 0.02) = 40 dB
-    assert grades.psnr(pipeline, pictures_).tolist() == pytest.approx([40, 40], abs=1e-3)
+    assert grades.psnr(pipeline, images_).tolist() == pytest.approx([40, 40], abs=1e-3)
 
 
 def test_the_stored_grades_are_complete_and_their_goals_the_codes():
@@ -104,7 +104,7 @@ def test_the_stored_grades_are_complete_and_their_goals_the_codes():
     assert stored["goals"] == grades.GOALS
     for name in ("teacher", "student"):
         assert stored[name]["samples"] >= 500
-        for key in ("colour", "kind", "background", "fd_over_floor", "held_out_kind"):
+        for key in ("colour", "kind", "background", "fd_over_real_vs_real", "held_out_kind"):
             assert np.isfinite(stored[name][key])
 
 
@@ -116,8 +116,8 @@ def test_the_readme_shows_the_stored_grades():
 
 def test_the_readme_says_where_the_frechet_distance_comes_from():
     readme = (Path(__file__).parents[3] / "README.md").read_text()
-    stored = ledger.read("mini_frechet")
-    assert f"on {stored['samples']} pictures" in readme
+    stored = ledger.read("mini_fd")
+    assert f"on {stored['samples']} images" in readme
     ratios = stored["ratios"]
     assert f"are at {ratios['autoencoder']:.1f} times" in readme
     for guidance in ("1.5", "3", "7.5"):
@@ -132,8 +132,8 @@ def test_the_report_says_which_goals_are_missed():
     stored = {
         "classifier": dict.fromkeys(("colour", "kind", "background"), 0.995),
         "autoencoder": {"psnr_worlds": 27.9},
-        "teacher": row | {"fd_over_floor": 2.9},
-        "student": row | {"fd_over_floor": 3.4},
+        "teacher": row | {"fd_over_real_vs_real": 2.9},
+        "student": row | {"fd_over_real_vs_real": 3.4},
     }
     met = grades.report(stored)["met"].tolist()
     assert met == ["yes", "no", "not measured", "yes", "yes", "yes", "no", "yes"]

@@ -16,12 +16,12 @@ def test_less_precision_loses_more_and_full_precision_nothing(teacher):
     assert buffers.decoded_loss(teacher, coarse, count=4)["int8"] < found["int8"]
 
 
-def test_pictures_after_each_task_are_read_by_trial_and_task(tmp_path):
+def test_images_after_each_task_are_read_by_trial_and_task(tmp_path):
     sheet = np.zeros((2 * 4, 3 * 4, 3), dtype=np.uint8)
     sheet[4:, 8:] = 200  # the third prompt after the second task
     file = stem_of(tmp_path, "here", "as given", "replay", 0).with_suffix(".png")
     Image.fromarray(sheet).save(file)
-    rows = buffers.drawn_after(tmp_path, "here", "as given", 0, ["a", "b"], ["replay"], 3)
+    rows = buffers.generated_after(tmp_path, "here", "as given", 0, ["a", "b"], ["replay"], 3)
     assert list(rows) == ["replay, after a", "replay, after b"]
-    means = [[picture.mean() for picture in row] for row in rows.values()]
+    means = [[image.mean() for image in row] for row in rows.values()]
     assert means == [[0, 0, 0], [0, 0, 200]] and rows["replay, after a"][0].shape == (3, 4, 4)

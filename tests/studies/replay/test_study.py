@@ -14,25 +14,25 @@ from kdc.evaluation import metrics
 from studies.replay import report
 from studies.replay import stages as sequences
 from studies.replay import study as forgetting
-from studies.replay import tasks as exams
+from studies.replay import tasks as task_tests
 from studies.replay.study import Settings
 from studies.replay.variants import STAGES
 
 TINY = Settings(
-    pictures=12, test_pictures=4, steps=1, class_steps=1, batch_size=2, drawn=2, drawn_photos=2,
+    images=12, test_images=4, steps=1, class_steps=1, batch_size=2, generated=2, generated_photos=2,
     sampling_steps=1, seeds=(0,), tuning=1,
 )  # fmt: skip
-SIZES = {"pictures": 12, "test_pictures": 4, "drawn": 2}
+SIZES = {"images": 12, "test_images": 4, "generated": 2}
 
 
 @pytest.fixture(scope="module")
 def both(teacher):
-    return exams.domain_tasks(teacher, tuple(worlds.WORLDS), **SIZES)
+    return task_tests.domain_tasks(teacher, tuple(worlds.WORLDS), **SIZES)
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Four classes of ten pictures each, one of which is for testing."""
+    """Four classes of ten images each, one of which is for testing."""
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for name in ("aster", "iris", "lily", "rose"):
         for index in range(10):
@@ -45,46 +45,50 @@ def photos(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def a_short_look(monkeypatch):
     monkeypatch.setattr(
-        exams, "output_error", functools.partial(kdc.output_error, count=2, levels=1)
+        task_tests, "output_error", functools.partial(kdc.output_error, count=2, levels=1)
     )
 
 
-def test_domains_have_exams_of_what_they_show(both, teacher):
+def test_domains_have_tests_of_what_they_show(both, teacher):
     flora, lepidoptera = both
     assert (flora.name, lepidoptera.name) == tuple(worlds.WORLDS)
     assert {a.world for a in flora.test.asked} == {"flora"} and flora.test.reference is None
     assert [worlds.caption(a) for a in flora.test.asked] == list(flora.prompts)
     assert set(flora.labels) <= set(worlds.FLORA.kinds) and len(flora.labels) == 12
-    rest = exams.beyond(teacher, tuple(worlds.WORLDS), flora)
+    rest = task_tests.beyond(teacher, tuple(worlds.WORLDS), flora)
     unseen = {c for w in worlds.WORLDS.values() for c in map(worlds.caption, w.combinations(True))}
     assert set(rest.prompts) == unseen and len(rest.test.asked) == len(unseen)
 
 
 def test_classes_of_a_world_are_asked_for_their_own_kind(teacher):
-    tasks = exams.class_tasks(teacher, "flora", order=1, pictures=60, test_pictures=60, drawn=12)
+    tasks = task_tests.class_tasks(
+        teacher, "flora", order=1, images=60, test_images=60, generated=12
+    )
     assert sorted(task.name for task in tasks) == sorted(worlds.FLORA.kinds)
     for task in tasks:
         assert {a.kind for a in task.test.asked} == {task.name} and len(task.prompts) == 2
-    other = exams.class_tasks(teacher, "flora", order=2, pictures=60, test_pictures=60, drawn=12)
+    other = task_tests.class_tasks(
+        teacher, "flora", order=2, images=60, test_images=60, generated=12
+    )
     assert [task.name for task in other] != [task.name for task in tasks]
 
 
 def test_a_folder_makes_two_halves_or_a_task_for_each_folder(teacher, photos):
-    first, second = exams.class_tasks(teacher, photos, per_task=None, drawn=4)
+    first, second = task_tests.class_tasks(teacher, photos, per_task=None, generated=4)
     for task, names in ((first, ("aster", "iris")), (second, ("lily", "rose"))):
         assert [caption.split()[-1] for caption in sorted(task.prompts)] == list(names)
     assert len(first.train) == 18 and len(first.test.latents) == 2 and not first.test.asked
-    (task,) = exams.domain_tasks(teacher, [photos / "train"], drawn=4)
+    (task,) = task_tests.domain_tasks(teacher, [photos / "train"], generated=4)
     assert set(task.prompts) == set(task.train.captions) and task.test.reference is None
 
 
 def test_two_tasks_by_one_text(teacher, photos):
     def names(dataset):
-        return [task.name for task in exams.tasks_of(teacher, dataset, **SIZES)]
+        return [task.name for task in task_tests.tasks_of(teacher, dataset, **SIZES)]
 
     assert names("worlds") == ["flora", "lepidoptera"]
     assert names(f"lepidoptera then {photos / 'train'}") == ["lepidoptera", "train"]
-    halves = exams.tasks_of(teacher, photos, **SIZES)
+    halves = task_tests.tasks_of(teacher, photos, **SIZES)
     assert [len(set(task.train.captions)) for task in halves] == [2, 2]
     with pytest.raises(FileNotFoundError, match="nowhere"):
         names("flora then nowhere/at/all")
@@ -92,16 +96,16 @@ def test_two_tasks_by_one_text(teacher, photos):
 
 def test_a_student_is_drawn_from_once_and_lacking_metrics_are_nan(both, teacher, monkeypatch):
     calls = []
-    scorer = exams.Scorer(teacher, both[0], seed=0, steps=1)
-    assert scorer.directions == {"output_error": "lower", "accuracy": "higher"}
-    generate = exams.models.generate
+    scorer = task_tests.Scorer(teacher, both[0], seed=0, steps=1)
+    assert scorer.higher_is_better == {"output_error": False, "accuracy": True}
+    generate = task_tests.pipelines.generate
     monkeypatch.setattr(
-        exams.models, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k)
+        task_tests.pipelines, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k)
     )
     pipeline = kdc.with_unet(teacher, kdc.slim(teacher.unet, "kdc"))
     scores = scorer(pipeline, both[0])
     assert scorer(pipeline, both[0]) == scores and len(calls) == 1
-    right = metrics.attribute_accuracy(scorer.drawn["flora"], both[0].test.asked)["all"]
+    right = metrics.attribute_accuracy(scorer.generated["flora"], both[0].test.asked)["all"]
     held_back = both[0].test.latents
     expected = kdc.output_error(pipeline.unet, teacher, held_back, count=2, levels=1).mean()
     assert scores == {"output_error": pytest.approx(expected), "accuracy": pytest.approx(right)}
@@ -111,24 +115,24 @@ def test_a_student_is_drawn_from_once_and_lacking_metrics_are_nan(both, teacher,
 
 
 def test_leakage_is_half_for_strangers_and_whole_for_copies(both, teacher, monkeypatch):
-    scorer = exams.Scorer(teacher, both[0], seed=0, steps=1)
+    scorer = task_tests.Scorer(teacher, both[0], seed=0, steps=1)
     buffer = kdc.ReplayBuffer(4, "fifo", "float32")
     buffer.add(both[0].train, torch.arange(4))
     latents = buffer.items()["mean"]
     scale = teacher.vae.config.scaling_factor
     with torch.no_grad():
-        pictures = teacher.vae.decode(latents / scale).sample.clamp(-1, 1)
-    scorer.drawn["flora"] = ((pictures + 1) * 127.5 + 0.5).to(torch.uint8)
-    assert exams.leakage(buffer, both[0], scorer) == {"share": 1.0, "items": 4, "drawn": 4}
+        images = teacher.vae.decode(latents / scale).sample.clamp(-1, 1)
+    scorer.generated["flora"] = ((images + 1) * 127.5 + 0.5).to(torch.uint8)
+    assert task_tests.leakage(buffer, both[0], scorer) == {"share": 1.0, "items": 4, "generated": 4}
     same = dataclasses.replace(both[0].train, mean=both[0].test.latents.mean[:4].clone())
     # copies of what is held back are nearer to that than to the buffer
     with torch.no_grad():
         theirs = teacher.vae.decode(same.mean / scale).sample.clamp(-1, 1)
-    scorer.drawn["flora"] = ((theirs + 1) * 127.5 + 0.5).to(torch.uint8)
-    assert exams.leakage(buffer, both[0], scorer)["share"] == 0.0
+    scorer.generated["flora"] = ((theirs + 1) * 127.5 + 0.5).to(torch.uint8)
+    assert task_tests.leakage(buffer, both[0], scorer)["share"] == 0.0
     later = kdc.ReplayBuffer(4, "fifo", "float32")
     later.add(both[1].train, torch.arange(4), task=1)
-    assert exams.leakage(later, both[0], scorer) is None
+    assert task_tests.leakage(later, both[0], scorer) is None
 
 
 def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, photos):
@@ -140,8 +144,10 @@ def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, 
     }
     monkeypatch.setattr(sequences, "STAGES", small)
     monkeypatch.setattr(report, "STAGES", small)
-    settings = dataclasses.asdict(TINY) | {"pictures": 30, "test_pictures": 30}
-    rest = exams.beyond(teacher, ("flora",), exams.domain_tasks(teacher, ("flora",), **SIZES)[0])
+    settings = dataclasses.asdict(TINY) | {"images": 30, "test_images": 30}
+    rest = task_tests.beyond(
+        teacher, ("flora",), task_tests.domain_tasks(teacher, ("flora",), **SIZES)[0]
+    )
     rest = dataclasses.replace(
         rest,
         prompts=rest.prompts[:2],
@@ -162,24 +168,24 @@ def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, 
     assert lines["old_accuracy"].between(0, 1).all() and (lines["old_output_error"] > 0).all()
     assert lines.set_index("candidate")["bytes"].loc["replay"].min() > 0
     assert len(report.table(report.stored("buffers", tmp_path))) == 4
-    pictures, captions = report.shown(results=tmp_path)
+    images, captions = report.shown(results=tmp_path)
     assert (
-        list(pictures) == ["teacher", "after the first task", *small["domains"]]
+        list(images) == ["teacher", "after the first task", *small["domains"]]
         and len(captions) == 8
     )
     assert (folder / "teacher" / "unet").is_dir()
     photo = report.stored("photos", tmp_path)[0]
     assert set(photo["matrices"]) == {"output_error"} and photo["leakage"] is None
-    pictures, captions = report.shown("photos", tmp_path)
+    images, captions = report.shown("photos", tmp_path)
     assert [c.split()[-1] for c in captions] == ["aster", "iris", "lily", "rose"]
-    assert list(pictures) == ["teacher", "after the first task", "finetune"]
+    assert list(images) == ["teacher", "after the first task", "finetune"]
 
     def never(*arguments, **settings):
         raise AssertionError("made again")
 
     monkeypatch.setattr(forgetting, "run_sequence", never)
     assert sequences.run(["buffers"], tmp_path, folder, **settings)  # read back
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="was made with .*, now "):
         sequences.run(["buffers"], tmp_path, folder, **(settings | {"batch_size": 3}))
     with pytest.raises(ValueError, match="unknown stages"):
         sequences.run(["domain"])
@@ -189,12 +195,12 @@ def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, 
         sequences.run(["photos"], photos=tmp_path / "nothing")
 
 
-def matrix(values, direction, metric):
-    return kdc.ScoreMatrix(np.array(values), direction, metric).to_dict()
+def matrix(values, higher_is_better, metric):
+    return kdc.ScoreMatrix(np.array(values), higher_is_better, metric).to_dict()
 
 
 def rows_of(name, old, new, seeds=(0, 1, 2)):
-    counts = {n: [3, 4] for n in report.PICTURES} | {
+    counts = {n: [3, 4] for n in report.IMAGES} | {
         "buffer_bytes": [10, 20], "embedding_bytes": [0, 2], "model_bytes": [0, 5],
     }  # fmt: skip
     return [
@@ -205,8 +211,8 @@ def rows_of(name, old, new, seeds=(0, 1, 2)):
             "counts": counts,
             "leakage": {"share": 0.5, "items": 3},
             "matrices": {
-                "accuracy": matrix([[0.9, 0.1], [old + 0.01 * seed, new]], "higher", "accuracy"),
-                "output_error": matrix([[0.1, 0.9], [0.3, 0.1]], "lower", "output_error"),
+                "accuracy": matrix([[0.9, 0.1], [old + 0.01 * seed, new]], True, "accuracy"),
+                "output_error": matrix([[0.1, 0.9], [0.3, 0.1]], False, "output_error"),
             },
         }
         for seed in seeds
@@ -222,7 +228,7 @@ def test_the_table_the_goals_and_the_claims_say_what_the_matrices_say():
     assert (first["old_accuracy"], first["new_accuracy"]) == (0.2, 0.9)
     assert first["forgetting_accuracy"] == pytest.approx(0.7)
     assert first["forgetting_output_error"] == pytest.approx(0.2)
-    assert first["pictures"] == 7 * len(report.PICTURES) and first["bytes"] == 27
+    assert first["images"] == 7 * len(report.IMAGES) and first["bytes"] == 27
     assert first["buffer_bytes"] == 22 and first["seed"] == "a first, 0"
     met = report.goals(lines)
     assert met["met"].tolist() == [True, True, True]
@@ -256,12 +262,12 @@ def test_every_claim_compares_trials_of_its_stage_by_a_known_measure():
         known = set(STAGES[stage])
         known |= set(STAGES["domains"]) if stage in report.BESIDE else set()
         for claim in claims:
-            assert {claim.candidate, claim.rival} <= known, claim
+            assert {claim.candidate, claim.baseline} <= known, claim
             assert claim.measure in report.MEASURES
     assert len({json.dumps(dataclasses.asdict(t)) for t in STAGES["classes"].values()}) == 7
-    stages = ["domains", "buffers", "ratios", "guides", "plain", "classes", "photos"]
+    stages = ["domains", "buffers", "ratios", "teachers", "plain", "classes", "photos"]
     assert list(STAGES) == stages
-    alike = [*STAGES["guides"].values()]
+    alike = [*STAGES["teachers"].values()]
     alike += [STAGES["domains"][name] for name in ("replay", "replay+distil")]
     kept = [t for t in alike if t.strategy.source == "buffer"]
     assert len({(t.strategy.guide, str(t.strategy.old_weights)) for t in kept}) == 6

@@ -80,13 +80,13 @@ def test_only_plans_within_both_limits_are_named():
     assert report.within(timed, ["fast", "slow", "large"]) == ["fast"]
 
 
-def test_the_winner_of_a_heat_is_placed_by_the_other_judgements():
+def test_the_winner_of_a_halving_round_is_placed_by_the_other_judgements():
     finalists = [
         {"plan": "b", "score": 2.0, "after_cut": 9.0, "recovered": 0.1},
         {"plan": "a", "score": 1.0, "after_cut": 8.0, "recovered": 0.2},
         {"plan": "c", "score": 3.0, "after_cut": 7.0, "recovered": 0.3},
     ]
-    row = report.last_heats({"x": {"finalists": finalists}}).loc["x"]
+    row = report.last_rounds({"x": {"finalists": finalists}}).loc["x"]
     assert row.tolist() == [3, 2, 3, 9.0, 0.1, 0.3]
 
 
@@ -94,14 +94,14 @@ def test_a_study_of_ones_own_has_what_the_stored_one_has(teacher, tmp_path, monk
     """With the recovery, the search and the timing replaced: they have tests of their own."""
     plan = plan_without(["mid-block"], "found: macs")
     study = report.slimming
-    settings = study.Settings(seeds=(3, 4), fresh_seeds=(), pictures=2, test_pictures=2)
+    settings = study.Settings(seeds=(3, 4), fresh_seeds=(), images=2, test_images=2)
     timed = pd.DataFrame(
         {"parameters": 10.0, "macs": 10.0, "ratio": 0.5}, index=[*PLANS, plan.name]
     )
     found = {plan.name: {"plan": json.loads(json.dumps(plan.to_dict())), "finalists": []}}
     asked = {}
 
-    def recover(bench, candidates, settings, folder):
+    def recover(setup, candidates, settings, folder):
         asked.update(candidates)
         pairs = [(name, seed) for name, plans in candidates.items() for seed in plans]
         table = pd.DataFrame(pairs, columns=["candidate", "seed"])
@@ -128,5 +128,5 @@ def test_the_stored_study_is_whole():
     assert set(study.followed) <= set(study.rows["candidate"]) & set(study.timed.index)
     left = set(study.found) - set(study.followed)
     assert left and all(name.startswith("guided") for name in left)
-    assert {"seed", "accuracy", "frechet"} <= set(study.teacher.columns)
+    assert {"seed", "accuracy", "fd"} <= set(study.teacher.columns)
     assert len(report.summary(study.rows)) == study.rows["candidate"].nunique()

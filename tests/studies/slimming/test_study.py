@@ -19,21 +19,21 @@ from studies.mini.grades import balanced_prompts
 from studies.slimming import full_size, stages, study
 
 TINY = study.Settings(
-    seeds=(0, 1), fresh_seeds=(), steps=2, batch_size=2, pictures=16, test_pictures=64, copies=0,
+    seeds=(0, 1), fresh_seeds=(), steps=2, batch_size=2, images=16, test_images=64, copies=0,
     draws=1, count=2, sampling_steps=1,
 )  # fmt: skip
 SCORES = pd.Series([3.0, 2.0, 1.0, 0.1, 0.5, 0.4, 0.3, 2.0, 1.0, 0.5, 0.01, 0.05], PARTS)
 
 
 @pytest.fixture(autouse=True)
-def few_pictures(monkeypatch):
-    """The error on fewer pictures than a study takes."""
+def few_images(monkeypatch):
+    """The error on fewer images than a study takes."""
     few = functools.partial(kdc.output_error, count=4, levels=2)
     monkeypatch.setattr(study, "output_error", few)
 
 
 @pytest.fixture(scope="module")
-def bench(teacher):
+def setup(teacher):
     return prepare(teacher, TINY)
 
 
@@ -60,66 +60,68 @@ def test_differences_are_paired_and_have_students_interval():
     assert set(lone["verdict"]) == {"open"} and set(lone["n"]) == {1}
 
 
-def test_budgets_are_the_plans_own_costs(bench):
-    budgets = study.budgets_of(bench, "kdc")
-    total = count_costs(kdc.slim(bench.teacher.unet, "kdc"), **bench.inputs).loc["total"]
+def test_budgets_are_the_plans_own_costs(setup):
+    budgets = study.budgets_of(setup, "kdc")
+    total = count_costs(kdc.slim(setup.teacher.unet, "kdc"), **setup.inputs).loc["total"]
     assert budgets == {
         "parameters": Budget(parameters=total["parameters"]),
         "macs": Budget(macs=total["macs"]),
     }
 
 
-def test_a_random_plan_is_the_same_whichever_seeds_run_beside_it(bench):
-    budgets = study.budgets_of(bench)
-    both = study.random_control(bench, budgets, (0, 1))
-    assert study.random_control(bench, budgets, (1,))["random: macs"][1] == both["random: macs"][1]
+def test_a_random_plan_is_the_same_whichever_seeds_run_beside_it(setup):
+    budgets = study.budgets_of(setup)
+    both = study.random_control(setup, budgets, (0, 1))
+    assert study.random_control(setup, budgets, (1,))["random: macs"][1] == both["random: macs"][1]
     assert both["random: macs"][0] != both["random: macs"][1]
     assert set(both) == {"random: parameters", "random: macs"}
 
 
-def test_rows_are_kept_and_a_stopped_study_goes_on(bench, tmp_path, monkeypatch):
+def test_rows_are_kept_and_a_stopped_study_goes_on(setup, tmp_path, monkeypatch):
     candidates = {
         "kdc": dict.fromkeys((0, 1), PLANS["kdc"]),
-        "drawn": {0: PLANS["kdc"], 1: PLANS["bk-tiny"]},
+        "generated": {0: PLANS["kdc"], 1: PLANS["bk-tiny"]},
         "late": {5: PLANS["kdc"]},  # none of its seeds is asked for
     }
     made, judge = [], study.judge
 
-    def counted(bench, plan, seed, settings):
+    def counted(setup, plan, seed, settings):
         made.append((plan.name, seed))
         if len(made) == 4:
             raise KeyboardInterrupt
-        return judge(bench, plan, seed, settings)
+        return judge(setup, plan, seed, settings)
 
     monkeypatch.setattr(study, "judge", counted)
     with pytest.raises(KeyboardInterrupt):
-        study.recover(bench, candidates, TINY, tmp_path)
-    table = study.recover(bench, candidates, TINY, tmp_path)
+        study.recover(setup, candidates, TINY, tmp_path)
+    table = study.recover(setup, candidates, TINY, tmp_path)
     assert made == [("kdc", 0), ("kdc", 0), ("kdc", 1), ("bk-tiny", 1), ("bk-tiny", 1)]
-    assert table["candidate"].tolist() == ["kdc", "drawn"] * 2
+    assert table["candidate"].tolist() == ["kdc", "generated"] * 2
     same = table[table["seed"] == 0]
     assert same["output_error"].nunique() == 1  # one plan and seed, trained twice
     assert (table["after_cut"] > table["output_error"]).all()
     other = dataclasses.replace(TINY, steps=3)
-    with pytest.raises(ValueError, match=r"kdc-0\.json was made with other settings"):
-        study.recover(bench, candidates, other, tmp_path)
+    with pytest.raises(ValueError, match=r"kdc-0\.json was made with"):
+        study.recover(setup, candidates, other, tmp_path)
 
 
-def test_pictures_are_scored_where_the_attributes_are_known(bench):
-    assert score(bench, bench.teacher, 0) == {}
+def test_images_are_scored_where_the_attributes_are_known(setup):
+    assert score(setup, setup.teacher, 0) == {}
     asked = balanced_prompts(1, False)[:128]
     torch.manual_seed(0)
-    known = dataclasses.replace(bench, asked=asked, reference=torch.randn(128, 64))
-    scores = score(known, bench.teacher, 0)
-    assert set(scores) == {"accuracy", "colour", "kind", "background", "frechet"}
-    with_unseen = score(dataclasses.replace(known, unseen=asked[:8]), bench.teacher, 0)
+    known = dataclasses.replace(setup, asked=asked, reference=torch.randn(128, 64))
+    scores = score(known, setup.teacher, 0)
+    assert set(scores) == {"accuracy", "colour", "kind", "background", "fd"}
+    with_unseen = score(dataclasses.replace(known, unseen=asked[:8]), setup.teacher, 0)
     assert 0 <= with_unseen.pop("unseen") <= 1 and with_unseen == scores
     assert scores["accuracy"] <= min(scores["colour"], scores["kind"], scores["background"])
 
 
 def test_students_of_full_size_are_counted_and_timed_beside_the_teacher(tiny_unet):
     assert count_parameters(full_size.sd_unet("meta")) == 859_520_964
-    table = full_size.time_plans(tiny_unet, {"kdc": PLANS["kdc"]}, rounds=2, size=16, words=5)
+    table = full_size.time_plans(
+        tiny_unet, {"kdc": PLANS["kdc"]}, rounds=2, size=16, sequence_length=5
+    )
     assert table.index.tolist() == ["full", "kdc"]
     assert table.loc["full", ["parameter_ratio", "mac_ratio", "ratio"]].tolist() == [1, 1, 1]
     counted = count_costs(kdc.slim(tiny_unet, "kdc"), 16, 5).loc["total", "macs"]
@@ -149,9 +151,9 @@ def test_the_stages_read_one_anothers_results(teacher, tmp_path, monkeypatch):
     quickly = {"unguided": study.Criterion(1.0, 0, ((1, 1),))}
     quickly["found"] = study.Criterion(None, 1, ((1, 1),))
     monkeypatch.setattr(study, "CRITERIA", quickly)
-    monkeypatch.setattr(study, "recovered_worth", lambda *a, **k: 2 * SCORES)
+    monkeypatch.setattr(study, "recovered_importance", lambda *a, **k: 2 * SCORES)
     where = ["--results", str(tmp_path), "--output-dir", str(tmp_path / "rows")]
-    main(["slimming", "worth", "search", *where])
+    main(["slimming", "importance", "search", *where])
     assert stages.stored_scores("unguided", tmp_path).to_dict() == SCORES.to_dict()
     assert stages.stored_scores("found", tmp_path).to_dict() == (2 * SCORES).to_dict()
     found = stages.found_plans(tmp_path)
