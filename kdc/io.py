@@ -41,8 +41,8 @@ def write_text(file: str | Path, text: str) -> Path:
 
 
 def write_json(file: str | Path, values: Any, indent: int | None = 2) -> Path:
-    """Write plain values as JSON, beside and then renamed."""
-    return write_text(file, json.dumps(values, indent=indent) + "\n")
+    """Write values as JSON, beside and then renamed; what JSON does not know is written as text."""
+    return write_text(file, json.dumps(values, indent=indent, default=str) + "\n")
 
 
 def refuse_other_settings(where: Path, stored: Mapping, given: Mapping, remedy: str) -> None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from kdc.io import write_json
 from kdc.unet.plans import SlimPlan
 
 ASSETS = Path(__file__).parent / "assets"
@@ -101,11 +102,10 @@ def with_unet(
 def save_student(unet: UNet2DConditionModel, folder: str | Path, **notes) -> Path:
     """Write a student as `folder/unet`; its plan and `notes` (loss, steps) in `kdc.json`."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if plan := getattr(unet, "slim_plan", None):
         notes = {"plan": plan.to_dict()} | notes
     unet.save_pretrained(folder / "unet", safe_serialization=True)
-    (folder / "kdc.json").write_text(json.dumps(notes, indent=2, default=str) + "\n")
+    write_json(folder / "kdc.json", notes)
     return folder
 
 

@@ -1,0 +1,1 @@
+"""Captioned images: folders, the procedural worlds, and the cache of their latents."""

@@ -1,0 +1,1 @@
+"""Scores of generated images: metrics, feature extractors, uncertainty, comparison, time."""

@@ -1,0 +1,1 @@
+"""The one training loop, its settings, its checkpoints, and what makes a step cheap."""

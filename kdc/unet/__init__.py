@@ -1,0 +1,1 @@
+"""U-Nets: which layers a student keeps, how it is cut, and what it costs."""

@@ -35,13 +35,13 @@ def count_costs(
 ) -> pd.DataFrame:
     """Costs of one call, by block and, in the last row, in "total"; from shapes, without memory.
 
-    `size` is the side of the latents (default: the configuration's), `sequence_length` the length of the
-    caption. Columns: `parameters`; `linear_macs`, multiply-accumulates of convolutions and linear
-    layers; `attention_macs`, those of the products of queries with keys and of weights with values;
-    `macs`, both; `activation_bytes`, what training keeps for the backward pass in float32, each
-    tensor once, in the block that saved it first, attention weights written out in full (a fused
-    attention kernel saves those). Counted with PyTorch's own FLOP counter on the
-    meta device, two FLOPs to a multiply-accumulate. `unet` may be on any device.
+    `size` is the side of the latents (default: the configuration's), `sequence_length` the number
+    of tokens in a caption. Columns: `parameters`; `linear_macs`, multiply-accumulates of
+    convolutions and linear layers; `attention_macs`, those of the products of queries with keys and
+    of weights with values; `macs`, both; `activation_bytes`, what training holds for the backward
+    pass in float32, each tensor once, in the block that saved it first, attention weights written
+    out in full (a fused attention kernel saves those). Counted with PyTorch's own FLOP counter on
+    the meta device, two FLOPs to a multiply-accumulate. `unet` may be on any device.
     """
     with torch.device("meta"):
         model = UNet2DConditionModel.from_config(unet.config)

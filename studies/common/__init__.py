@@ -1,0 +1,1 @@
+"""What the studies share: the protocol, the recipes, claims, stored results."""

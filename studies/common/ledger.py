@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from kdc.io import write_json
+
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torchmetrics", "lpips")
 
@@ -57,12 +59,7 @@ def write(name: str, values: dict, folder: str | Path | None = None, **settings)
     The file is written beside and renamed, so that a reader never sees half of it.
     """
     path = Path(folder or RESULTS) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    text = json.dumps({"values": values, "provenance": provenance(**settings)}, indent=2)
-    partial.write_text(text + "\n")
-    partial.rename(path)
-    return path
+    return write_json(path, {"values": values, "provenance": provenance(**settings)})
 
 
 def read(name: str, folder: str | Path | None = None) -> dict:

@@ -1,0 +1,1 @@
+"""Appendix A2: planted failures that a score must notice."""

@@ -35,9 +35,9 @@ def time_plans(
     """Costs and latency of the students that the plans cut from `unet`, the teacher in row "full".
 
     `parameters` and `macs`, the same over the teacher's (`parameter_ratio`, `mac_ratio`), and the
-    columns of `measure_latency`, all candidates interleaved. `inputs` are `size`, `sequence_length` and
-    `batch_size` as in `count_costs`. Students borrow the teacher's tensors, so all fit into the
-    memory of one.
+    columns of `measure_latency`, all candidates interleaved. `inputs` are `size`,
+    `sequence_length` and `batch_size` as in `count_costs`. Students borrow the teacher's tensors,
+    so all fit into the memory of one.
     """
     unets = {"full": unet} | {n: borrow(unet, plan) for n, plan in plans.items() if n != "full"}
     totals = {name: count_costs(one, **inputs).loc["total"] for name, one in unets.items()}

@@ -51,7 +51,8 @@ class Criterion:
 
     Students are judged by their `output_error` at `guidance`, or, where that is None, by their
     drawings. Parts are scored by what bypassing them does to the judge, with `recovery` steps of
-    distillation in between; `halving_rounds` are those of `search_plan`. `budgets` names those it is for.
+    distillation in between; `halving_rounds` are those of `search_plan`. `budgets` names the
+    budgets that the criterion is used for.
     """
 
     guidance: float | None

@@ -43,7 +43,7 @@ def test_kept_blocks_are_those_that_a_student_copies(tiny_unet):
 
 def test_predicted_costs_are_those_of_the_student_that_is_cut(tiny_unet):
     """The oracle: cut the student and count it. Exact, the shifted mid-block included."""
-    inputs = {"size": 16, "words": 5}
+    inputs = {"size": 16, "sequence_length": 5}
     costs = cost_every_subset(tiny_unet, **inputs)
     some = random.Random(1).sample(every_subset(), 10)
     for subset in [*map(tuple, NAMED.values()), *some]:
@@ -101,7 +101,7 @@ def test_random_plans_use_the_budget_up(tiny_unet):
 
 def test_block_times_become_predicted_latencies(tiny_unet):
     """Invented times: the mid-block takes half of all; without the innermost stage, twice that."""
-    inputs = {"size": 16, "words": 5}
+    inputs = {"size": 16, "sequence_length": 5}
     timed = block_seconds(tiny_unet, **inputs)
     assert set(timed[False].index) >= set(kept_blocks(PLANS["full"])) - {"other"}
     assert not [b for b in timed[True].index if b.startswith(("down_blocks.3", "up_blocks.0"))]

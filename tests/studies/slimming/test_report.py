@@ -93,7 +93,7 @@ def test_the_winner_of_a_halving_round_is_placed_by_the_other_judgements():
 def test_a_study_of_ones_own_has_what_the_stored_one_has(teacher, tmp_path, monkeypatch):
     """With the recovery, the search and the timing replaced: they have tests of their own."""
     plan = plan_without(["mid-block"], "found: macs")
-    study = report.slimming
+    study = report.study
     settings = study.Settings(seeds=(3, 4), fresh_seeds=(), images=2, test_images=2)
     timed = pd.DataFrame(
         {"parameters": 10.0, "macs": 10.0, "ratio": 0.5}, index=[*PLANS, plan.name]
