@@ -150,7 +150,7 @@ def generate(
     pipeline.set_progress_bar_config(disable=True)
     starts = range(0, len(prompts), batch_size)
     hidden = progress is False or (progress is None and len(starts) == 1)
-    for start in tqdm(starts, desc="drawing", disable=hidden, mininterval=2):
+    for start in tqdm(starts, desc="generating", disable=hidden, mininterval=2):
         stop = min(start + batch_size, len(prompts))
         out = pipeline(
             prompts[start:stop],

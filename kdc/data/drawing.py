@@ -30,7 +30,7 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Canvas:
-    """A picture in the making: `pixels` (size, size, 3) in [0, 1]."""
+    """An image in the making: `pixels` (size, size, 3) in [0, 1]."""
 
     pixels: np.ndarray
 
@@ -44,7 +44,7 @@ class Canvas:
         return np.clip(0.5 - distance / pixel, 0, 1)
 
     def paint(self, colour: np.ndarray, alpha: np.ndarray) -> None:
-        """Lay a colour (3,) or a coloured map (size, size, 3) over the picture."""
+        """Lay a colour (3,) or a coloured map (size, size, 3) over the image."""
         self.pixels += alpha[..., None] * (colour - self.pixels)
 
     def to_uint8(self) -> np.ndarray:

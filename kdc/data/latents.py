@@ -134,9 +134,9 @@ def with_captions(
 def latents_of_captions(
     pipeline: StableDiffusionPipeline, captions: Sequence[str], seed: int = 0, **settings
 ) -> LatentDataset:
-    """What the pipeline itself draws for captions, as a data set; nothing is decoded or encoded.
+    """What the pipeline itself generates for captions, as a data set; nothing is decoded.
 
-    `settings` are those of `generate`. A drawn latent is known exactly, so its deviation is 0.
+    `settings` are those of `generate`. A generated latent is known exactly: its deviation is 0.
     """
     latents = generate(pipeline, captions, seed=seed, decode=False, **settings).clone()
     distinct, index = _number(captions)

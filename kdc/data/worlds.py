@@ -1,6 +1,6 @@
-"""Two procedural picture worlds whose every attribute is known exactly.
+"""Two procedural image worlds whose every attribute is known exactly.
 
-``flora`` shows flowers, ``lepidoptera`` butterflies. A picture is a pure function of its
+``flora`` shows flowers, ``lepidoptera`` butterflies. An image is a pure function of its
 `Attributes` and of a `numpy.random.Generator` that draws the nuisances (place, size, turn, light,
 number of petals), so a data set is a seed, a caption is never wrong, and a score such as "the
 asked-for colour was drawn" has a true answer. Backgrounds are smooth on purpose: fine texture costs
@@ -37,7 +37,7 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True, order=True)
 class Attributes:
-    """What a picture shows: `kind` is the species of a flower or the pattern of a butterfly."""
+    """What an image shows: `kind` is the species of a flower or the pattern of a butterfly."""
 
     world: str
     colour: str
@@ -47,10 +47,10 @@ class Attributes:
 
 @dataclass(frozen=True)
 class World:
-    """One picture world.
+    """One image world.
 
     `noun` follows the kind in a caption ("" for flowers, " butterfly" for patterns). `held_out`
-    lists the (colour, kind) pairs that no training picture shows, on any background: what a model
+    lists the (colour, kind) pairs that no training image shows, on any background: what a model
     draws for them it has composed, not remembered.
     """
 
@@ -110,7 +110,7 @@ def world(name: str) -> World:
 
 
 def caption(attributes: Attributes, template: int = 0) -> str:
-    """The caption of a picture, in one of the `TEMPLATES` (0 is the one used for prompts)."""
+    """The caption of an image, in one of the `TEMPLATES` (0 is the one used for prompts)."""
     text = TEMPLATES[template].format(
         colour=attributes.colour,
         kind=attributes.kind + world(attributes.world).noun,
@@ -140,7 +140,7 @@ def read_caption(text: str) -> Attributes:
 
 
 def rendering_rng(world_name: str, split: str, index: int, seed: int = 0) -> np.random.Generator:
-    """The generator of one picture. Splits, seeds and indices never share a stream."""
+    """The generator of one image. Splits, seeds and indices never share a stream."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
     key = (list(WORLDS).index(world(world_name).name), SPLITS.index(split), seed, index)
@@ -156,7 +156,7 @@ def draw_attributes(
 
 
 def render(attributes: Attributes, rng: np.random.Generator, size: int = 64) -> np.ndarray:
-    """Draw one picture: attributes and a generator of nuisances to (size, size, 3) uint8."""
+    """Draw one image: attributes and a generator of nuisances to (size, size, 3) uint8."""
     colour = np.clip(np.array(COLOURS[attributes.colour]) + rng.uniform(-0.025, 0.025, 3), 0, 1)
     canvas = drawing.background(attributes.background, rng, size)
     draw = drawing.flower if attributes.world == "flora" else drawing.butterfly

@@ -87,7 +87,7 @@ def full_plans(costs: pd.DataFrame, budget: Budget) -> list[tuple[str, ...]]:
     """The subsets that use the budget up: they fit, and would not with one part more kept.
 
     A part is also a single layer of a dropped stage. Every plan that fits keeps less than one of
-    these, so these are the plans worth asking about. Raises `ValueError` where no plan fits.
+    these, so these are the plans to look at. Raises `ValueError` where no plan fits.
     """
     fitting = costs.index[budget.allows(costs)].tolist()
     if not fitting:

@@ -29,7 +29,7 @@ def new_autoencoder() -> AutoencoderKL:
 
 
 def autoencoder_loss(vae: nn.Module, images: Tensor, generator: torch.Generator) -> dict:
-    """Squared error of the reconstruction plus a small pull of the latents towards N(0, 1).
+    """Squared error of the reconstruction plus a small penalty towards N(0, 1).
 
     images (B, 3, 64, 64) in [-1, 1].
     """
@@ -46,7 +46,7 @@ def train_autoencoder(
 ) -> tuple[AutoencoderKL, object]:
     """Train on renderings and dead leaves, half and half; returns the model and its log.
 
-    The scale that makes latents of unit deviation is measured and kept in the configuration.
+    The scale that makes latents of unit deviation is measured and stored in the configuration.
     """
     torch.manual_seed(seed)
     worlds_pool, _ = world_images(pool, "train", seed=seed)

@@ -87,7 +87,7 @@ def measured(
 def importances(
     setup: Setup, settings: study.Settings | None = None, **sampled
 ) -> tuple[dict[str, pd.DataFrame], dict[str, pd.Series]]:
-    """What parts are worth: `sensitivity` by guidance, and the scores of every criterion.
+    """How important parts are: `sensitivity` by guidance, and the scores of every criterion.
 
     Stored, or with `settings` measured on the bench's teacher; `sampled` goes to `sensitivity`.
     """

@@ -131,7 +131,7 @@ def find_plans(
 
     `scores` holds for each name of `CRITERIA` what the parts are importance by it, `costs` gives a
     budget the table it is held against, where that is not the teacher's own. The values are
-    {"plan", "finalists"}, in JSON's types; each is kept in `folder` as soon as it is there.
+    {"plan", "finalists"}, in JSON's types; each is stored in `folder` as soon as it is there.
     """
     own = cost_every_subset(setup.teacher.unet, **setup.inputs)
     found = {}
@@ -212,7 +212,7 @@ def recover(
 ) -> pd.DataFrame:
     """`judge` every candidate's plan of each of its seeds.
 
-    Every row is kept in `folder` as soon as it is there and read back by a later call, so a study
+    Every row is stored in `folder` as soon as it is there and read back by a later call, so a study
     that was stopped goes on. Raises `ValueError` where `folder` holds rows of other settings.
     """
     fixed = {name: getattr(settings, name) for name in OF_A_ROW}
