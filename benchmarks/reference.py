@@ -100,23 +100,23 @@ def plain_terms(
     """The loss of `kdc.distill`, written out once more from its definition."""
     predicted = student(noisy, timesteps, prompt_embeds).sample
     with torch.no_grad():
-        guide = teacher(noisy, timesteps, prompt_embeds).sample
-    halving_round, features = weights.temperature, []
+        taught = teacher(noisy, timesteps, prompt_embeds).sample
+    temperature, features = weights.temperature, []
     for ours, theirs in feature_pairs(student, teacher):
         s, t = seen[0][ours], seen[1][theirs]
         features.append(F.mse_loss(s, t) / (t.pow(2).mean() + 1e-6))
     divergence = F.kl_div(
-        F.log_softmax(predicted / halving_round, dim=1),
-        F.softmax(guide / halving_round, dim=1),
+        F.log_softmax(predicted / temperature, dim=1),
+        F.softmax(taught / temperature, dim=1),
         reduction="none",
     )
     terms = {
         "task": F.mse_loss(predicted, target),
-        "output": F.mse_loss(predicted, guide),
-        "soft": halving_round**2 * divergence.sum(dim=1).mean(),
+        "output": F.mse_loss(predicted, taught),
+        "soft": temperature**2 * divergence.sum(dim=1).mean(),
         "feature": sum(features) / len(features),
     }
-    terms["loss"] = sum(getattr(weights, name) * value for name, value in terms.items())
+    terms["loss"] = sum(weights.terms[name] * value for name, value in terms.items())
     return terms
 
 

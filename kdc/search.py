@@ -96,18 +96,18 @@ def search_plan(
 
     Parts are scored by `recovered_importance` (unless `scores` are given), the knapsack is solved
     exactly, and its best plans are judged by a short recovery, because the lowest error right after
-    the cut does not decide (Fang et al., arXiv 2412.01199). `halving_rounds` says how: (6, 60) lets six
-    plans recover for 60 distillation steps each, and the best of them enter the next halving round, which
-    starts afresh from the cut (successive halving, Jamieson & Talwalkar, arXiv 1502.07943).
+    the cut does not decide (Fang et al., arXiv 2412.01199). `halving_rounds` says how: (6, 60) lets
+    six plans recover for 60 distillation steps each, and the best of them enter the next round,
+    which starts afresh from the cut (successive halving, Jamieson & Talwalkar, arXiv 1502.07943).
 
     `judge` takes a student and returns a number, lower is better; the default is `drawing_judge` on
-    up to 32 captions of `data`. The table has the plans of the last halving round, best first: costs,
-    `score`, and the judge's word `after_cut` and `recovered`. With a latency budget the entrants
-    are measured as well, and those above it fall out. `costs`, from `cost_every_subset`, holds the
-    budget against another U-Net of the layout than the teacher's, say one of full size; nothing is
-    measured then. Raises `ValueError` where no plan fits.
+    up to 32 captions of `data`. The table has the plans of the last round, best first: costs,
+    `score`, and what the judge says `after_cut` and `recovered`. With a latency budget the plans of
+    the first round are measured as well, and those above it fall out. `costs`, from
+    `cost_every_subset`, holds the budget against another U-Net of the layout than the teacher's,
+    say one of full size; nothing is measured then. Raises `ValueError` where no plan fits.
     """
-    if not halving_rounds or min(min(halving_round) for halving_round in halving_rounds) < 1:
+    if not halving_rounds or min(min(one) for one in halving_rounds) < 1:
         raise ValueError(
             f"every halving round needs a plan and a step at least, not {halving_rounds}"
         )

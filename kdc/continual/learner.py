@@ -19,7 +19,8 @@ from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import DistillationStep, forward_process
 from kdc.pipelines import with_unet
 from kdc.replay.buffer import ReplayBuffer
-from kdc.training.loop import TrainSettings, train
+from kdc.training.loop import train
+from kdc.training.settings import TrainSettings
 
 
 def in_pipeline(

@@ -21,7 +21,7 @@ from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import forward_process
 from kdc.io import fingerprint
 from kdc.replay.buffer import ReplayBuffer
-from kdc.training.loop import TrainSettings
+from kdc.training.settings import TrainSettings
 
 __all__ = [
     "STRATEGIES",

@@ -1,9 +1,8 @@
-"""What each distillation term pulls on: values, gradients, and the faults a term can have."""
+"""What each distillation term does: its value, its gradient, and the faults it can have."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 from dataclasses import dataclass
 
@@ -13,10 +12,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from kdc.data.latents import LatentDataset
-from kdc.distillation.losses import DistillationLoss, LossWeights
+from kdc.distillation.losses import TERMS, DistillationLoss, LossWeights
 from kdc.distillation.step import DistillationStep, forward_process
 
-TERMS = ("task", "output", "soft", "feature")
 OUTWEIGHS = 100.0  # a term whose gradient is this many times all the others' together rules alone
 SOLE = 0.98  # and so does one that makes up this share of the update
 BLIND = 1e-3  # a term that sees less than this share of an error does not see it
@@ -63,7 +61,7 @@ def diagnose(
         batch = data.draw(batch_size, generator, caption_dropout)
         values = distillation_step(student, *batch, generator)
         parameters = [p for p in student.parameters() if p.requires_grad]
-        weighted = {n: getattr(weights, n) * values[n] for n in TERMS if n in values}
+        weighted = {name: weight * values[name] for name, weight in weights.enabled.items()}
         gradients = {name: _gradient(value, parameters) for name, value in weighted.items()}
     alive = {name: g for name, g in gradients.items() if g is not None}
     whole = sum(alive.values())
@@ -115,8 +113,8 @@ def _faults(terms: pd.DataFrame) -> list[str]:
             faults.append(f"the {name} term is enabled and has no gradient: it teaches nothing")
         elif others > 0 and norm >= OUTWEIGHS * others:
             faults.append(
-                f"the {name} term pulls {norm / others:,.0f} times as hard as all the others:"
-                " they hardly matter"
+                f"the {name} term's gradient norm is {norm / others:,.0f} times that of all the"
+                " others together: they hardly matter"
             )
         elif others > 0 and share >= SOLE:
             faults.append(
@@ -129,22 +127,24 @@ def _faults(terms: pd.DataFrame) -> list[str]:
 def blind_terms(weights: LossWeights, channels: int = 4, seed: int = 0) -> list[str]:
     """A sentence for every enabled term that cannot see an error which all channels share.
 
-    Each term of the output is computed for a prediction that is wrong by a number of its own at
-    every pixel, once the same for all channels and once not, both of the same size.
+    Each term of the predictions (those that need no features) is computed for a prediction that is
+    wrong by a number of its own at every pixel, once the same for all channels and once not, both
+    of the same size.
     """
+    of_features = [name for name, term in TERMS.items() if "features" in term.needs]
+    looked_at = [name for name in weights.enabled if name not in of_features]
+    if not looked_at:
+        return []
     generator = torch.Generator().manual_seed(seed)
     right = torch.randn(8, channels, 8, 8, generator=generator, dtype=torch.float64)
     errors = {
         "common": torch.randn(8, 1, 8, 8, generator=generator).double().expand_as(right),
         "any": torch.randn(right.shape, generator=generator).double(),
     }
-    of_output = dataclasses.replace(weights, task=max(weights.task, 1.0), feature=0.0)
-    terms = {
-        kind: DistillationLoss(of_output)(right + error, right, right)
-        for kind, error in errors.items()
-    }
+    criterion = DistillationLoss(weights.replace(**dict.fromkeys(of_features, 0.0)))
+    terms = {kind: criterion(right + error, right, right) for kind, error in errors.items()}
     return [
         f"the {name} term is blind to an error that all channels of a pixel share"
-        for name in TERMS[:3]
-        if getattr(weights, name) and terms["common"][name] < BLIND * terms["any"][name]
+        for name in looked_at
+        if terms["common"][name] < BLIND * terms["any"][name]
     ]

@@ -17,8 +17,8 @@ from kdc.distillation.step import DistillationStep, forward_process
 from kdc.io import fingerprint
 from kdc.pipelines import save_student
 from kdc.training.efficiency import quickened, reduced, refuse_unusable
-from kdc.training.loop import TrainSettings, has_bf16, train
-from kdc.unet.slimming import slim
+from kdc.training.loop import has_bf16, train
+from kdc.training.settings import TrainSettings
 
 LAYOUT = ("down_block_types", "mid_block_type", "up_block_types", "layers_per_block")
 
@@ -28,87 +28,70 @@ def distill(
     teacher: StableDiffusionPipeline,
     dataset: Dataset | LatentDataset,
     *,
-    steps: int,
-    batch_size: int = 32,
+    settings: TrainSettings | None = None,
     weights: LossWeights | None = None,
-    learning_rate: float = 5e-4,
-    caption_dropout: float = 0.1,
-    ema_decay: float = 0.999,
-    save_every: int = 500,
-    seed: int = 0,
     output_dir: str | Path | None = None,
     resume: bool = False,
-    precision: str = "auto",
-    compile: bool = False,
-    gradient_checkpointing: bool = False,
     label: str = "distilling",
+    **changes,
 ) -> pd.DataFrame:
-    """Train `student` in place to draw as `teacher` does; returns the log of the loss terms.
+    """Train `student` in place to generate as `teacher` does; returns the log of the loss terms.
 
-    `dataset` is encoded with the teacher's autoencoder and text encoder unless it is a
-    `LatentDataset` already. With `LossWeights.only("task")` the teacher's U-Net is never called:
-    that is plain fine-tuning, and `student` may then be `teacher.unet` itself. With an `output_dir`
-    the run leaves checkpoints there (see `training.train` for `resume`), and at the end the
-    student as `output_dir/unet`, a plain diffusers folder. The same seed gives the same weights,
-    bit for bit, on one CPU with the same number of threads. Teacher and student are moved to the
-    device that Accelerate chose, each process's own.
+    `changes` are fields of `TrainSettings` put over `settings`: steps=200, batch_size=16,
+    learning_rate=1e-4, seed=1, ... `dataset` is encoded with the teacher's autoencoder and text
+    encoder unless it is a `LatentDataset` already. With `LossWeights.only("task")` the teacher's
+    U-Net is never called: that is plain fine-tuning, and `student` may then be `teacher.unet`
+    itself. With an `output_dir` the run leaves checkpoints there (see `training.loop.train` for
+    `resume`), and at the end the student as `output_dir/unet`, a plain diffusers folder. The same
+    seed gives the same weights, bit for bit, on one CPU with the same number of threads. Teacher
+    and student are moved to the device that Accelerate chose, each process's own.
 
-    `precision` is that of `TrainSettings`; with bf16 a teacher in float32 is copied to bf16 once.
-    `compile` runs both networks through `torch.compile` (minutes before the first step on a CPU,
-    then steps are shorter and hold less), `gradient_checkpointing` trades time for memory: see
-    `speed.quickened`. A compiled run rounds differently, so it is resumed only by a compiled one.
+    With bf16 a teacher in float32 is copied to bf16 once. `compile` runs both networks through
+    `torch.compile` (minutes before the first step on a CPU, then steps are shorter and take less
+    memory), `gradient_checkpointing` trades time for memory: see `training.efficiency.quickened`. A
+    compiled run rounds differently, so it is resumed only by a compiled one.
 
-    Raises `ValueError` for a student whose inputs or outputs do not fit the teacher's, whose
-    weights are of half precision, or that is its own teacher, and for a run that would resume from
-    a checkpoint of other data, teacher, student or loss.
+    Raises `TypeError` for an unknown setting, `ValueError` for a student whose inputs or outputs do
+    not fit the teacher's, whose weights are of half precision, or that is its own teacher, and for
+    a run that would resume from a checkpoint of other data, teacher, student, loss or settings.
     """
+    settings = TrainSettings.given(settings, changes)
     weights = weights or LossWeights()
     process = forward_process(teacher)
     check_fit(student, teacher.unet, process, weights)
-    if batch_size < 1 or not 0 <= caption_dropout <= 1:
-        raise ValueError("batch_size must be at least 1 and caption_dropout between 0 and 1")
-    settings = TrainSettings(
-        steps,
-        learning_rate,
-        warmup=min(20, steps),
-        ema_decay=ema_decay,
-        precision=precision,
-        save_every=save_every,
-    )
     if output_dir:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
     device = PartialState().device
-    refuse_unusable(compile, gradient_checkpointing, device)
+    options = {
+        "compile": settings.compile,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+    }
+    refuse_unusable(**options, device=device)
     teacher.to(device)
     data = dataset if isinstance(dataset, LatentDataset) else cache_latents(teacher, dataset)
     identity = {
-        "weights": dataclasses.asdict(weights),
-        "batch_size": batch_size,
-        "caption_dropout": caption_dropout,
-        "student": {n: str(student.config[n]) for n in LAYOUT},
+        "weights": weights.to_dict(),
+        "student": {name: str(student.config[name]) for name in LAYOUT},
         "data": fingerprint(data.mean, data.embeddings, data.caption_index),
         "teacher": fingerprint(*teacher.unet.state_dict().values()),
-    } | ({"compile": True} if compile else {})
-    guide = teacher.unet
-    in_bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
+    }
+    followed = teacher.unet
+    in_bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(device))
     if weights.needs_teacher and in_bf16:
-        guide = reduced(guide, torch.bfloat16)
-    distillation_step = DistillationStep(student, guide, process, weights, seed)
+        followed = reduced(followed, torch.bfloat16)
+    distillation_step = DistillationStep(student, followed, process, weights, settings.seed)
 
     def loss(model, generator):
-        return distillation_step(
-            model, *data.draw(batch_size, generator, caption_dropout), generator
-        )
+        batch = data.draw(settings.batch_size, generator, settings.caption_dropout)
+        return distillation_step(model, *batch, generator)
 
-    options = {"compile": compile, "gradient_checkpointing": gradient_checkpointing}
     try:
-        with quickened(student, guide, distillation_step.hooks, **options):
+        with quickened(student, followed, distillation_step.hooks, **options):
             log = train(
                 student,
                 loss,
                 settings,
                 output_dir,
-                seed=seed,
                 resume=resume,
                 identity=identity,
                 label=label,
@@ -116,21 +99,9 @@ def distill(
     finally:
         distillation_step.close()
     if output_dir and PartialState().is_main_process:
-        notes = {"weights": dataclasses.asdict(weights), "steps": steps, "batch_size": batch_size}
-        save_student(student, output_dir, **notes, seed=seed, learning_rate=learning_rate)
+        notes = {"weights": weights.to_dict(), "training": dataclasses.asdict(settings)}
+        save_student(student, output_dir, **notes)
     return log
-
-
-def published_recipe(
-    teacher: UNet2DConditionModel, newest: bool = False, seed: int = 0
-) -> tuple[UNet2DConditionModel, LossWeights]:
-    """The student and the loss of KDC-Diff's public code, as an audit of it found them.
-
-    The earlier configuration is the paper's: the plan "kdc" with the teacher's weights copied, all
-    four terms. The newest commit starts from random weights on the plan "kdc-v2", without features.
-    """
-    plan, init = ("kdc-v2", "random") if newest else ("kdc", "copy")
-    return slim(teacher, plan, init, seed), LossWeights.as_published(newest)
 
 
 def check_fit(

@@ -57,7 +57,7 @@ def feature_pairs(
     """Pairs (student submodule, teacher submodule) whose outputs correspond and agree in size.
 
     `at` "blocks" are the outputs of every stage and of the mid-block. Where the student lacks the
-    teacher's inner stages, its last stage has no downsampler, so that both are tapped at their
+    teacher's inner stages, its last stage has no downsampler, so that both are hooked at their
     last layer instead: its transformer, or its convolutions where the transformer is dropped.
     "attention" are the outputs of every self-attention that the student kept, the best targets in
     KOALA (Lee et al., arXiv 2312.04005); which of the teacher's it was cut from is read off the
@@ -65,7 +65,7 @@ def feature_pairs(
     another `at`, for a student without attention, and for one with fewer layers and no plan.
     """
     if at not in FEATURES_AT:
-        raise ValueError(f"hooks at {at!r}; they can be at {', '.join(FEATURES_AT)}")
+        raise ValueError(f"features at {at!r}; they can be at {', '.join(FEATURES_AT)}")
     pairs = [] if at == "attention" else _stage_pairs(student, teacher)
     if at == "blocks":
         return pairs
@@ -77,7 +77,7 @@ def feature_pairs(
         sources = [(name, source_of(name, plan)) for name in ours]
     else:  # the same names would pair layers that do not correspond
         raise ValueError(
-            f"attention hooks ({at!r}): the student has {_layers(student)} layers a stage, the"
+            f"features at {at!r}: the student has {_layers(student)} layers a stage, the"
             f" teacher {_layers(teacher)}, and no plan says which of them it kept; open the student"
             " with kdc.load_student, which reads the plan that kdc.save_student wrote, or cut it"
             " with kdc.slim"
@@ -108,7 +108,7 @@ def _stage_pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]
 
 
 def projections(student: Sequence[Tensor], teacher: Sequence[Tensor], seed: int = 0) -> nn.Module:
-    """Projections of a student's hooks to the teacher's width (FitNets, Romero et al. 1412.6550).
+    """Projections of features to the teacher's width (FitNets, Romero et al. 1412.6550).
 
     One for each pair: the identity where the widths agree, a 1x1 convolution for maps (B, C, H, W),
     a linear layer for tokens (B, N, C). They are drawn from `seed`, trained with the student, and
@@ -122,8 +122,8 @@ def projections(student: Sequence[Tensor], teacher: Sequence[Tensor], seed: int 
             ours, theirs = s.shape[channel], t.shape[channel]
             if s.ndim != t.ndim or s[:1].numel() * theirs != t[:1].numel() * ours:
                 raise ValueError(
-                    f"hook {index}: student {tuple(s.shape)} and teacher {tuple(t.shape)} differ in"
-                    " more than their width"
+                    f"feature {index}: student {tuple(s.shape)} and teacher {tuple(t.shape)}"
+                    " differ in more than their width"
                 )
             if ours == theirs:
                 layers.append(nn.Identity())
@@ -132,3 +132,7 @@ def projections(student: Sequence[Tensor], teacher: Sequence[Tensor], seed: int 
             else:
                 layers.append(nn.Linear(ours, theirs))
     return layers
+
+
+# The names that `import kdc` has given since its first version.
+FeatureTaps, tap_names = FeatureHooks, feature_pairs

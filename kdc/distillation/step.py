@@ -1,4 +1,4 @@
-"""One step of teaching: noise on a batch, the student's prediction and its guide's, the terms."""
+"""One distillation step: noise on a batch, both networks' predictions, the terms."""
 
 from __future__ import annotations
 
@@ -34,55 +34,53 @@ def like(module: torch.nn.Module, tensor: Tensor) -> Tensor:
 class DistillationStep:
     """The loss terms of a step, as a function of the student, a batch and a generator.
 
-    `guide` is the U-Net that the output, soft and feature terms of `weights` follow; it is not
-    trained, and not called where no such term is on. Where student and guide differ in width, the
-    student has projections of its hooks as a submodule meanwhile, drawn from `seed` and trained with
-    it; each distillation step of a student has its own. Call `close` when done: it removes them, and the
-    hooks.
+    `teacher` is the U-Net that the terms of `weights` follow, the teacher or an old model. It is
+    not trained, and not called where no enabled term needs it. Where student and teacher differ in
+    width, the student has projections of its features as a submodule meanwhile, drawn from `seed`
+    and trained with it; each step of a student has its own. Call `close` when done: it removes them
+    and the hooks.
     """
 
     def __init__(
         self,
         student: UNet2DConditionModel,
-        guide: UNet2DConditionModel | None,
+        teacher: UNet2DConditionModel | None,
         process: DDPMScheduler,
         weights: LossWeights,
         seed: int = 0,
     ):
-        self.student, self.guide, self.process, self.weights = student, guide, process, weights
+        self.student, self.teacher, self.process, self.weights = student, teacher, process, weights
         self.criterion, self.device = DistillationLoss(weights), PartialState().device
         self.snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
         self.hooks: list[FeatureHooks] = []
         self.projections: torch.nn.Module | None = None
         if weights.needs_teacher:
-            guide.eval()
-        if weights.feature:
-            pairs = zip(*feature_pairs(student, guide, weights.features_at), strict=True)
-            unets = student.to(self.device), guide
+            teacher.eval()
+        if weights.needs("features"):
+            pairs = zip(*feature_pairs(student, teacher, weights.features_at), strict=True)
+            unets = student.to(self.device), teacher
             self.hooks = [
                 FeatureHooks(unet, names) for unet, names in zip(unets, pairs, strict=True)
             ]
             widths = [list(unet.config.block_out_channels) for unet in unets]
             if widths[0] != widths[1][: len(widths[0])]:
-                self.projections, self.name = self._projections(seed), PROJECTIONS
+                self.projections = self._projections(seed)
+                self.name = PROJECTIONS
                 others, number = dict(student.named_children()), 2
-                while self.name in others:  # another distillation step's
+                while self.name in others:  # another step's
                     self.name, number = f"{PROJECTIONS}_{number}", number + 1
                 student.add_module(self.name, self.projections)
 
     def _projections(self, seed: int) -> torch.nn.Module:
-        config = self.guide.config
+        config = self.teacher.config
         latents = torch.zeros(1, config.in_channels, *(config.sample_size,) * 2)
         prompt_embeds = torch.zeros(1, 1, config.cross_attention_dim)
+        inputs = latents, torch.tensor([0]), prompt_embeds
         with torch.no_grad():
-            for unet in (self.student, self.guide):
-                unet(
-                    *(
-                        like(unet, x).to(self.device)
-                        for x in (latents, torch.tensor([0]), prompt_embeds)
-                    )
-                )
-        return projections(*(hooked.take() for hooked in self.hooks), seed=seed).to(self.device)
+            for unet in (self.student, self.teacher):
+                unet(*(like(unet, x).to(self.device) for x in inputs))
+        features = (hooks.take() for hooks in self.hooks)
+        return projections(*features, seed=seed).to(self.device)
 
     def __call__(
         self,
@@ -91,7 +89,7 @@ class DistillationStep:
         prompt_embeds: Tensor,
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        """Terms as `DistillationLoss` names them, for latents (B, C, h, w), words (B, L, D).
+        """Terms as `DistillationLoss` names them, for latents (B, C, h, w), embeddings (B, L, D).
 
         `model` is the student, wrapped or not; `generator`, on the CPU, draws noise and timesteps.
         """
@@ -102,29 +100,29 @@ class DistillationStep:
         noisy = process.add_noise(latents, noise, timesteps)
         target = noise_target(process, latents, noise, timesteps)
         inputs = [send(x, device) for x in (noisy, timesteps, prompt_embeds)]
-        guidance = None
+        taught = None
         if weights.needs_teacher:
             # Before the student, whose activations then are not in memory yet. Not in inference
             # mode, which is no faster here: the loss keeps the teacher's tensors for its gradient.
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                seen = [like(self.guide, x) for x in inputs]
-                guidance = self.guide(*seen, return_dict=False)[0].float()
+                seen = [like(self.teacher, x) for x in inputs]
+                taught = self.teacher(*seen, return_dict=False)[0].float()
         predicted = model(*inputs, return_dict=False)[0]
         task_weight = None
         if weights.min_snr:
             prediction = process.config.prediction_type
             task_weight = min_snr_weight(self.snr[timesteps], weights.min_snr, prediction)
             task_weight = task_weight.to(device)
-        ours, theirs = (hooked.take() for hooked in self.hooks) if self.hooks else ((), ())
+        ours, theirs = (hooks.take() for hooks in self.hooks) if self.hooks else ((), ())
         if self.projections is not None:
-            ours = [layer(hooked) for layer, hooked in zip(self.projections, ours, strict=True)]
+            ours = [layer(x) for layer, x in zip(self.projections, ours, strict=True)]
         target = send(target, device)
-        return self.criterion(predicted, target, guidance, ours, theirs, task_weight=task_weight)
+        return self.criterion(predicted, target, taught, ours, theirs, task_weight=task_weight)
 
     def close(self) -> None:
         """Remove the hooks, and the projections; once more does nothing."""
-        for hooked in self.hooks:
-            hooked.close()
+        for hooks in self.hooks:
+            hooks.close()
         if self.projections is not None:
             delattr(self.student, self.name)
             self.projections = None

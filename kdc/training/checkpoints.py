@@ -18,6 +18,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kdc.io import refuse_other_settings, write_json
+
 Terms = dict[str, Tensor]
 
 
@@ -82,7 +84,7 @@ class TrainingState:
                 "ema_steps": self.ema.optimization_step if self.ema else 0,
                 "rows": rows,
             }
-            (partial / "state.json").write_text(json.dumps(note))
+            write_json(partial / "state.json", note, indent=None)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             partial.rename(final)
@@ -95,13 +97,9 @@ class TrainingState:
         Raises `ValueError` where that was `made_with` something else.
         """
         note = json.loads((checkpoint / "state.json").read_text())
-        ours, theirs = json.loads(json.dumps(self.made_with)), note.get("made_with", {})
-        for key in ours | theirs:
-            if ours.get(key) != theirs.get(key):
-                raise ValueError(
-                    f"{checkpoint} was made with {key}={theirs.get(key)}, this run has "
-                    f"{key}={ours.get(key)}: use the same, or another output_dir"
-                )
+        refuse_other_settings(
+            checkpoint, note.get("made_with", {}), self.made_with, "use the same, or another folder"
+        )
         self.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
         saved: dict[int, dict] = {}
         for key, value in load_file(checkpoint / "optimizer.safetensors").items():

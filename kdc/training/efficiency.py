@@ -121,13 +121,14 @@ def average(ema: EMAModel, parameters: list[Tensor]) -> None:
     torch._foreach_lerp_(ema.shadow_params, parameters, 1 - ema.cur_decay_value)
 
 
-def refuse_infinite(unseen: list[Tensor], step: int, label: str) -> None:
-    """Look at the losses up to `step` that were not looked at yet, and forget them.
+def refuse_infinite(unseen: list[tuple[int, Tensor]], label: str) -> None:
+    """Look at the losses, each with its step, that were not looked at yet, and forget them.
 
     Looking makes the host wait for an accelerator, so the loop does it there a few steps at a time,
     and always before a row is logged or a checkpoint written. Raises `FloatingPointError`.
     """
-    for index, value in enumerate(torch.stack(unseen).tolist(), step + 1 - len(unseen)):
+    values = torch.stack([loss for _, loss in unseen]).tolist()
+    for (step, _), value in zip(unseen, values, strict=True):
         if not math.isfinite(value):
-            raise FloatingPointError(f"{label}: the loss is {value} at step {index}")
+            raise FloatingPointError(f"{label}: the loss is {value} at step {step}")
     unseen.clear()

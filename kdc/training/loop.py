@@ -7,6 +7,7 @@ EMA, a log, and checkpoints from which a stopped run goes on exactly where it wa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -20,41 +21,12 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from kdc.io import write_text
 from kdc.training.checkpoints import Companion, Terms, TrainingState, newest_checkpoint
 from kdc.training.efficiency import average, refuse_infinite
+from kdc.training.settings import TrainSettings
 
 LossFunction = Callable[[nn.Module, torch.Generator], Terms]
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """How long and how fast to train.
-
-    `ema_decay` 0 switches the average off; otherwise its decay warms up, so that short runs are
-    averaged over their last part only. `precision` is "auto" (bf16 where the device has units for
-    it), "no" or "bf16". `learning_rate` is reached after `warmup` steps and then follows
-    `schedule`, any name that `diffusers.optimization.get_scheduler` knows.
-    """
-
-    steps: int
-    learning_rate: float = 1e-3
-    warmup: int = 20
-    schedule: str = "cosine"
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    precision: str = "auto"
-    log_every: int = 10
-    save_every: int = 500
-
-    def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, not {self.steps}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
-        if self.precision not in ("auto", "no", "bf16"):
-            raise ValueError(f"precision must be auto, no or bf16, not {self.precision!r}")
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -70,7 +42,11 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
         precision = "bf16" if has_bf16(PartialState().device) else "no"
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # the state of an earlier run in this process
-    return Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=precision)
+    # The environment can set this, and every gradient would then be divided by it. `train`
+    # accumulates by itself, as its settings say.
+    accelerator.gradient_accumulation_steps = 1
+    return accelerator
 
 
 def train(
@@ -79,18 +55,21 @@ def train(
     settings: TrainSettings,
     output_dir: str | Path | None = None,
     *,
-    seed: int = 0,
     resume: bool = False,
     identity: dict | None = None,
     companion: Companion | None = None,
     accelerator: Accelerator | None = None,
+    before_step: Callable[[], None] | None = None,
     label: str = "training",
 ) -> pd.DataFrame:
     """Train `model` in place and return its log, a row every `log_every` steps.
 
     `compute_loss(model, generator)` draws everything random from `generator` (on the CPU, so that
     a seed means the same on every device) and returns scalar terms; `terms["loss"]` is minimised
-    and all of them are logged. At the end the model holds the averaged weights.
+    and all of them are logged. With `settings.accumulation` above 1 it is called so often for one
+    step, and the gradients and logged terms are the means. `before_step()` may look at and change
+    the gradients, after they are complete and before they are clipped. At the end the model holds
+    the averaged weights.
 
     With an `output_dir`, checkpoints go to `output_dir/checkpoint-<step>`, written beside and then
     renamed; `resume` goes on from the newest one and gives, on one device, bit for bit the weights
@@ -109,7 +88,7 @@ def train(
         )
     if output_dir:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed * 1009 + accelerator.process_index)
+    generator = torch.Generator().manual_seed(settings.seed * 1009 + accelerator.process_index)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
@@ -121,7 +100,7 @@ def train(
     schedule = get_scheduler(
         settings.schedule,
         optimizer,
-        num_warmup_steps=settings.warmup,
+        num_warmup_steps=min(settings.warmup, settings.steps),
         num_training_steps=settings.steps,
     )
     model.to(accelerator.device)
@@ -135,7 +114,7 @@ def train(
             power=0.9,
             foreach=True,
         )
-    made_with = dataclasses.asdict(settings) | {"seed": seed} | (identity or {})
+    made_with = dataclasses.asdict(settings) | (identity or {})
     state = TrainingState(model, optimizer, schedule, ema, generator, made_with, companion)
     rows: list[dict] = []
     start = 0
@@ -152,17 +131,24 @@ def train(
         disable=not accelerator.is_main_process,
         mininterval=2.0,
     )
-    unseen: list[Tensor] = []
+    unseen: list[tuple[int, Tensor]] = []
     for step in bar:
         done = step + 1
         logs = done % settings.log_every == 0 or done == settings.steps or step == 0
         saves = bool(output_dir) and done % settings.save_every == 0 and done < settings.steps
-        with accelerator.autocast():
-            terms = compute_loss(prepared, generator)
-        unseen.append(terms["loss"].detach())
-        if logs or saves or accelerator.device.type == "cpu":
-            refuse_infinite(unseen, step, label)
-        accelerator.backward(terms["loss"])
+        parts: list[Terms] = []
+        for number in range(1, settings.accumulation + 1):
+            last = number == settings.accumulation
+            with contextlib.nullcontext() if last else accelerator.no_sync(prepared):
+                with accelerator.autocast():
+                    terms = compute_loss(prepared, generator)
+                unseen.append((step, terms["loss"].detach()))
+                if (last and (logs or saves)) or accelerator.device.type == "cpu":
+                    refuse_infinite(unseen, label)
+                accelerator.backward(terms["loss"] / settings.accumulation)
+            parts.append({name: value.detach() for name, value in terms.items()})
+        if before_step:
+            before_step()
         norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         schedule.step()
@@ -170,7 +156,7 @@ def train(
         if ema:
             average(ema, parameters)
         if logs:
-            row = {"step": done} | {k: v.item() for k, v in terms.items()}
+            row = {"step": done} | _means(parts)
             row |= {"grad_norm": float(norm), "learning_rate": schedule.get_last_lr()[0]}
             rows.append(row)
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
@@ -181,5 +167,15 @@ def train(
     # Takes the wrapper for mixed precision off again, so that the model computes as it did before.
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False).eval()
     if accelerator.is_main_process and output_dir:
-        pd.DataFrame(rows).to_csv(Path(output_dir) / "log.csv", index=False)
+        write_text(Path(output_dir) / "log.csv", pd.DataFrame(rows).to_csv(index=False))
     return pd.DataFrame(rows)
+
+
+def _means(parts: list[Terms]) -> dict[str, float]:
+    """The mean of each term over the micro-batches of a step that have it."""
+    names = dict.fromkeys(name for terms in parts for name in terms)
+    means = {}
+    for name in names:
+        values = [terms[name].item() for terms in parts if name in terms]
+        means[name] = sum(values) / len(values)
+    return means

@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 
 from kdc.data import worlds
 from kdc.data.latents import LatentDataset, latents_of_captions, with_captions
-from kdc.distillation.losses import LossWeights
+from kdc.distillation.losses import TERMS, LossWeights
 
 DATA_SEED = 777  # of the images that the teacher makes, and of swapped captions
 DATA = ("real", "teacher-made", "swapped captions")
 
 
+def changed(**training: Any) -> tuple[tuple[str, Any], ...]:
+    """Fields of `TrainSettings` for a recipe, in a form that can be compared and hashed."""
+    return tuple(training.items())
+
+
+# What the authors' training script is called with, and AdamW's settings that it leaves at its
+# defaults. Their EMA option is inverted, so that asking for it switches it off.
+AUTHORS_TRAINING = changed(
+    batch_size=1,
+    accumulation=4,
+    learning_rate=5e-5,
+    warmup=0,
+    schedule="constant",
+    betas=(0.9, 0.999),
+    weight_decay=0.01,
+    caption_dropout=0.0,
+    ema_decay=0.0,
+)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How one student is made. `data` is one of `DATA`, the other fields are those of `distill`."""
+    """How one student is made."""
 
+    # The loss.
     weights: LossWeights = LossWeights()
+    # Which plan cuts it, and where its first weights come from: see `kdc.slim`.
     plan: str = "kdc"
     init: str = "copy"
-    caption_dropout: float = 0.1
+    # What it is trained on, one of `DATA`.
     data: str = "real"
+    # Fields of `TrainSettings` in which it differs from the study's: see `changed`.
+    training: tuple[tuple[str, Any], ...] = ()
+    # Whether an image of the step before joins each batch, as in the authors' code.
+    last_sample: bool = False
 
     def __post_init__(self):
         if self.data not in DATA:
@@ -33,41 +58,57 @@ class Recipe:
 
 
 def _terms() -> dict[str, LossWeights]:
-    """The losses of the main comparison: the task, one term more, all terms, authors' terms, features averaged."""
+    """The losses of the main comparison: the task, one term more, all terms, the authors'."""
+    first, *others = TERMS
     return {
-        "task": LossWeights.only("task"),
-        "task, output": LossWeights.only("task", "output"),
-        "task, soft": LossWeights.only("task", "soft"),
-        "task, feature": LossWeights.only("task", "feature"),
+        first: LossWeights.only(first),
+        **{f"{first}, {name}": LossWeights.only(first, name) for name in others},
         "corrected": LossWeights(),
-        "authors' terms, features averaged": LossWeights.as_published(),
+        "authors' terms, features averaged": _averaged(),
     }
+
+
+def _averaged(**changes: Any) -> LossWeights:
+    """The authors' terms with the features averaged over the blocks where their code sums them.
+
+    Until the authors' code was read again this stood for it; the stored rows measured it.
+    """
+    return LossWeights.as_published().replace(feature_reduction="mean", **changes)
 
 
 def _options() -> dict[str, Recipe]:
     """Changes of the corrected loss, one at a time, from copied weights."""
-    change = functools.partial(dataclasses.replace, LossWeights())
-    published = functools.partial(dataclasses.replace, LossWeights.as_published())
-    no_task = change(task=0.0)
+    change = LossWeights().replace
+    first, *others = TERMS
+    soft = {"soft": 0.1, "soft_reduction": "mean"}
     return {
-        "output": Recipe(LossWeights.only("output")),
-        "soft": Recipe(LossWeights.only("soft")),
-        "feature": Recipe(LossWeights.only("feature")),
-        "without task": Recipe(no_task),
+        **{name: Recipe(LossWeights.only(name)) for name in others},
+        "without task": Recipe(change(task=0.0)),
         "temperature 0.5": Recipe(change(temperature=0.5)),
         "temperature 8": Recipe(change(temperature=8.0)),
         "features at attentions": Recipe(change(features_at="attention")),
         "features at both": Recipe(change(features_at="both")),
         "raw features": Recipe(change(feature_normalised=False)),
-        "no caption dropout": Recipe(caption_dropout=0.0),
+        "no caption dropout": Recipe(training=changed(caption_dropout=0.0)),
         "teacher-made": Recipe(data="teacher-made"),
-        "swapped captions": Recipe(no_task, data="swapped captions"),
-        "features averaged, output corrected": Recipe(published(output_gradient=True)),
-        "features averaged, soft corrected": Recipe(published(soft=0.1, soft_reduction="mean")),
-        "features averaged, both corrected": Recipe(
-            published(output_gradient=True, soft=0.1, soft_reduction="mean")
+        "swapped captions": Recipe(change(task=0.0), data="swapped captions"),
+        "features averaged, output corrected": Recipe(_averaged(output_gradient=True)),
+        "features averaged, soft corrected": Recipe(_averaged(**soft)),
+        "features averaged, both corrected": Recipe(_averaged(**soft, output_gradient=True)),
+        "authors' newest terms": Recipe(
+            LossWeights.as_published(newest=True), plan="kdc-v2", init="random"
         ),
-        "authors' newest terms": Recipe(LossWeights.as_published(newest=True), "kdc-v2", "random"),
+    }
+
+
+def _authors() -> dict[str, Recipe]:
+    """As in the authors' code, both configurations: with their training, and with the study's."""
+    first, newest = LossWeights.as_published(), LossWeights.as_published(newest=True)
+    exact = {"training": AUTHORS_TRAINING, "last_sample": True}
+    return {
+        "as in the authors' code": Recipe(first, **exact),
+        "as in the authors' code, newest": Recipe(newest, "kdc-v2", "random", **exact),
+        "authors' terms": Recipe(first),
     }
 
 
@@ -76,8 +117,7 @@ RECIPES: dict[str, Recipe] = {
     **{f"random start: {n}": Recipe(w, init="random") for n, w in _terms().items()},
     **_options(),
 }
-
-
+AUTHORS = _authors()  # studied by a stage of their own: their steps are four small batches
 STUDENT_RECIPE = "features averaged, both corrected"  # of the shipped student
 
 
@@ -106,5 +146,5 @@ def images_of(
     if kind == "teacher-made":
         return latents_of_captions(pipeline, captions * made, DATA_SEED, steps=steps)
     generator = torch.Generator().manual_seed(DATA_SEED)
-    generated = torch.randint(len(captions), (len(real),), generator=generator).tolist()
-    return with_captions(real, pipeline, [captions[i] for i in generated])
+    drawn = torch.randint(len(captions), (len(real),), generator=generator).tolist()
+    return with_captions(real, pipeline, [captions[i] for i in drawn])

@@ -13,80 +13,91 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from kdc.distillation import losses
+from kdc.distillation.losses import TERMS
 from studies.common import ledger
-from studies.common.claims import Claim, read_claims
+from studies.common.claims import Claim
 from studies.common.protocol import MEASURES, cut, prepare, score
 from studies.common.recipes import RECIPES
 from studies.distillation.study import SHOWN, Settings, study
 
-MAIN = tuple(RECIPES)[:6]  # from copied weights; the same six follow from random ones
-SINGLE = ("task", "output", "soft", "feature")
+FIRST, *OTHERS = TERMS
+PAIRS = tuple(f"{FIRST}, {name}" for name in OTHERS)
+AVERAGED = "authors' terms, features averaged"
+MAIN = (FIRST, *PAIRS, "corrected", AVERAGED)  # from copied weights, and then from random ones
+SINGLE = tuple(TERMS)
+BOTH, OUTPUT, SOFT = (f"features averaged, {what} corrected" for what in ("both", "output", "soft"))
 
-
-# Written before the study ran; "the corrected loss" are the project's goals. Each line: what is
-# claimed, the recipe, its baseline, the measure, and what is expected if it is not "better".
-_TERMS = """
-the output term helps | task, output | task | output_error
-the soft term helps | task, soft | task | output_error
-but less | task, soft | task, output | output_error | worse
-the feature term helps | task, feature | task | accuracy
-also from a random start | random start: task, feature | random start: task | accuracy
-the data's own noise adds nothing | without task | corrected | accuracy | open
-copied weights are a head start | task | random start: task | accuracy
-also for the whole loss | corrected | random start: corrected | accuracy
-"""
-_DEFECTS = """
-the dead output term costs | features averaged, output corrected | authors' terms, features averaged | output_error
-the summed soft term costs | features averaged, soft corrected | authors' terms, features averaged | output_error
-and costs more | features averaged, soft corrected | features averaged, output corrected | output_error
-the newest commit is worse | authors' newest terms | authors' terms, features averaged | accuracy | worse
-"""
+# Written before the study ran. Each: what is claimed, the recipe, what it is compared with, the
+# measure, and what is expected if it is not "better".
+OF_TERMS = [
+    Claim("the output term helps", "task, output", "task", "output_error"),
+    Claim("the soft term helps", "task, soft", "task", "output_error"),
+    Claim("it helps less than the output", "task, soft", "task, output", "output_error", "worse"),
+    Claim("the feature term helps", "task, feature", "task", "accuracy"),
+    Claim(
+        "the feature term helps from a random start",
+        "random start: task, feature",
+        "random start: task",
+        "accuracy",
+    ),
+    Claim("the task term adds nothing", "without task", "corrected", "accuracy", "open"),
+    Claim("copied weights are a head start", "task", "random start: task", "accuracy"),
+    Claim(
+        "copied weights are a head start for the whole loss",
+        "corrected",
+        "random start: corrected",
+        "accuracy",
+    ),
+]
+OF_FAULTS = [
+    Claim("the dead output term costs", OUTPUT, AVERAGED, "output_error"),
+    Claim("the summed soft term costs", SOFT, AVERAGED, "output_error"),
+    Claim("the summed soft term costs more", SOFT, OUTPUT, "output_error"),
+    Claim("the newest terms are worse", "authors' newest terms", AVERAGED, "accuracy", "worse"),
+]
 # Written after the rows of the other recipes were seen, before this one's were measured.
-_LATER = """
-both mends are better than one | features averaged, both corrected | features averaged, soft corrected | output_error
-and draw no worse | features averaged, both corrected | features averaged, soft corrected | accuracy | not worse
-and are better than the corrected weights | features averaged, both corrected | corrected | accuracy
-"""
-_OPTIONS = """
-a sharp softmax changes nothing | temperature 0.5 | corrected | accuracy | open
-a flat softmax changes nothing | temperature 8 | corrected | accuracy | open
-attentions are better hooks | features at attentions | corrected | accuracy
-so are both | features at both | corrected | accuracy
-raw features are worse | raw features | corrected | accuracy | worse
-no caption dropout harms guidance | no caption dropout | corrected | accuracy | worse
-the teacher's images reach new combinations | teacher-made | corrected | unseen
-so do swapped captions | swapped captions | without task | unseen
-"""
+OF_BOTH = [
+    Claim("both corrections are better than one", BOTH, SOFT, "output_error"),
+    Claim("both corrections are as accurate as one", BOTH, SOFT, "accuracy", "not worse"),
+    Claim("both corrections beat the corrected weights", BOTH, "corrected", "accuracy"),
+]
+OF_OPTIONS = [
+    Claim("a sharp softmax changes nothing", "temperature 0.5", "corrected", "accuracy", "open"),
+    Claim("a flat softmax changes nothing", "temperature 8", "corrected", "accuracy", "open"),
+    Claim("attentions give better features", "features at attentions", "corrected", "accuracy"),
+    Claim("both places give better features", "features at both", "corrected", "accuracy"),
+    Claim("raw features are worse", "raw features", "corrected", "accuracy", "worse"),
+    Claim(
+        "no caption dropout harms guidance", "no caption dropout", "corrected", "accuracy", "worse"
+    ),
+    Claim("the teacher's images reach new combinations", "teacher-made", "corrected", "unseen"),
+    Claim("swapped captions reach new combinations", "swapped captions", "without task", "unseen"),
+]
 
 
 def _goals() -> list[Claim]:
-    published, whole = (
-        "corrected beats authors' terms, features averaged",
-        "the whole loss is no worse than this part",
-    )
-    starts = ("", "random start: ")
-    return [
-        *(
-            Claim(
-                published, f"{start}corrected", f"{start}authors' terms, features averaged", measure
-            )
-            for start in starts
-            for measure in MEASURES
-        ),
-        *(
-            Claim(whole, "corrected", part, measure, "not worse")
-            for part in (*SINGLE, *MAIN[1:4])
-            for measure in ("accuracy", "fd", "output_error")
-        ),
+    """The goals of the project, as claims about the corrected loss."""
+    beats = f"the corrected loss beats {AVERAGED}"
+    whole = "the whole loss is no worse than this part"
+    goals = [
+        Claim(beats, f"{start}corrected", f"{start}{AVERAGED}", measure)
+        for start in ("", "random start: ")
+        for measure in MEASURES
     ]
+    goals += [
+        Claim(whole, "corrected", part, measure, "not worse")
+        for part in (*SINGLE, *PAIRS)
+        for measure in ("accuracy", "fd", "output_error")
+    ]
+    return goals
 
 
 CLAIMS = {
     "the corrected loss": _goals(),
-    "the terms": read_claims(_TERMS),
-    "the defects": read_claims(_DEFECTS),
-    "the options": read_claims(_OPTIONS),
-    "both mends": read_claims(_LATER),
+    "the terms": OF_TERMS,
+    "the faults": OF_FAULTS,
+    "the options": OF_OPTIONS,
+    "both corrections": OF_BOTH,
 }
 FURTHER = tuple(CLAIMS)[1:]
 

@@ -1,7 +1,8 @@
-"""What each distillation term is good for: recipes after equal steps on equal data, over seeds."""
+"""What each distillation term contributes: recipes after equal steps on equal data, over seeds."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -10,14 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from kdc import pipelines
+from kdc.continual.sequence import run_sequence
+from kdc.continual.tasks import Task
 from kdc.data.latents import LatentDataset
 from kdc.distillation.distill import distill
 from kdc.distillation.features import feature_pairs
 from kdc.distillation.fidelity import output_error
+from kdc.distillation.losses import LossWeights
+from kdc.distillation.step import DistillationStep, forward_process
 from kdc.io import fingerprint, make_once
 from kdc.unet.slimming import slim
 from studies.common import ledger
@@ -65,20 +71,66 @@ def follow(
     teacher = setup.teacher.unet
     unet = slim(teacher, recipe.plan, recipe.init, seed)
     names = [name for _, name in feature_pairs(slim(teacher, "kdc"), teacher, "both")]
+    training = {
+        "steps": settings.steps,
+        "batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "seed": seed,
+    } | dict(recipe.training)
     with remembering(teacher, names, {} if answers is None else answers):
+        if recipe.last_sample:  # the sequence of one task that the authors' replay makes
+            result = run_sequence(
+                [Task("all", data)],
+                "last_sample",
+                unet,
+                setup.teacher,
+                evaluate=lambda pipeline, task: {"none": 0.0},
+                higher_is_better={"none": True},
+                ahead=False,
+                weights=recipe.weights,
+                **training,
+            )
+            return unet, result.logs[0]
         log = distill(
             unet,
             setup.teacher,
             data,
-            steps=settings.steps,
-            batch_size=settings.batch_size,
             weights=recipe.weights,
-            learning_rate=settings.learning_rate,
-            caption_dropout=recipe.caption_dropout,
-            seed=seed,
             label=f"seed {seed}",
+            **training,
         )
     return unet, log
+
+
+def authors_ratio(
+    setup: Setup, seeds: Sequence[int] = range(8), batches: int = 4, batch_size: int = 16
+) -> pd.DataFrame:
+    """The terms as in the authors' code on a freshly cut student, a row a seed.
+
+    Columns: the means over `batches` of each term, and `ratio`, features over softened KL. Their
+    log has 55.1 / 122.3 = 0.45 on Stable Diffusion, and the sum of all terms, 178, fits it. The KL
+    sums over pixels, of which Stable Diffusion's latents have 4,096 and the mini's fewer: `per
+    4096` is the ratio as it would be with as many.
+    """
+    weights = LossWeights.as_published()
+    pixels = setup.train.mean.shape[-2] * setup.train.mean.shape[-1]
+    student = slim(setup.teacher.unet, "kdc").eval()
+    rows = []
+    with contextlib.closing(
+        DistillationStep(student, setup.teacher.unet, forward_process(setup.teacher), weights)
+    ) as distillation_step:
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            terms = []
+            for _ in range(batches):
+                batch = setup.train.draw(batch_size, generator, 0.0)
+                with torch.no_grad():
+                    found = distillation_step(student, *batch, generator)
+                terms.append({name: found[name].item() for name in weights.enabled})
+            row = pd.DataFrame(terms).mean().to_dict()
+            ratio = row["feature"] / row["soft"]
+            rows.append({"seed": seed} | row | {"ratio": ratio, "per 4096": ratio * pixels / 4096})
+    return pd.DataFrame(rows)
 
 
 def judge(setup: Setup, unet: UNet2DConditionModel, seed: int) -> dict:
@@ -89,7 +141,7 @@ def judge(setup: Setup, unet: UNet2DConditionModel, seed: int) -> dict:
 
 def _as_usual(recipe: Recipe) -> bool:
     """Whether a recipe draws its batches as most do, and so asks the teacher what they ask."""
-    return (recipe.data, recipe.caption_dropout) == ("real", Recipe().caption_dropout)
+    return recipe.data == "real" and not recipe.training and not recipe.last_sample
 
 
 def _fixed(setup: Setup, settings: Settings) -> dict:
@@ -106,7 +158,7 @@ def study(
 ) -> tuple[pd.DataFrame, dict[str, list]]:
     """A row for each recipe and seed, and each recipe's logs, one a seed.
 
-    Each is kept in `folder` as soon as it is there and read back by a later call, so a study that
+    Each is stored in `folder` as soon as it is there and read back by a later call, so a study that
     was stopped goes on. Raises `ValueError` where `folder` holds rows of other settings.
     """
     fixed = _fixed(setup, settings)

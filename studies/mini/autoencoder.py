@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from kdc.training.loop import TrainSettings, train
+from kdc.training.loop import train
+from kdc.training.settings import TrainSettings
 from studies.mini.images import leaf_images, to_signed, world_images
 
 KL_WEIGHT = 1e-6
@@ -67,7 +68,9 @@ def train_autoencoder(
         device = next(model.parameters()).device
         return autoencoder_loss(model, to_signed(batch).to(device), generator)
 
-    settings = TrainSettings(steps, learning_rate=2e-3, warmup=100, ema_decay=0.998)
+    settings = TrainSettings(
+        steps, batch_size=batch_size, learning_rate=2e-3, warmup=100, ema_decay=0.998
+    )
     log = train(vae, loss, settings, output_dir, seed=seed, resume=True, label="autoencoder")
     with torch.no_grad():
         sample = to_signed(worlds_pool[:512]).to(vae.device)

@@ -17,7 +17,8 @@ from kdc.evaluation.judges import (
     labels_of,
     new_clip,
 )
-from kdc.training.loop import TrainSettings, train
+from kdc.training.loop import train
+from kdc.training.settings import TrainSettings
 from studies.mini.images import leaf_images, to_signed, world_images
 from studies.mini.text import new_tokenizer, text_config, tokenize
 
@@ -59,7 +60,9 @@ def train_classifier(
         target = {name: values[index].to(device) for name, values in labels.items()}
         return {"loss": attribute_loss(model(batch.to(device)), target)}
 
-    settings = TrainSettings(steps, learning_rate=2e-3, warmup=50, ema_decay=0.995)
+    settings = TrainSettings(
+        steps, batch_size=batch_size, learning_rate=2e-3, warmup=50, ema_decay=0.995
+    )
     return model, train(
         model, loss, settings, output_dir, resume=True, label="attribute classifier"
     )
@@ -91,7 +94,9 @@ def train_clip(
         logits = out.logits_per_image
         return {"loss": (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2}
 
-    settings = TrainSettings(steps, learning_rate=1e-3, warmup=100, ema_decay=0.995)
+    settings = TrainSettings(
+        steps, batch_size=batch_size, learning_rate=1e-3, warmup=100, ema_decay=0.995
+    )
     log = train(model, loss, settings, output_dir, resume=True, label="mini CLIP")
     return (model, tokenizer), log
 
@@ -137,5 +142,7 @@ def train_trunk(
         distorted = F.cross_entropy(logits["distortion"], which.to(device))
         return {"loss": shown_part + distorted, "distortion": distorted.detach()}
 
-    settings = TrainSettings(steps, learning_rate=5e-4, warmup=100, ema_decay=0.995)
+    settings = TrainSettings(
+        steps, batch_size=batch_size, learning_rate=5e-4, warmup=100, ema_decay=0.995
+    )
     return model, train(model, loss, settings, output_dir, resume=True, label="perceptual trunk")

@@ -77,11 +77,10 @@ def make_student(out: Path, steps: int = 3600, batch_size: int = 16, **settings)
         steps=steps,
         batch_size=batch_size,
         weights=recipe.weights,
-        caption_dropout=recipe.caption_dropout,
         output_dir=out / "run",
         resume=True,
         label="student",
-        **settings,
+        **dict(recipe.training) | settings,
     )
     state = PartialState()
     if state.is_main_process:

@@ -21,7 +21,8 @@ from transformers import CLIPTextModel
 
 from kdc.data.worlds import TEMPLATES, caption
 from kdc.distillation.losses import min_snr_weight
-from kdc.training.loop import TrainSettings, train
+from kdc.training.loop import train
+from kdc.training.settings import TrainSettings
 from studies.mini.images import to_signed, world_images
 from studies.mini.text import new_text_encoder, new_tokenizer, tokenize
 
@@ -121,6 +122,13 @@ def train_teacher(
         weighted = error * min_snr_weight(snr[timesteps], MIN_SNR).to(device)
         return {"loss": weighted.mean(), "task": error.mean().detach()}
 
-    settings = TrainSettings(steps, learning_rate, warmup=200, ema_decay=0.9995, save_every=500)
-    log = train(model, loss, settings, output_dir, seed=seed, resume=True, label="teacher")
+    settings = TrainSettings(
+        steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup=200,
+        ema_decay=0.9995,
+        seed=seed,
+    )
+    log = train(model, loss, settings, output_dir, resume=True, label="teacher")
     return model, tokenizer, log

@@ -1,4 +1,3 @@
-import dataclasses
 import re
 
 import pandas as pd
@@ -6,9 +5,9 @@ import pytest
 import torch
 
 import kdc
+from kdc.unet.slimming import slim
 from kdc import LossWeights
 from kdc.distillation.diagnostics import blind_terms, diagnose
-from kdc.distillation.distill import published_recipe
 from kdc.distillation.step import DistillationStep, forward_process
 
 TERMS = ("task", "output", "soft", "feature")
@@ -52,17 +51,22 @@ def test_norms_cosines_and_shares_make_up_the_gradient_of_the_loss(student, teac
 
 
 def test_the_published_recipe_is_told_what_is_wrong_with_it(teacher, data):
-    student, weights = published_recipe(teacher.unet)
+    student, weights = slim(teacher.unet, "kdc"), LossWeights.as_published()
     with pytest.warns(UserWarning, match="output term is enabled and has no gradient"):
         found = diagnose(student, teacher, data, weights, batch_size=4)
     assert pd.isna(found.terms.loc["output", "gradient_norm"])
     assert found.terms.loc["output", "share"] == 0
     assert any("soft term is blind" in fault for fault in found.faults)
+    assert 0.9 <= found.terms.loc["soft", "share"] < 0.98  # the rest is that of the features
+    assert not any("makes up" in fault for fault in found.faults)
+    averaged = weights.replace(feature_reduction="mean")
+    with pytest.warns(UserWarning, match="soft term makes up"):
+        found = diagnose(student, teacher, data, averaged, batch_size=4)
     assert 0.98 <= found.terms.loc["soft", "share"] < 1
     share = r"soft term makes up 99\.\d % of the update: all the others together have 0\.\d %"
     assert sum(bool(re.search(share, fault)) for fault in found.faults) == 1
-    oversized = dataclasses.replace(weights, soft=1000.0)
-    with pytest.warns(UserWarning, match="soft term pulls [0-9,]+ times as hard"):
+    oversized = weights.replace(soft=1000.0)
+    with pytest.warns(UserWarning, match="soft term's gradient norm is [0-9,]+ times"):
         found = diagnose(student, teacher, data, oversized, batch_size=4)
     assert not any("makes up" in fault for fault in found.faults)  # said once
 

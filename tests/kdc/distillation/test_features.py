@@ -143,7 +143,7 @@ def test_narrow_students_are_projected_to_the_teachers_width(tiny_unet):
     config = dict(tiny_unet.config) | {"block_out_channels": (4, 8, 12, 12)}
     narrow = UNet2DConditionModel.from_config(config).eval()
     s, t = collect(narrow, tiny_unet.eval(), "both")
-    with pytest.raises(ValueError, match="hook 0"):
+    with pytest.raises(ValueError, match="feature 0"):
         feature_term(s, t)
     layers = projections(s, t, seed=1)
     projected = [layer(hooked) for layer, hooked in zip(layers, s, strict=True)]

@@ -1,17 +1,18 @@
+import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from kdc.distillation.losses import (
+    TERMS,
     DistillationLoss,
     LossWeights,
     feature_term,
     min_snr_weight,
     soft_term,
 )
-
-TERMS = ("task", "output", "soft", "feature")
 
 
 def batch(seed=0, dtype=torch.float32):
@@ -154,7 +155,8 @@ def test_min_snr_has_its_limit_where_nothing_is_left_but_noise():
         (dict(min_snr=0), "min_snr must be positive, not 0"),
         (dict(min_snr=math.nan), "min_snr must be positive, not nan"),
         (dict(soft_reduction="sum"), "soft_reduction"),
-        (dict(hooks="skips"), "hooks must be one of blocks, attention, both"),
+        (dict(feature_reduction="max"), "feature_reduction must be one of mean, sum"),
+        (dict(features_at="skips"), "features_at must be one of blocks, attention, both"),
         (dict(task=0, output=0, soft=0, feature=0), "nothing"),
     ],
 )
@@ -169,7 +171,30 @@ def test_unknown_terms_and_missing_parts_are_refused():
     student, target, *_ = batch()
     with pytest.raises(ValueError, match="teacher"):
         DistillationLoss(LossWeights())(student, target)
-    with pytest.raises(ValueError, match="hooks"):
+    with pytest.raises(ValueError, match="features"):
         feature_term([], [])
-    with pytest.raises(ValueError, match="hook 0"):
+    with pytest.raises(ValueError, match="feature 0"):
         feature_term([torch.zeros(1, 2)], [torch.zeros(1, 3)])
+
+
+def test_weights_are_immutable_comparable_and_survive_plain_values():
+    weights = LossWeights(soft=0.5, temperature=4.0)
+    assert weights == LossWeights(**weights.to_dict()) != LossWeights()
+    assert len({weights, LossWeights(soft=0.5, temperature=4.0)}) == 1
+    assert weights.replace(soft=0.1, temperature=2.0) == LossWeights()
+    assert copy.deepcopy(weights) == weights
+    with pytest.raises(dataclasses.FrozenInstanceError, match="replace"):
+        weights.soft = 1.0
+    with pytest.raises(TypeError, match="did you mean temperature"):
+        LossWeights(temprature=1.0)
+    with pytest.raises(AttributeError):
+        print(weights.temprature)
+
+
+def test_features_are_averaged_or_summed_over_blocks():
+    *_, hooks, teacher_features = batch()
+    errors = [(s - t).square().mean() for s, t in zip(hooks, teacher_features, strict=True)]
+    mean = feature_term(hooks, teacher_features, normalised=False)
+    total = feature_term(hooks, teacher_features, normalised=False, reduction="sum")
+    assert torch.allclose(mean, (errors[0] + errors[1]) / 2)
+    assert torch.allclose(total, errors[0] + errors[1])

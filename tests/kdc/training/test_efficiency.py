@@ -185,9 +185,10 @@ def test_the_average_in_place_is_that_of_diffusers():
 
 
 def test_an_infinite_loss_is_found_late_but_named_rightly():
-    unseen = [torch.tensor(1.0), torch.tensor(float("inf")), torch.tensor(float("nan"))]
+    losses = (1.0, float("inf"), float("nan"))
+    unseen = [(step, torch.tensor(loss)) for step, loss in enumerate(losses, 10)]
     with pytest.raises(FloatingPointError, match="run: the loss is inf at step 11"):
-        refuse_infinite(unseen, 12, "run")
-    fine = [torch.tensor(1.0), torch.tensor(2.0)]
-    refuse_infinite(fine, 1, "run")
+        refuse_infinite(unseen, "run")
+    fine = [(0, torch.tensor(1.0)), (1, torch.tensor(2.0))]
+    refuse_infinite(fine, "run")
     assert fine == []

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 
 from kdc.training.checkpoints import newest_checkpoint
-from kdc.training.loop import TrainSettings, train
+from kdc.training.loop import train
+from kdc.training.settings import TrainSettings
 
 
 def regression(seed=0):
@@ -42,7 +44,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit():
     results = []
     for seed in (0, 0, 1):
         model, loss = regression()
-        train(model, loss, SETTINGS, seed=seed)
+        train(model, loss, dataclasses.replace(SETTINGS, seed=seed))
         results.append(weights(model))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
@@ -146,8 +148,8 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     with pytest.raises(ValueError, match="learning_rate=0.01.*learning_rate=0.02"):
         train(model, loss, other, tmp_path, resume=True)
     with pytest.raises(ValueError, match="seed=0"):
-        train(model, loss, SETTINGS, tmp_path, seed=3, resume=True)
-    with pytest.raises(ValueError, match="data=None, this run has data=flowers"):
+        train(model, loss, dataclasses.replace(SETTINGS, seed=3), tmp_path, resume=True)
+    with pytest.raises(ValueError, match="data=None, now data='flowers'"):
         train(model, loss, SETTINGS, tmp_path, resume=True, identity={"data": "flowers"})
 
 
@@ -238,6 +240,71 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         train(model, breaking, SETTINGS, tmp_path)
     state = json.loads((newest_checkpoint(tmp_path) / "state.json").read_text())
     assert state["step"] == 10
+
+
+def fixed_batches(count, size):
+    """A loss over fixed batches, one after the other, and the batches."""
+    draw = torch.Generator().manual_seed(1)
+    batches = torch.randn(count, size, 3, generator=draw)
+
+    def loss_of(batches):
+        turn = iter(batches)
+
+        def loss(model, generator):
+            x = next(turn)
+            return {"loss": (model(x) - x.sum(dim=1, keepdim=True)).square().mean()}
+
+        return loss
+
+    return batches, loss_of
+
+
+def test_accumulated_micro_batches_are_one_large_batch():
+    batches, loss_of = fixed_batches(24, 1)
+    settings = TrainSettings(6, learning_rate=1e-2, warmup=0, log_every=1)
+    small, _ = regression()
+    log = train(small, loss_of(batches), dataclasses.replace(settings, accumulation=4))
+    large, _ = regression()
+    whole = train(large, loss_of(batches.view(6, 4, 3)), settings)
+    assert torch.allclose(weights(small), weights(large), atol=1e-6)
+    assert log["loss"].tolist() == pytest.approx(whole["loss"].tolist(), rel=1e-5)
+    assert log["grad_norm"].tolist() == pytest.approx(whole["grad_norm"].tolist(), rel=1e-4)
+
+
+def test_a_run_that_accumulates_resumes_bit_for_bit(tmp_path):
+    settings = dataclasses.replace(SETTINGS, accumulation=3)
+    model, loss = regression()
+    train(model, loss, settings)
+    whole = weights(model)
+    model, loss = regression()
+    with pytest.raises(KeyboardInterrupt):
+        train(model, stop_after(loss, 3 * 17 + 1), settings, tmp_path)
+    model, loss = regression(seed=5)
+    train(model, loss, settings, tmp_path, resume=True)
+    assert torch.equal(weights(model), whole)
+
+
+def test_the_environment_does_not_divide_the_gradient(monkeypatch):
+    model, loss = regression()
+    expected = train(model, loss, SETTINGS)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    model, loss = regression()
+    found = train(model, loss, SETTINGS)
+    assert found.equals(expected)
+
+
+def test_a_hook_between_backward_and_step_sees_and_changes_the_gradients():
+    model, loss = regression()
+    before, seen = weights(model), []
+
+    def remove():
+        seen.append([p.grad.clone() for p in model.parameters()])
+        for p in model.parameters():
+            p.grad.zero_()
+
+    train(model, loss, TrainSettings(3, weight_decay=0.0, ema_decay=0), before_step=remove)
+    assert len(seen) == 3 and any(g.abs().sum() > 0 for g in seen[0])
+    assert torch.equal(weights(model), before)
 
 
 def test_unusable_settings_are_refused():

@@ -1,0 +1,115 @@
+"""The settings of training: one object for `distill`, `run_sequence` and the command line.
+
+This module imports nothing heavy, so that `python -m kdc distill --help` can list the fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any
+
+SCHEDULES = ("cosine", "constant", "constant_with_warmup", "linear", "polynomial")
+PRECISIONS = ("auto", "no", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long, how fast and how a network is trained.
+
+    Raises `ValueError` or `TypeError` for values that no run can have.
+    """
+
+    steps: Annotated[int, "updates of the weights"]
+    _: KW_ONLY
+    batch_size: Annotated[int, "images in one forward pass, of each process"] = 32
+    accumulation: Annotated[int, "forward passes whose gradients are averaged for one update"] = 1
+    learning_rate: Annotated[float, "AdamW's highest learning rate"] = 5e-4
+    warmup: Annotated[int, "updates in which the learning rate rises from 0; at most `steps`"] = 20
+    schedule: Annotated[str, "what the learning rate does after the warm-up"] = "cosine"
+    betas: Annotated[tuple[float, float], "AdamW's decay of the first and second moment"] = (
+        0.9,
+        0.99,
+    )
+    weight_decay: Annotated[float, "AdamW's decoupled weight decay"] = 0.0
+    max_grad_norm: Annotated[float, "gradients of a larger norm are scaled down to it"] = 1.0
+    caption_dropout: Annotated[float, "share of captions replaced by the empty one, 0 to 1"] = 0.1
+    ema_decay: Annotated[float, "decay of the averaged weights, itself warmed up; 0: none"] = 0.999
+    seed: Annotated[int, "of everything that training draws at random"] = 0
+    precision: Annotated[str, "auto: bf16 where the device has units for it; or no, bf16"] = "auto"
+    compile: Annotated[bool, "run the networks through torch.compile"] = False
+    gradient_checkpointing: Annotated[bool, "recompute activations: less memory, more time"] = False
+    log_every: Annotated[int, "updates between two rows of the log"] = 10
+    save_every: Annotated[int, "updates between two checkpoints"] = 500
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "save_every"):
+            _whole(name, getattr(self, name), 1)
+        for name in ("warmup", "seed"):
+            _whole(name, getattr(self, name), 0)
+        for name in ("learning_rate", "max_grad_norm"):
+            _number(name, getattr(self, name))
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        _number("weight_decay", self.weight_decay)
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative: {self.weight_decay}")
+        for name in ("caption_dropout", "ema_decay"):
+            _number(name, getattr(self, name))
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout is a share of 0 to 1, not {self.caption_dropout}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and below 1, not {self.ema_decay}")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers from 0 to below 1, not {self.betas}")
+        for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
+                )
+        for name in ("compile", "gradient_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+
+    @classmethod
+    def given(cls, settings: TrainSettings | None, changes: Mapping[str, Any]) -> TrainSettings:
+        """`settings` (default: the defaults) with `changes` of single fields put over them.
+
+        Raises `TypeError` for a name that is not a field, with the closest known one, and where
+        neither says how many steps to train.
+        """
+        refuse_unknown(changes, [field.name for field in dataclasses.fields(cls)])
+        if settings is not None:
+            return dataclasses.replace(settings, **changes)
+        if "steps" not in changes:
+            raise TypeError(
+                "say how long to train: steps=... or settings=TrainSettings(...)"
+            )
+        return cls(**changes)
+
+
+def refuse_unknown(given: Mapping[str, Any], known: list[str]) -> None:
+    """Raise `TypeError` for names that are not known, with the closest known one."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise TypeError(f"unknown setting {name!r}: {hint}The settings are {', '.join(known)}")
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, not {value}")
