@@ -72,8 +72,7 @@ def full_buffers(data: LatentDataset, capacity: int, folder: str | None) -> dict
     kinds += [("reservoir", "float16", folder)]
     buffers = {}
     for policy, dtype, where in kinds:
-        size = None if policy == "last_sample" else capacity
-        buffer = ReplayBuffer(size, policy, dtype, folder=where)
+        buffer = ReplayBuffer(capacity, policy, dtype, folder=where)
         buffer.add(data, labels=data.caption_index)
         buffers[policy, dtype, "disk" if where else "memory"] = buffer
     return buffers

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 import kdc
-from kdc.continual.sequence import STRATEGIES, learn_first, run_sequence
+from kdc.continual.sequence import learn_first, run_sequence
+from kdc.continual.strategies import STRATEGIES
 from studies.common import ledger
 from studies.replay import study
 from studies.replay.tasks import domain_tasks
@@ -42,15 +42,19 @@ def measure(
         row = {}
         for name in strategies:
             strategy = STRATEGIES[name]
-            less = {k: max(1, getattr(strategy, k) // PART) for k in ("pool", "fisher_samples")}
-            strategy = dataclasses.replace(strategy, **less)
+            less = {
+                name: max(1, strategy.options[name] // PART)
+                for name in ("pool", "fisher_samples")
+                if name in strategy.options
+            }
+            strategy = strategy.replace(**less)
             result = run_sequence(
                 tasks,
                 strategy,
                 copy.deepcopy(fresh),
                 teacher,
-                buffer=kdc.ReplayBuffer(64) if strategy.source == "buffer" else None,
-                first=None if strategy.begins_its_own_way else first,
+                buffer=kdc.ReplayBuffer(64) if strategy.mechanism.uses_buffer else None,
+                first=None if strategy.mechanism.own_first_task else first,
                 ahead=False,
                 **nothing,
                 **training,

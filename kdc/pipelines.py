@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Sequence
@@ -97,6 +98,13 @@ def with_unet(
         unet = unet.to(dtype=pipeline.dtype)
     unet = unet.to(device=pipeline.device).eval()
     return StableDiffusionPipeline(**parts, unet=unet, requires_safety_checker=False)
+
+
+def in_pipeline(
+    pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    """`with_unet`, but a pipeline of another precision gets a copy: `unet` stays as it is."""
+    return with_unet(pipeline, unet if unet.dtype == pipeline.dtype else copy.deepcopy(unet))
 
 
 def save_student(unet: UNet2DConditionModel, folder: str | Path, **notes) -> Path:

@@ -8,83 +8,46 @@ import shutil
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from kdc.continual.strategies import RankOneFisher
-from kdc.io import part, read_tensors, write_tensors
+from kdc.continual.mechanisms.base import Counts, Mechanism
+from kdc.io import part, plain, refuse_other_settings, write_json
 from kdc.pipelines import save_student
-from kdc.replay import buffer as buffers
-from kdc.replay.buffer import ReplayBuffer
-
-FISHER, VERSION = "kdc-fisher", "1"
-
-
-@dataclasses.dataclass
-class Counts:
-    """What one task cost. Images are counted once for each time a network sees them.
-
-    new_pictures and old_pictures went through the student forwards and backwards,
-    teacher_pictures and guide_pictures through the teacher or the old student for new and old
-    ones, sampler_pictures through the old student to draw generated_pictures, fisher_pictures
-    forwards and backwards for the penalty. `buffer_bytes` are the items held after the task (or
-    generated before it), `embedding_bytes` their captions' embeddings, a cache; `model_bytes` old
-    weights and directions. `seconds` is the wall time of it all without the evaluation.
-    """
-
-    new_images: int = 0
-    old_images: int = 0
-    teacher_images: int = 0
-    old_teacher_images: int = 0
-    generated_images: int = 0
-    sampler_images: int = 0
-    fisher_images: int = 0
-    buffer_bytes: int = 0
-    embedding_bytes: int = 0
-    model_bytes: int = 0
-    seconds: float = 0.0
 
 
 class Progress:
-    """What changes within a task beside the weights: counts, and the source of old images.
+    """What changes within a task beside the weights: counts, and the mechanism's own state."""
 
-    Of a buffer that only gives, its generator; of one that also takes in (`whole`), everything.
-    """
-
-    def __init__(self, counts: Counts, source: ReplayBuffer | None, whole: bool, started: float):
-        self.counts, self.source, self.whole = counts, source, whole
+    def __init__(self, counts: Counts, mechanism: Mechanism, started: float):
+        self.counts, self.mechanism = counts, mechanism
         self.started, self.before = started, counts.seconds
 
     def stop(self) -> None:
+        """Bring the seconds up to now."""
         self.counts.seconds = self.before + time.perf_counter() - self.started
 
     def state_dict(self) -> dict[str, Tensor]:
         self.stop()
         values = list(dataclasses.asdict(self.counts).values())
-        state = {"counts": torch.tensor(values, dtype=torch.float64)}
-        if self.source is not None and self.whole:
-            state |= {f"source.{k}": v for k, v in self.source.state_dict().items()}
-        elif self.source is not None:
-            state["generator"] = self.source.generator.get_state()
-        return state
+        own = {f"mechanism.{name}": x for name, x in self.mechanism.task_state().items()}
+        return {"counts": torch.tensor(values, dtype=torch.float64)} | own
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for field, value in zip(dataclasses.fields(Counts), state["counts"].tolist(), strict=True):
             setattr(self.counts, field.name, type(field.default)(value))
         self.before = self.counts.seconds
-        if self.source is not None and self.whole:
-            self.source.load_state_dict(part(state, "source"))
-        elif self.source is not None:
-            self.source.generator.set_state(state["generator"])
+        self.mechanism.load_task_state(part(state, "mechanism"))
 
 
 class Records:
     """The folder of a sequence: `sequence.json` with every score so far, and a folder a task.
 
     Without a folder everything is remembered and nothing written. `learnt` is the number of tasks
-    that are through; their students, the buffer and the Fisher after them lie in `task-<t>`, and
-    how it all began in `start`.
+    that are through; their students, and what the mechanism stored after them, lie in `task-<t>`,
+    and how it all began in `start`.
     """
 
     def __init__(
@@ -92,28 +55,25 @@ class Records:
         output_dir: str | Path | None,
         identity: dict,
         student: UNet2DConditionModel,
-        buffer: ReplayBuffer | None,
-        fisher: RankOneFisher | None,
+        mechanism: Mechanism,
     ):
         self.root = Path(output_dir) if output_dir else None
-        self.identity = json.loads(json.dumps(identity))
-        self.student, self.buffer, self.fisher = student, buffer, fisher
+        self.identity = plain(identity)
+        self.student, self.mechanism = student, mechanism
         self.learnt = 0
         self.scores: dict[tuple[int, int], dict[str, float]] = {}
         self.counts: list[dict] = []
+        self.logs: list[pd.DataFrame] = []
 
     def begin(self, resume: bool) -> None:
         """Start the folder, or go back to where the sequence in it was after its last task.
 
-        Raises `ValueError` where a start finds items in the buffer.
+        Raises `ValueError` where a start finds something left of another sequence, and where the
+        folder is of another experiment, `FileExistsError` for an earlier one without `resume`.
         """
         file = self.root / "sequence.json" if self.root else None
         if not (file and file.is_file()):
-            if self.buffer is not None and len(self.buffer):
-                raise ValueError(
-                    f"{self.buffer} already holds items, which the first task would rehearse: a new"
-                    " sequence fills its buffer itself, so give it a new one"
-                )
+            self.mechanism.begin_sequence()
             if file:
                 self._save("start")
                 self._write()
@@ -124,42 +84,42 @@ class Records:
                 "output_dir"
             )
         note = json.loads(file.read_text())
-        for key in self.identity | note["identity"]:
-            ours, theirs = self.identity.get(key), note["identity"].get(key)
-            if ours != theirs:
-                raise ValueError(
-                    f"{file} was made with {key}={theirs}, this sequence has {key}={ours}: use the "
-                    "same, or another output_dir"
-                )
+        remedy = "use the same, or another output_dir"
+        refuse_other_settings(file, note["identity"], self.identity, remedy)
         self.learnt, self.counts = note["learnt"], note["counts"]
         self.scores = {(t, k): scores for t, k, scores in note["scores"]}
+        self.logs = [self._read_log(t) for t in range(self.learnt)]
         self._load(f"task-{self.learnt - 1}" if self.learnt else "start")
 
     def folder(self, t: int) -> Path | None:
+        """Where task t writes, or None."""
         return self.root / f"task-{t}" if self.root else None
 
-    def file(self, t: int, name: str) -> Path | None:
-        return self.root / f"task-{t}" / f"{name}.safetensors" if self.root else None
-
-    def finish(self, t: int, counts: Counts) -> None:
-        """Task t is learnt: keep what the next one starts from, and drop the checkpoints."""
+    def finish(self, t: int, counts: Counts, log: pd.DataFrame) -> None:
+        """Task t is learnt: store what the next one starts from, and drop the checkpoints."""
         self.learnt = t + 1
         self.counts.append(dataclasses.asdict(counts))
+        self.logs.append(log)
         if not self.root:
             return
         self._save(f"task-{t}")
         self._write()
-        self.file(t, "pool").unlink(missing_ok=True)
         for checkpoint in self.folder(t).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
     def has_score(self, t: int, k: int) -> bool:
+        """Whether task k was scored after task t."""
         return (t, k) in self.scores
 
     def add_score(self, t: int, k: int, scores: dict[str, float]) -> None:
+        """Task k scored so after task t."""
         self.scores[t, k] = {name: float(value) for name, value in scores.items()}
         if self.root:
             self._write()
+
+    def _read_log(self, t: int) -> pd.DataFrame:
+        file = self.folder(t) / "log.csv"
+        return pd.read_csv(file) if file.is_file() else pd.DataFrame()
 
     def _write(self) -> None:
         note = {
@@ -168,25 +128,14 @@ class Records:
             "scores": [[t, k, scores] for (t, k), scores in self.scores.items()],
             "counts": self.counts,
         }
-        partial = self.root / "sequence.partial"
-        partial.write_text(json.dumps(note, indent=1))
-        partial.replace(self.root / "sequence.json")
+        write_json(self.root / "sequence.json", note, indent=1)
 
     def _save(self, name: str) -> None:
         save_student(self.student, self.root / name, strategy=self.identity["strategy"]["name"])
-        if self.buffer is not None:
-            self.buffer.save(self.root / name / "buffer.safetensors")
-        if self.fisher is not None:
-            state = self.fisher.state_dict()
-            write_tensors(self.root / name / "fisher.safetensors", state, FISHER, VERSION)
+        self.mechanism.save(self.root / name)
 
     def _load(self, name: str) -> None:
         folder = self.root / name
-        saved = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        saved = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
         self.student.load_state_dict(saved.state_dict())
-        if self.buffer is not None:
-            state = read_tensors(folder / "buffer.safetensors", buffers.FORMAT, buffers.VERSION)
-            self.buffer.load_state_dict(state)
-        if self.fisher is not None:
-            state = read_tensors(folder / "fisher.safetensors", FISHER, VERSION)
-            self.fisher.load_state_dict(state, self.student.device)
+        self.mechanism.load(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,38 +12,34 @@ import pandas as pd
 from accelerate import PartialState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from kdc.continual.learner import Learner, Learnt, in_pipeline
+from kdc.continual.learner import Learner, Learnt
 from kdc.continual.matrix import ScoreMatrix
-from kdc.continual.records import Counts, Records
-from kdc.continual.strategies import STRATEGIES, RankOneFisher, Strategy, find_strategy
-from kdc.continual.tasks import Task, split_classes
+from kdc.continual.mechanisms.base import Counts, Run
+from kdc.continual.records import Records
+from kdc.continual.strategies import Strategy, find_strategy
+from kdc.continual.tasks import Task
 from kdc.distillation.distill import LAYOUT, check_fit
 from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import forward_process
 from kdc.io import fingerprint
+from kdc.pipelines import in_pipeline
 from kdc.replay.buffer import ReplayBuffer
+from kdc.training.efficiency import refuse_unusable
 from kdc.training.settings import TrainSettings
-
-__all__ = [
-    "STRATEGIES",
-    "Evaluate",
-    "SequenceResult",
-    "Strategy",
-    "Task",
-    "learn_first",
-    "run_sequence",
-    "split_classes",
-]
 
 Evaluate = Callable[[StableDiffusionPipeline, Task], Mapping[str, float]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class SequenceResult:
-    """The matrices by metric, and what every task cost: a row a task, see `records.Counts`."""
+    """What a sequence of tasks came to."""
 
+    # The score matrix of each metric.
     matrices: dict[str, ScoreMatrix]
+    # What every task cost: a row a task, see `mechanisms.base.Counts`.
     counts: pd.DataFrame
+    # The log of the loss terms of every task.
+    logs: tuple[pd.DataFrame, ...]
 
     @property
     def matrix(self) -> ScoreMatrix:
@@ -56,33 +53,29 @@ def run_sequence(
     student: UNet2DConditionModel,
     teacher: StableDiffusionPipeline,
     *,
-    steps: int,
     evaluate: Evaluate,
     higher_is_better: Mapping[str, bool],
     buffer: ReplayBuffer | None = None,
     reference: Task | None = None,
     ahead: bool = True,
     first: Learnt | None = None,
-    batch_size: int = 32,
+    settings: TrainSettings | None = None,
     weights: LossWeights | None = None,
-    learning_rate: float = 5e-4,
-    caption_dropout: float = 0.1,
-    ema_decay: float = 0.999,
-    save_every: int = 500,
-    seed: int = 0,
     output_dir: str | Path | None = None,
     resume: bool = False,
+    **changes,
 ) -> SequenceResult:
     """Train `student` in place on one task after the other, and score it after each.
 
-    Every task takes `steps` steps of `batch_size` new images with the loss `weights` (default:
-    the task term alone), whatever the strategy; see `Strategy` for what may come on top. A `buffer`
-    is empty at first and takes in each task once it is learnt.
+    `changes` are fields of `TrainSettings` put over `settings`: every task takes `steps` steps of
+    `batch_size` new images with the loss `weights` (default: the task term alone), whatever the
+    strategy; see `Strategy` for what may come on top. A `buffer` is empty at first and takes in
+    each task once it is learnt.
 
     `evaluate(pipeline, task)` gives a number for each metric of `higher_is_better`, {"accuracy":
     True, ...}, with the student in the pipeline. It is asked for every task before the first
     and after each, with `ahead` False only for tasks already learnt; and always for `reference`,
-    what should be kept beyond the tasks. It must draw nothing random but from seeds of its own.
+    what should be retained beyond the tasks. It must draw nothing random but from seeds of its own.
 
     `first` is the student after the first task, learnt before by `learn_first` with the same
     settings: what comes out is the same, bit for bit, and strategies that part only then learn the
@@ -92,60 +85,60 @@ def run_sequence(
     ends with the same weights and the same matrix, bit for bit. The student after each task stays
     there as `task-<t>/unet`.
 
-    Raises `ValueError` before any work for what cannot be run, and where `resume` finds another
-    experiment; `FileExistsError` where a new sequence would mix with an earlier one.
+    Raises `TypeError` for an unknown setting and `ValueError` for what cannot be run, both before
+    any work, `ValueError` where `resume` finds another experiment, and `FileExistsError` where a
+    new sequence would mix with an earlier one.
     """
+    settings = TrainSettings.given(settings, changes)
     strategy, weights = find_strategy(strategy), weights or LossWeights.only("task")
-    settings = TrainSettings(
-        steps, learning_rate, warmup=min(20, steps), ema_decay=ema_decay, save_every=save_every
-    )
     every = [*tasks] + ([reference] if reference else [])
     _check(every, strategy, student, teacher, weights, buffer, higher_is_better)
-    if batch_size < 1 or not 0 <= caption_dropout <= 1:
-        raise ValueError("batch_size must be at least 1 and caption_dropout between 0 and 1")
-    if first and strategy.begins_its_own_way:
+    if first and strategy.mechanism.own_first_task:
         raise ValueError(f"{strategy.name} learns the first task in its own way: leave first out")
-    if strategy.source == "last_sample" and buffer is None:
-        buffer = ReplayBuffer(policy="last_sample", dtype="float32", seed=seed)
     device = PartialState().device
+    refuse_unusable(settings.compile, settings.gradient_checkpointing, device)
     teacher.to(device)
     student.to(device).eval()
-    identity = {
-        "strategy": dataclasses.asdict(strategy),
+    labels = dict.fromkeys(label for task in tasks for label in task.labels)
+    run = Run(
+        tasks=tasks,
+        label_numbers={label: number for number, label in enumerate(labels)},
+        student=student,
+        teacher=teacher,
+        buffer=buffer,
+        weights=weights,
+        settings=settings,
+        ratio=strategy.ratio,
+    )
+    mechanism = strategy.mechanism(run, **strategy.options)
+    identity = dataclasses.asdict(settings) | {
+        "strategy": strategy.to_dict(),
         "tasks": [task.name for task in every],
         "data": [
             fingerprint(d.mean, d.embeddings, d.caption_index) for d in (t.train for t in every)
         ],
-        "training": dataclasses.asdict(settings),
-        "batch_size": batch_size,
-        "weights": dataclasses.asdict(weights),
-        "caption_dropout": caption_dropout,
-        "seed": seed,
-        "student": {n: str(student.config[n]) for n in LAYOUT},
+        "weights": weights.to_dict(),
+        "student": {name: str(student.config[name]) for name in LAYOUT},
         "teacher": fingerprint(*teacher.unet.state_dict().values()),
         "buffer": None if buffer is None else buffer.settings(),
         "higher_is_better": dict(higher_is_better),
         "ahead": ahead,
         "first": fingerprint(*first.weights.values()) if first else None,
     }
-    fisher = RankOneFisher() if strategy.ewc else None
-    records = Records(output_dir, identity, student, buffer, fisher)
+    records = Records(output_dir, identity, student, mechanism)
     records.begin(resume)
-    run = Learner(
-        tasks, strategy, student, teacher, buffer, fisher, weights, settings, batch_size,
-        caption_dropout, seed, first,
-    )  # fmt: skip
+    learner = Learner(run, strategy, mechanism, first)
     for t in range(-1 if ahead or reference else 0, len(tasks)):
         if t >= records.learnt:
-            counts = run.learn(t, records)
-            records.finish(t, counts)
+            records.finish(t, *learner.learn(t, records))
         asked = range(len(tasks)) if ahead else range(t + 1)
         for k in [*asked, *([len(tasks)] if reference else [])]:
             if not records.has_score(t, k):
                 scores = dict(evaluate(in_pipeline(teacher, student), every[k]))
                 if set(scores) != set(higher_is_better):
                     raise ValueError(
-                        f"evaluate gave {sorted(scores)}, but higher_is_better names {sorted(higher_is_better)}"
+                        f"evaluate gave {sorted(scores)}, but higher_is_better names "
+                        f"{sorted(higher_is_better)}"
                     )
                 records.add_score(t, k, scores)
     return _result(records, tasks, higher_is_better, reference)
@@ -158,10 +151,19 @@ def learn_first(
 
     `settings` are those of `run_sequence`, `steps` among them; they must be the sequences' own.
     """
-    said = {"evaluate": lambda pipeline, task: {"none": 0.0}, "higher_is_better": {"none": True}}
-    result = run_sequence([task], "finetune", student, teacher, ahead=False, **said, **settings)
+    result = run_sequence(
+        [task],
+        "finetune",
+        student,
+        teacher,
+        ahead=False,
+        evaluate=lambda pipeline, task: {"none": 0.0},
+        higher_is_better={"none": True},
+        **settings,
+    )
     weights = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
-    return Learnt(weights, Counts(**result.counts.to_dict("records")[0]))
+    counts = Counts(**result.counts.to_dict("records")[0])
+    return Learnt(weights, counts, result.logs[0])
 
 
 def _check(every, strategy, student, teacher, weights, buffer, higher_is_better) -> None:
@@ -183,11 +185,9 @@ def _check(every, strategy, student, teacher, weights, buffer, higher_is_better)
                 f"{task.name!r} has latents of {tuple(task.train.mean.shape[1:])}, the student "
                 f"takes {shape}"
             )
-    if strategy.source == "buffer" and buffer is None:
+    if strategy.mechanism.uses_buffer and buffer is None:
         raise ValueError(f"{strategy.name} needs a buffer: buffer=kdc.ReplayBuffer(...)")
-    if strategy.source == "last_sample" and buffer is not None and buffer.policy != "last_sample":
-        raise ValueError(f"last_sample needs a buffer of its own policy, not {buffer}")
-    if buffer is not None and strategy.source not in ("buffer", "last_sample"):
+    if buffer is not None and not strategy.mechanism.uses_buffer:
         raise ValueError(f"{strategy.name} uses no buffer: leave it out")
 
 
@@ -208,4 +208,4 @@ def _result(records: Records, tasks, higher_is_better, reference) -> SequenceRes
             table[:, -1] if reference else None,
         )
     frame = pd.DataFrame(records.counts, index=[task.name for task in tasks])
-    return SequenceResult(matrices, frame)
+    return SequenceResult(matrices, frame, tuple(records.logs))

@@ -1,99 +1,91 @@
-"""What a model can do against forgetting while it learns the next task, as settings of one loop.
-
-The loop is in `kdc.continual`. Here: the settings with their published names, the images that an
-old model draws of its own tasks, and the rank-1 Fisher penalty.
-"""
+"""Strategies against forgetting: rows of settings, each naming the mechanism behind it."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from diffusers import StableDiffusionPipeline
-from torch import Tensor, nn
-
-from kdc.continual.tasks import Task
-from kdc.data.latents import LatentDataset
+from kdc.continual.mechanisms.agem import AGEM
+from kdc.continual.mechanisms.base import Mechanism, changed_options
+from kdc.continual.mechanisms.buffer import BufferReplay
+from kdc.continual.mechanisms.ewc import RankOneEWC
+from kdc.continual.mechanisms.generated import Generated
+from kdc.continual.mechanisms.joint import Joint
+from kdc.continual.mechanisms.last_sample import LastSample
 from kdc.distillation.losses import LossWeights
-from kdc.replay.buffer import ReplayBuffer
 
-SOURCES = (None, "buffer", "last_sample", "generated")
+OLD_TARGETS = ("teacher", "old model")
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """Settings of the loop that all strategies share; every one sees the same new data.
+    """One way of learning task after task; every one sees the same new images.
 
-    `source` is where old images come from: nowhere, the "buffer", "last_sample" (one image of
-    the previous step) or "generated" by the old student, the one before the task. `ratio` says how
-    many of them go with each new image; old and new count by their number. `old_weights` is the
-    loss on them (None: that of the new images), whose output, soft and feature terms follow
-    `guide`, the "teacher" or the "old" student. `ewc` weighs the rank-1 Fisher penalty. `joint`
-    draws the new images from all tasks at once: the bound above.
-
-    `pool` images are generated before each task, in `sampling_steps` at `guidance`; the Fisher
-    is estimated on `fisher_samples` images of each task.
+    Raises `ValueError` or `TypeError` for settings and options that nothing could be done with.
     """
 
     name: str
-    source: str | None = None
+    # What it adds to fine-tuning; `Mechanism` itself adds nothing.
+    mechanism: type[Mechanism] = Mechanism
+    # Old images for each new one; old and new count by their number.
     ratio: float = 1.0
-    guide: str = "teacher"
+    # Which network the terms on old images follow, one of `OLD_TARGETS`.
+    old_target: str = "teacher"
+    # The loss on old images; None: that of the new ones.
     old_weights: LossWeights | None = None
-    ewc: float = 0.0
-    joint: bool = False
-    pool: int = 256
-    sampling_steps: int = 10
-    guidance: float = 1.5
-    fisher_samples: int = 64
+    # Options of the mechanism that differ from its defaults.
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.source not in SOURCES:
-            raise ValueError(f"source must be one of {SOURCES}, not {self.source!r}")
-        if self.guide not in ("teacher", "old"):
-            raise ValueError(f"guide must be teacher or old, not {self.guide!r}")
+        if self.old_target not in OLD_TARGETS:
+            raise ValueError(
+                f"old_target must be one of {', '.join(OLD_TARGETS)}, not {self.old_target!r}"
+            )
         if not 0 < self.ratio < math.inf:  # which refuses NaN too
             raise ValueError(f"ratio must be positive and finite, not {self.ratio}")
-        if not 0 <= self.ewc < math.inf:
-            raise ValueError(f"ewc must be finite and not negative, not {self.ewc}; 0 is without")
-        if self.joint and (self.source or self.ewc):
-            raise ValueError("joint sees the images of all tasks: it goes with nothing else")
-        for name in ("pool", "sampling_steps", "fisher_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+        object.__setattr__(self, "options", changed_options(self.mechanism, dict(self.options)))
 
-    @property
-    def begins_its_own_way(self) -> bool:
-        """Whether it learns even the first task unlike plain fine-tuning."""
-        return self.joint or self.source == "last_sample"
+    def replace(self, **changes: Any) -> Strategy:
+        """The same with other fields, or other options of its mechanism."""
+        fields = {f.name for f in dataclasses.fields(self)}
+        options = {name: value for name, value in changes.items() if name not in fields}
+        changes = {name: value for name, value in changes.items() if name in fields}
+        options = dict(changes.pop("options", self.options)) | options
+        return dataclasses.replace(self, **changes, options=options)
 
-    def replayed(self, batch_size: int) -> int:
-        """Old images that go with a batch of new ones."""
-        if self.source is None:
-            return 0
-        return 1 if self.source == "last_sample" else max(1, round(self.ratio * batch_size))
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, by which a run knows its strategy again."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["mechanism"] = self.mechanism.__name__
+        values["old_weights"] = self.old_weights.to_dict() if self.old_weights else None
+        return values
 
 
 STRATEGIES = {
     strategy.name: strategy
     for strategy in (
         Strategy("finetune"),
-        Strategy("last_sample", "last_sample"),
-        Strategy("replay", "buffer"),
+        Strategy("last_sample", LastSample),
+        Strategy("replay", BufferReplay),
         Strategy(
-            "replay+distil", "buffer", guide="old", old_weights=LossWeights.only("task", "output")
+            "replay+distil",
+            BufferReplay,
+            old_target="old model",
+            old_weights=LossWeights.only("task", "output"),
         ),
-        Strategy("generative_replay", "generated", old_weights=LossWeights.only("task")),
+        Strategy("generative_replay", Generated, old_weights=LossWeights.only("task")),
         Strategy(
             "generative_distillation",
-            "generated",
-            guide="old",
+            Generated,
+            old_target="old model",
             old_weights=LossWeights.only("output"),
         ),
-        Strategy("ewc", ewc=100.0),
-        Strategy("joint", joint=True),
+        Strategy("ewc", RankOneEWC),
+        Strategy("agem", AGEM),
+        Strategy("joint", Joint),
     )
 }
 
@@ -107,110 +99,3 @@ def find_strategy(strategy: str | Strategy) -> Strategy:
             f"unknown strategy {strategy!r}; the strategies are {', '.join(STRATEGIES)}"
         )
     return STRATEGIES[strategy]
-
-
-@torch.no_grad()
-def generate_pool(
-    pipeline: StableDiffusionPipeline,
-    tasks: Sequence[Task],
-    strategy: Strategy,
-    seed: int,
-    batch_size: int = 32,
-) -> ReplayBuffer:
-    """Latents that the pipeline draws for captions of `tasks`, equally many of each task.
-
-    They lie in a `ReplayBuffer` of their own, with deviation 0, and nothing is decoded.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    pool = ReplayBuffer(strategy.pool, "fifo", "float32", seed=seed)
-    unet = pipeline.unet.config
-    shape = (unet.in_channels, unet.sample_size, unet.sample_size)
-    pipeline.set_progress_bar_config(disable=True)
-    for number, task in enumerate(tasks):
-        data, count = (
-            task.train,
-            strategy.pool // len(tasks) + (number < strategy.pool % len(tasks)),
-        )
-        rows = torch.randint(len(data), (count,), generator=generator)
-        generated = []
-        for index in rows.split(batch_size):
-            like = dict(device=pipeline.device, dtype=pipeline.dtype)
-            prompt_embeds = data.embeddings[data.caption_index[index]].to(**like)
-            noise = torch.randn((len(index), *shape), generator=generator).to(**like)
-            out = pipeline(
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=data.empty.to(**like).expand_as(prompt_embeds),
-                latents=noise,
-                num_inference_steps=strategy.sampling_steps,
-                guidance_scale=strategy.guidance,
-                output_type="latent",
-            )
-            generated.append(out.images.float().cpu())
-        if count:
-            mean = torch.cat(generated)
-            captions = data.caption_index[rows]
-            made = LatentDataset(
-                mean, torch.zeros_like(mean), data.embeddings, captions, data.empty, data.captions
-            )
-            pool.add(made, task=number)
-    return pool
-
-
-class RankOneFisher:
-    """Elastic weight consolidation with a Fisher information of one direction a task.
-
-    Gradients of a diffusion loss are nearly collinear (2509.23593), so that F = E[g g^T] is taken
-    as c m m^T with m = E[g] and c = E[(g . m)^2] / |m|^4, the nearest to F of that form. The
-    penalty is 1/2 sum over tasks of c (m . (w - w*))^2; the anchor w* moves to the weights after
-    the latest task, the directions stay.
-    """
-
-    def __init__(self):
-        self.anchor = torch.zeros(0)
-        self.directions: list[Tensor] = []
-        self.scales: list[float] = []
-
-    def penalty(self, parameters: Iterable[Tensor]) -> Tensor:
-        """What holds these weights: those that `learn` saw, in the same order."""
-        moved = _flat(parameters) - self.anchor
-        return sum(
-            0.5 * c * (m * moved).sum().square()  # a product of matrices would be in bf16
-            for c, m in zip(self.scales, self.directions, strict=True)
-        )
-
-    def learn(self, model: nn.Module, loss: Callable[[int], Tensor], samples: int) -> None:
-        """Take in a task: `loss(i)` is the loss of its i-th image alone, the same every time.
-
-        Runs `samples` images forwards and backwards twice, once for m and once for c.
-        """
-        parameters = [p for p in model.parameters() if p.requires_grad]
-
-        def gradient(i: int) -> Tensor:
-            return _flat(torch.autograd.grad(loss(i), parameters))
-
-        mean = sum(gradient(i) for i in range(samples)) / samples
-        size = mean.square().sum().clamp_min(1e-30)
-        along = sum((gradient(i) @ mean).square() for i in range(samples)) / samples
-        self.anchor = _flat(parameters).detach().clone()
-        self.directions.append(mean)
-        self.scales.append((along / size**2).item())
-
-    @property
-    def bytes(self) -> int:
-        return 4 * len(self.anchor) * (1 + len(self.directions))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {
-            "anchor": self.anchor,
-            "directions": torch.stack(self.directions) if self.directions else torch.zeros(0),
-            "scales": torch.tensor(self.scales, dtype=torch.float64),
-        }
-
-    def load_state_dict(self, state: dict[str, Tensor], device="cpu") -> None:
-        self.anchor = state["anchor"].to(device)
-        self.directions = list(state["directions"].to(device))
-        self.scales = state["scales"].tolist()
-
-
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([t.flatten().float() for t in tensors])

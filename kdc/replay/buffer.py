@@ -44,10 +44,9 @@ class ReplayBuffer:
     item and channel, true to half a step (`storage.quantise`); embeddings are float32 with the
     first and float16 with the others.
 
-    `policy` says which items stay: "reservoir", "class_balanced", "fifo", "herding" (see
-    `kdc.policies`), or "last_sample", one item, the last of the previous step, as KDC-Diff's public
-    code has it. With a `folder` the items lie in memory-mapped scratch files below it, for more
-    items than memory holds; `save` is what keeps them.
+    `policy` says which items stay: "reservoir", "class_balanced", "fifo" or "herding" (see
+    `kdc.replay.policies`). With a `folder` the items lie in memory-mapped scratch files below it,
+    for more items than memory holds; `save` is what keeps them.
 
     What is kept and what is sampled follow two generators of the buffer's own, both of `seed`;
     `generator` is the one that samples. Raises `ValueError` for an unknown policy or dtype or a

@@ -67,10 +67,6 @@ def check_settings(
         raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(POLICIES)}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(DTYPES)}")
-    if policy == "last_sample":
-        if capacity not in (None, 1) or capacity_bytes is not None:
-            raise ValueError("last_sample holds one item: leave the capacity out")
-        capacity = 1
     if (capacity is None) == (capacity_bytes is None):
         raise ValueError("give the capacity in items or capacity_bytes, one of them")
     if capacity is None:

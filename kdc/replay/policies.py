@@ -212,5 +212,4 @@ POLICIES = {
     "class_balanced": ClassBalanced,
     "fifo": Fifo,
     "herding": Herding,
-    "last_sample": Fifo,  # as published: one image of the previous step
 }

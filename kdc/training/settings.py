@@ -86,9 +86,7 @@ class TrainSettings:
         if settings is not None:
             return dataclasses.replace(settings, **changes)
         if "steps" not in changes:
-            raise TypeError(
-                "say how long to train: steps=... or settings=TrainSettings(...)"
-            )
+            raise TypeError("say how long to train: steps=... or settings=TrainSettings(...)")
         return cls(**changes)
 
 

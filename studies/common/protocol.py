@@ -56,7 +56,10 @@ class Setup:
     @property
     def inputs(self) -> dict[str, int]:
         """Size of latents and length of captions, as `count_costs` takes them."""
-        return {"size": self.train.mean.shape[-1], "sequence_length": self.train.embeddings.shape[1]}
+        return {
+            "size": self.train.mean.shape[-1],
+            "sequence_length": self.train.embeddings.shape[1],
+        }
 
 
 def prepare(

@@ -1,6 +1,6 @@
 """What is forgotten when tasks follow one another, and what each strategy saves: rows over seeds.
 
-All trials of one order and seed share the student after the first task, but for the two that learn
+All variants of one order and seed share the student after the first task, but for the two that learn
 it in their own way.
 """
 
@@ -18,7 +18,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from kdc.continual.learner import Learnt
-from kdc.continual.sequence import Evaluate, SequenceResult, Task, learn_first, run_sequence
+from kdc.continual.sequence import Evaluate, SequenceResult, learn_first, run_sequence
+from kdc.continual.tasks import Task
 from kdc.distillation.features import feature_pairs
 from kdc.io import fingerprint, make_once
 from kdc.replay.buffer import ReplayBuffer
@@ -27,7 +28,7 @@ from studies.common.protocol import slug, strip
 from studies.common.recipes import RECIPES, STUDENT_RECIPE
 from studies.common.teacher_cache import Answer, remembering
 from studies.replay.tasks import Scorer, leakage
-from studies.replay.variants import Trial
+from studies.replay.variants import Variant
 
 SHOWN = (  # four of each world
     "a red daisy on a sky background",
@@ -62,10 +63,10 @@ class Settings:
 
 def follow(
     tasks: Sequence[Task],
-    trial: Trial,
+    variant: Variant,
     teacher: StableDiffusionPipeline,
     evaluate: Evaluate,
-    higher_is_better: Mapping[str, str],
+    higher_is_better: Mapping[str, bool],
     settings: Settings,
     *,
     steps: int,
@@ -76,10 +77,10 @@ def follow(
     start: UNet2DConditionModel | None = None,
 ) -> tuple[SequenceResult, ReplayBuffer | None]:
     """One sequence with the recipe's loss on new images; `start` as in `study`."""
-    buffer = trial.buffer(seed)
+    buffer = variant.buffer(seed)
     result = run_sequence(
         tasks,
-        trial.strategy,
+        variant.strategy,
         _begin(teacher, settings, start),
         teacher,
         evaluate=evaluate,
@@ -108,7 +109,7 @@ def training(settings: Settings, steps: int, seed: int) -> dict:
 def study(
     name: str,
     orders: Mapping[str, Sequence[Task]],
-    trials: Mapping[str, Trial],
+    variants: Mapping[str, Variant],
     teacher: StableDiffusionPipeline,
     settings: Settings,
     folder: str | Path,
@@ -119,13 +120,13 @@ def study(
     shown: Sequence[str] = (),
     start: UNet2DConditionModel | None = None,
 ) -> list[dict]:
-    """A row for each order, seed and trial; each is kept in `folder` as soon as it is there.
+    """A row for each order, seed and variant; each is stored in `folder` as soon as it is there.
 
     `reference` and `ahead` are those of `run_sequence`. Sequences begin with a copy of the student
     `start`, or with one freshly cut from the teacher by `settings.plan`. A row holds the matrices
     by metric, the counts by task, and where there is a buffer its `leakage`. The student of the
-    first order and seed also draws the prompts `shown` after each task, into a sheet of strips
-    beside the rows; that goes with `ahead` alone.
+    first order and seed also generates images for the prompts `shown` after each task, into a sheet
+    of strips beside the rows; that goes with `ahead` alone.
     """
     made_with = {k: v for k, v in dataclasses.asdict(settings).items() if k != "seeds"}
     made_with |= {"steps": steps, "teacher": fingerprint(*teacher.unet.state_dict().values())}
@@ -138,15 +139,21 @@ def study(
             first = functools.cache(
                 functools.partial(_first, tasks[0], teacher, settings, steps, seed, start)
             )
-            answers: dict[str, Answer] = {}  # the teacher's, on new images alike for all trials
+            answers: dict[str, Answer] = {}  # the teacher's, on new images alike for all variants
             draws = shown if order == next(iter(orders)) and seed == settings.seeds[0] else ()
-            for label, trial in trials.items():
+            for label, variant in variants.items():
                 stem = stem_of(folder, name, order, label, seed)
 
                 def make(
-                    trial=trial, seed=seed, scorer=scorer, tasks=tasks, first=first, draws=draws,
-                    stem=stem, answers=answers,
-                ) -> dict:  # fmt: skip
+                    variant=variant,
+                    seed=seed,
+                    scorer=scorer,
+                    tasks=tasks,
+                    first=first,
+                    draws=draws,
+                    stem=stem,
+                    answers=answers,
+                ) -> dict:
                     strips = []
 
                     def evaluate(pipeline, asked):
@@ -155,13 +162,13 @@ def study(
                         return scorer(pipeline, asked)
 
                     with remembering(teacher.unet, _hooked(teacher, settings), answers):
-                        begun = None if trial.strategy.begins_its_own_way else first()
+                        begun = None if variant.strategy.mechanism.own_first_task else first()
                         result, buffer = follow(
-                            tasks, trial, teacher, evaluate, scorer.higher_is_better, settings,
+                            tasks, variant, teacher, evaluate, scorer.higher_is_better, settings,
                             steps=steps, seed=seed, reference=reference, ahead=ahead, first=begun,
                             start=start,
                         )  # fmt: skip
-                    if draws:  # all but the first, which the student drew before the first task
+                    if draws:  # all strips but the first, which is from before the first task
                         sheet = Image.fromarray(np.concatenate(strips[1:]))
                         stem.parent.mkdir(parents=True, exist_ok=True)
                         sheet.save(stem.with_suffix(".png"))
@@ -171,7 +178,7 @@ def study(
                         "leakage": leakage(buffer, tasks[0], scorer) if buffer else None,
                     }
 
-                known = made_with | {"trial": dataclasses.asdict(trial), "seed": seed}
+                known = made_with | {"variant": variant.to_dict(), "seed": seed}
                 known |= {"order": [task.name for task in tasks]}
                 row = make_once(stem.with_suffix(".json"), known, make)
                 rows.append({"candidate": label, "order": order, "seed": seed} | row)

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import kdc
-from kdc.unet.slimming import slim
 from kdc import LossWeights
 from kdc.distillation.diagnostics import blind_terms, diagnose
 from kdc.distillation.step import DistillationStep, forward_process
+from kdc.unet.slimming import slim
 
 TERMS = ("task", "output", "soft", "feature")
 

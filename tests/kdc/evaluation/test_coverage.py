@@ -15,6 +15,7 @@ from kdc.evaluation.statistics import (
     SET_MEASURES,
     kernel_distance,
     precision_recall,
+    real_vs_real,
     student_interval,
 )
 

@@ -80,15 +80,6 @@ def test_the_first_in_are_the_first_out():
     assert sorted(numbers(buffer.items())) == [18, 19, 20, 21, 22]
 
 
-def test_last_sample_holds_the_last_image_of_the_previous_step():
-    buffer, data = ReplayBuffer(policy="last_sample", dtype="float32"), latents(8)
-    for rows in torch.arange(8).split(4):
-        buffer.add(data, rows)
-        assert numbers(buffer.items()) == [rows[-1]]
-    with pytest.raises(ValueError, match="one item"):
-        ReplayBuffer(2, "last_sample")
-
-
 def balanced(seed, capacity=12, sizes=(40, 3, 17)):
     labels = torch.cat([torch.full((n,), c) for c, n in enumerate(sizes)])
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -250,7 +241,7 @@ def test_a_loaded_buffer_goes_on_as_an_unsaved_one_bit_for_bit(policy, dtype, tm
             batch = buffer.sample(min(4, len(buffer)))
         return batch
 
-    capacity = 1 if policy == "last_sample" else 9
+    capacity = 9
     whole = ReplayBuffer(capacity, policy, dtype, seed=4)
     feed(whole, 0, 4)
     loaded = ReplayBuffer.load(whole.save(tmp_path / "made" / "buffer.safetensors"))
@@ -405,9 +396,7 @@ REFUSED = {
 def test_what_is_refused_changes_nothing(case, policy):
     """Not even what the policy has counted: the next items are kept as if nothing had been."""
     settings, error, message = REFUSED[case]
-    buffer, other = (
-        ReplayBuffer(1 if policy == "last_sample" else 8, policy, seed=2) for _ in range(2)
-    )
+    buffer, other = (ReplayBuffer(8, policy, seed=2) for _ in range(2))
     for start in range(2):  # empty, and then with items
         with pytest.raises(error, match=message):
             buffer.add(latents(12, offset=50), **settings)
