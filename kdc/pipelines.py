@@ -124,6 +124,11 @@ def read_plan(folder: str | Path) -> SlimPlan | None:
     return SlimPlan.from_dict(plan) if plan else None
 
 
+def as_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """A list of prompts; a text by itself is one prompt, and not its letters."""
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
 @functools.lru_cache(maxsize=8)
 def _noise(seed: int, count: int, shape: tuple[int, ...]) -> Tensor:
     """The first latents of `count` images: image i has the same noise in any batch."""
@@ -149,7 +154,7 @@ def generate(
     from the same noise whatever the batch size or the device. `guidance` 1 switches
     classifier-free guidance off. `progress` None shows a bar for more than one batch.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = as_prompts(prompts)
     if not prompts:
         raise ValueError("no prompts to draw")
     unet, images = pipeline.unet, []

@@ -17,7 +17,7 @@ ALLOWED = {
     "kdc.distillation": "io unet pipelines data training",
     "kdc.replay": "io data",
     "kdc.continual": "io unet pipelines data training distillation replay",
-    "kdc.evaluation": "io unet pipelines data",
+    "kdc.evaluation": "io unet pipelines data distillation",
     "kdc.search": "unet data distillation",
 }
 STUDIES = {

@@ -9,25 +9,34 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from kdc.evaluation.evaluate import DIRECTIONS, Scores, check_alike
-from kdc.evaluation.statistics import SET_MEASURES, apart, permutation_test
+from kdc.evaluation.evaluate import Scores, check_alike
+from kdc.evaluation.metrics import metric_of
+from kdc.evaluation.statistics import apart, permutation_test
 
 
-def compare(ours: Scores, theirs: Scores, permutations: int = 200, seed: int = 0) -> pd.DataFrame:
+def compare(
+    ours: Scores,
+    theirs: Scores,
+    *,
+    may_differ: Sequence[str] = (),
+    permutations: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
     """Which of two pipelines is better, score by score: difference, p-value, verdict.
 
     Both were evaluated with the same prompts, seeds and settings, so images are paired by prompt
-    and noise; see `permutation_test`. `verdict` is "better" or "worse" below p = 0.05, else "not
-    distinguishable". This is about these two networks: whether another training of them would come
-    out alike, no test on one training can say (see `retraining`). Raises `ValueError` where the
-    evaluations do not match.
+    and noise; see `permutation_test`. `may_differ` names settings that need not be the same, such
+    as "steps". `verdict` is "better" or "worse" below p = 0.05, else "not distinguishable". This is
+    about these two networks: whether another training of them would come out alike, no test on one
+    training can say (see `retraining`). Raises `ValueError` where the evaluations do not match.
     """
-    check_alike(ours.generated_with, theirs.generated_with)
+    check_alike(ours.generated_with, theirs.generated_with, may_differ)
     rows = {}
     for name in ours.by_seed:
-        if name not in theirs.by_seed or name == "diversity":  # no pairs of one seed
+        metric = metric_of(name)
+        if name not in theirs.by_seed or "seeds" in metric.needs:  # no pairs of one seed
             continue
-        if name in SET_MEASURES:
+        if metric.of_sets:
             if not torch.equal(ours.reference, theirs.reference):
                 raise ValueError("the evaluations differ in their reference images")
             a, b, statistic = ours.features, theirs.features, _set_difference(name, ours)
@@ -36,12 +45,14 @@ def compare(ours: Scores, theirs: Scores, permutations: int = 200, seed: int = 0
             found = permutation_test(
                 lambda x, y, f=statistic, s=shape: f(x.view(s), y.view(s)), a, b, permutations, seed
             )
-        else:
+        elif metric.per_image:
             a, b = (one.per_image[name].flatten() for one in (ours, theirs))
             found = permutation_test(
                 lambda x, y: (x.mean() - y.mean()).item(), a, b, 10 * permutations, seed
             )
-        good = (found[0] > 0) == (DIRECTIONS[name] == "higher")
+        else:  # one number for the networks: nothing to permute
+            continue
+        good = (found[0] > 0) == metric.higher_is_better
         verdict = ("better" if good else "worse") if found[1] < 0.05 else "not distinguishable"
         rows[name] = {"difference": found[0], "p": found[1], "verdict": verdict}
     return pd.DataFrame(rows).T.rename_axis("score")
@@ -63,7 +74,7 @@ def retraining(evaluations: Sequence[Scores]) -> pd.DataFrame:
 
 
 def _set_difference(name: str, ours: Scores) -> Callable[[Tensor, Tensor], float]:
-    measure, reference = SET_MEASURES[name], ours.reference
+    measure, reference = metric_of(name).measure, ours.reference
 
     def difference(a: Tensor, b: Tensor) -> float:
         pairs = zip(a, b, strict=True)

@@ -1,4 +1,4 @@
-"""Feature extractors by name. What computed a score is part of the score: name and checksum.
+"""Feature extractors and perceptual distances by name: what computed a score is part of it.
 
 The embedded one is always there. The published ones come from the local cache or the network, and
 where neither has them that is an error: a score is never silently computed by another network.
@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import lpips
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdc.evaluation import metrics
+from kdc.evaluation import judges
+from kdc.evaluation.images import check_images
 from kdc.io import fingerprint
 
 BATCH = 64
@@ -44,7 +47,7 @@ class Extractor:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Raises `ValueError` for anything but uint8 images, `RuntimeError` in training mode."""
-        metrics.check_images(images)
+        check_images(images)
         if self.model.training:
             raise RuntimeError(f"the extractor {self.name} is in training mode: call .eval() on it")
         device = next(self.model.parameters()).device
@@ -54,9 +57,9 @@ class Extractor:
 
 
 def _mini_clip() -> Extractor:
-    model, _ = metrics.mini_clip()
+    model, _ = judges.mini_clip()
     width = model.config.projection_dim
-    see, read = metrics.clip_features, metrics.clip_text_features
+    see, read = judges.clip_features, judges.clip_text_features
     return Extractor("mini-clip", width, model, see, read)
 
 
@@ -72,7 +75,7 @@ def _clip_vit_b16() -> Extractor:
         return model.visual_projection(hidden)
 
     def read(texts: Sequence[str]) -> Tensor:
-        tokens = metrics.pad_tokens(tokenizer, texts).to(model.device)
+        tokens = judges.pad_tokens(tokenizer, texts).to(model.device)
         hidden = model.text_model(**tokens).pooler_output
         return model.text_projection(hidden)
 
@@ -149,3 +152,54 @@ def _normalised(images: Tensor, size: int, statistics) -> Tensor:
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in statistics)
     return (x - mean) / std
+
+
+NETS = {"lpips-alex": "alex", "lpips-vgg": "vgg"}
+
+
+@dataclass(frozen=True, eq=False)
+class Perceptual:
+    """Paired distance of uint8 images (N, 3, H, W): (N,), lower is nearer."""
+
+    name: str
+    model: lpips.LPIPS
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """A hash of the weights."""
+        return fingerprint(*self.model.state_dict().values())
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        if a.shape != b.shape or a.dtype != torch.uint8 or b.dtype != torch.uint8:
+            raise ValueError(
+                f"expected two batches of uint8 images of one shape, got {a.dtype} "
+                f"{tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
+            )
+        if self.model.training:
+            raise RuntimeError(f"{self.name} is in training mode: call .eval() on it")
+        pairs = zip(a.split(BATCH), b.split(BATCH), strict=True)
+        with torch.inference_mode():
+            signed = (tuple(x.float() / 127.5 - 1 for x in pair) for pair in pairs)
+            return torch.cat([self.model(x, y).flatten() for x, y in signed])
+
+
+@functools.cache
+def find_perceptual(name: str) -> Perceptual:
+    """The distance of that name: "mini-lpips", "lpips-alex" or "lpips-vgg", loaded once.
+
+    Raises `ValueError` for another name, `RuntimeError` where the published backbone is neither in
+    the local cache nor to be had from the network.
+    """
+    if name == "mini-lpips":
+        return Perceptual(name, judges.mini_lpips())
+    if name not in NETS:
+        raise ValueError(f"unknown distance {name!r}; there are mini-lpips, {', '.join(NETS)}")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that lpips calls torchvision by old names
+            return Perceptual(name, lpips.LPIPS(net=NETS[name], verbose=False).eval())
+    except Exception as error:  # torchvision raises what its downloader does
+        raise RuntimeError(
+            f"{name!r} cannot be loaded: its backbone is neither in the local cache nor to be had "
+            "from the network. Go online once, or take perceptual='mini-lpips', whose values are "
+            f"its own and do not compare. It said: {type(error).__name__}: {error}"
+        ) from error

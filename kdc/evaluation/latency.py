@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
-import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -24,7 +22,6 @@ SCHEDULERS = {
     "ddim": DDIMScheduler,
     "euler": EulerDiscreteScheduler,
 }
-RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
 def with_scheduler(pipeline: StableDiffusionPipeline, name: str) -> StableDiffusionPipeline:
@@ -55,12 +52,9 @@ def time_images(
     """Seconds an image, end to end, of every pipeline at every number of steps and batch size.
 
     All are interleaved in one run (see `measure_latency`); `ratio` is over the first pipeline at
-    the first setting. Columns besides: pipeline, steps, batch_size, guidance, `joules` an image,
-    missing where no counter can be read. A row each.
+    the first setting. Columns besides: pipeline, steps, batch_size, guidance. A row each.
     """
     settings = list(itertools.product(pipelines, steps, batch_sizes))
-    spent: dict[tuple, list[float]] = {one: [] for one in settings}
-    counter = energy_counter()
     calls = {}
     for name, count, batch in settings:
         draw = functools.partial(
@@ -72,19 +66,17 @@ def time_images(
             batch_size=batch,
             progress=False,
         )
-        one = name, count, batch
-        calls[str(one)] = _counted(draw, counter, spent[one])
+        calls[str((name, count, batch))] = draw
     device = next(iter(pipelines.values())).device
     times = measure_latency(calls, rounds=rounds, warmup=warmup, device=device)
     rows = []
     for (name, count, batch), row in zip(settings, times.to_dict("records"), strict=True):
         shared = {k: row[k] / batch for k in ("median", "low", "high")}
         shared |= {k: row[k] / batch * settings[0][2] for k in ("ratio", "ratio_low", "ratio_high")}
-        joules = pd.Series(spent[name, count, batch][warmup:], dtype=float).median() / batch
         rows.append(
             {"pipeline": name, "steps": count, "batch_size": batch, "guidance": guidance}
             | shared
-            | {"peak_bytes": row["peak_bytes"], "joules": joules}
+            | {"peak_bytes": row["peak_bytes"]}
         )
     return pd.DataFrame(rows)
 
@@ -118,39 +110,3 @@ def fastest_within(
     """
     good = rows[rows[score] >= (1 - loss) * goal]
     return good.loc[good["median"].idxmin()] if len(good) else None
-
-
-def energy_counter() -> Callable[[], float] | None:
-    """A function that reads joules used so far by the GPU, or else the processor; None without."""
-    if torch.cuda.is_available():
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        except Exception:  # no such library, or a card without the counter
-            return None
-        return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-    try:
-        RAPL.read_text()
-    except OSError:
-        return None
-    return lambda: int(RAPL.read_text()) / 1e6
-
-
-def _counted(
-    call: Callable[[], object], counter: Callable[[], float] | None, spent: list[float]
-) -> Callable[[], object]:
-    if counter is None:
-        return call
-
-    def counted():
-        before = counter()
-        out = call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        spent.append(counter() - before)
-        return out
-
-    return counted

@@ -1,146 +1,34 @@
-"""Measures of generated images with the embedded judges. Every score names its extractor.
+"""The metrics: one table, `METRICS`, that everything which scores images iterates over.
 
-Images are uint8 (N, 3, H, W) throughout. The judges expect 64 x 64; other sizes are resized.
+A new metric is one more entry; `kdc.evaluate`, comparisons, sequences, studies and grades follow.
+What is known of a set of generated images is an `Evidence`; `score` computes from it what it can,
+and says why it cannot compute the rest.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-import lpips
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
+from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
-from transformers import CLIPModel, CLIPTokenizer
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from kdc.data import worlds
-from kdc.evaluation.judges import AttributeClassifier, PerceptualTrunk, labels_of
-from kdc.pipelines import ASSETS
+from kdc.data.latents import LatentDataset
+from kdc.distillation.fidelity import output_error
+from kdc.evaluation import judges
+from kdc.evaluation.extractors import Extractor, Perceptual
 
-BATCH = 128
-
-
-@functools.cache
-def attribute_classifier() -> AttributeClassifier:
-    """The embedded attribute classifier, in evaluation mode."""
-    model = AttributeClassifier()
-    model.load_state_dict(load_file(ASSETS / "mini-classifier" / "model.safetensors"))
-    return model.float().eval()
-
-
-@functools.cache
-def mini_clip() -> tuple[CLIPModel, CLIPTokenizer]:
-    """The embedded CLIP and its tokenizer, in evaluation mode."""
-    folder = ASSETS / "mini-clip"
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    return model.eval(), CLIPTokenizer.from_pretrained(folder)
-
-
-@functools.cache
-def mini_lpips() -> lpips.LPIPS:
-    """LPIPS on the embedded trunk: the package's own arithmetic, unweighted layers (`lpips=False`).
-
-    Not the published metric: the trunk is AlexNet's shape with weights trained here on procedural
-    images, and the published linear weights do not fit it. Inputs in [-1, 1], 32 x 32 at least.
-    """
-    with warnings.catch_warnings(action="ignore"):  # that lpips calls torchvision by old names
-        metric = lpips.LPIPS(net="alex", pnet_rand=True, lpips=False, verbose=False)
-    trunk = PerceptualTrunk()
-    trunk.load_state_dict(load_file(ASSETS / "mini-trunk" / "model.safetensors"))
-    ours = trunk.features.state_dict()
-    state = {}
-    for name in metric.net.state_dict():
-        _, layer = name.split(".", 1)  # "slice3.6.weight" is "features.6.weight" in torchvision
-        state[name] = ours[layer].float()
-    metric.net.load_state_dict(state)
-    return metric.eval()
-
-
-def as_bytes(signed: Tensor) -> Tensor:
-    """Images in [-1, 1] (values outside are clipped) as uint8, on the CPU."""
-    return ((signed.float().cpu().clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8)
-
-
-def check_images(images: Tensor) -> None:
-    """Raise `ValueError` for what is not a batch of uint8 images, and say how to make it one."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"expected uint8 images (N, 3, H, W), got shape {tuple(images.shape)}")
-    if images.dtype != torch.uint8:
-        seen = f"[{images.min().item():.3g}, {images.max().item():.3g}]" if len(images) else ""
-        raise ValueError(
-            f"expected uint8 images in 0..255, got {images.dtype} in {seen}: from [0, 1] make "
-            "them with (x * 255 + 0.5).to(torch.uint8)"
-        )
-
-
-def _signed(images: Tensor, size: int = 64) -> Tensor:
-    check_images(images)
-    x = images.float() / 127.5 - 1
-    if x.shape[-2:] != (size, size):
-        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-    return x
-
-
-@torch.inference_mode()
-def predicted_attributes(images: Tensor) -> dict[str, Tensor]:
-    """The classifier's reading of each image: class indices (N,) in the order of the labels."""
-    model = attribute_classifier()
-    parts = [model(_signed(batch)) for batch in images.split(BATCH)]
-    return {name: torch.cat([p[name] for p in parts]).argmax(dim=1) for name in parts[0]}
-
-
-def shown_attributes(images: Tensor, asked: Sequence[worlds.Attributes]) -> dict[str, Tensor]:
-    """Whether each image shows the asked-for colour, kind, background, and "all": (N,) bool."""
-    if len(images) != len(asked):
-        raise ValueError(f"{len(images)} images for {len(asked)} attributes")
-    found, target = predicted_attributes(images), labels_of(list(asked))
-    right = {name: found[name] == target[name] for name in target}
-    return right | {"all": torch.stack(list(right.values())).all(dim=0)}
-
-
-def attribute_accuracy(images: Tensor, asked: Sequence[worlds.Attributes]) -> dict[str, float]:
-    """Share of images that show the asked-for colour, kind, background, and all three at once."""
-    right = shown_attributes(images, asked)
-    return {name: hits.float().mean().item() for name, hits in right.items()}
-
-
-@torch.inference_mode()
-def clip_features(images: Tensor) -> Tensor:
-    """Mini-CLIP features of images, (N, 64), not normalised."""
-    model, _ = mini_clip()
-    parts = []
-    for batch in images.split(BATCH):
-        hidden = model.vision_model(pixel_values=_signed(batch)).pooler_output
-        parts.append(model.visual_projection(hidden))
-    return torch.cat(parts)
-
-
-@torch.inference_mode()
-def clip_text_features(captions: Sequence[str]) -> Tensor:
-    """Mini-CLIP features of captions, (N, 64), not normalised."""
-    model, tokenizer = mini_clip()
-    tokens = pad_tokens(tokenizer, captions)
-    return model.text_projection(model.text_model(input_ids=tokens.input_ids).pooler_output)
-
-
-def pad_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]):
-    """The tokenizer's own padded batch of captions, each as long as its text encoder reads."""
-    return tokenizer(
-        list(captions),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-
-
-def clip_score(images: Tensor, captions: Sequence[str]) -> Tensor:
-    """100 times the cosine of image and caption in the mini CLIP's space, (N,)."""
-    return 100 * F.cosine_similarity(clip_features(images), clip_text_features(captions))
+NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 1904.06991)
+PUBLISHED = "inception-v3"  # with these features a Fréchet distance is the FID
 
 
 class Identity(nn.Module):
@@ -168,3 +56,258 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     metric.update(reference.double(), real=True)
     metric.update(features.double(), real=False)
     return metric.compute().item()
+
+
+def kernel_distance(features: Tensor, reference: Tensor) -> float:
+    """KID (Bińkowski et al. 1801.01401): the unbiased squared MMD with a cubic kernel.
+
+    features (N, d), reference (M, d); of the larger set the first min(N, M). It may be negative.
+    Raises `ValueError` below two samples.
+    """
+    count = min(len(features), len(reference))
+    if count < 2:
+        raise ValueError(f"{count} samples: KID needs at least 2")
+    with warnings.catch_warnings(action="ignore"):  # that it keeps all features
+        metric = KernelInceptionDistance(
+            feature=Identity(features.shape[1]), subsets=1, subset_size=count
+        )
+    metric.set_dtype(torch.float64)
+    metric.update(reference[:count].double(), real=True)
+    metric.update(features[:count].double(), real=False)
+    with torch.random.fork_rng(devices=[]):  # it shuffles
+        return metric.compute()[0].item()
+
+
+def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Precision and recall of manifolds of `NEIGHBOURS` neighbours (1904.06991).
+
+    Precision: the share of features (N, d) that lie among the reference (M, d); recall: the share
+    of the reference that lies among the features. Raises `ValueError` for too few samples.
+    """
+    fewest = min(len(features), len(reference))
+    if fewest <= NEIGHBOURS + 1:
+        raise ValueError(f"{fewest} samples: precision and recall need more than {NEIGHBOURS + 1}")
+    found = prc_features_to_metric(
+        features.double(), reference.double(), prc_neighborhood=NEIGHBOURS, verbose=False
+    )
+    return found["precision"], found["recall"]
+
+
+def clip_score(features: Tensor, text_features: Tensor) -> Tensor:
+    """100 times the cosine of image (N, d) and caption (N, d) in one space, (N,)."""
+    return 100 * F.cosine_similarity(features, text_features, dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What is known of a set of generated images; metrics read what they need."""
+
+    # The images, uint8 (N, 3, H, W).
+    images: Tensor
+    # What computes features, and perceptual distances where a metric asks for them.
+    extractor: Extractor | None = None
+    perceptual: Perceptual | None = None
+    # What each image was asked to show: its prompt, and its attributes on the procedural worlds.
+    prompts: Sequence[str] = ()
+    attributes: Sequence[worlds.Attributes] = ()
+    # Features (M, d) of real images.
+    reference: Tensor | None = None
+    # The teacher's images of the same prompts from the same noise, and ours from another seed.
+    teacher_images: Tensor | None = None
+    other_images: Tensor | None = None
+    # Held-back latents, and the pipelines whose predictions on them are compared.
+    latents: LatentDataset | None = None
+    pipeline: StableDiffusionPipeline | None = None
+    teacher: StableDiffusionPipeline | None = None
+
+    @functools.cached_property
+    def features(self) -> Tensor:
+        """Features (N, d) of the images, computed once."""
+        return self.extractor(self.images)
+
+    @functools.cached_property
+    def shown(self) -> dict[str, Tensor]:
+        """Whether each image shows the asked-for attributes, and "all" of them: (N,) bool."""
+        return judges.shown_attributes(self.images, self.attributes)
+
+    @property
+    def has(self) -> set[str]:
+        """Which needs of metrics it meets."""
+        met = {
+            "features": self.extractor is not None,
+            "reference": self.extractor is not None and self.reference is not None,
+            "prompts": self.extractor is not None and bool(self.extractor.read and self.prompts),
+            "attributes": len(self.attributes) > 0,
+            "pairs": self.teacher_images is not None,
+            "seeds": self.other_images is not None,
+            "latents": None not in (self.latents, self.pipeline, self.teacher),
+        }
+        return {name for name, there in met.items() if there}
+
+
+# Why a score cannot be had, by what is missing.
+MISSING: Mapping[str, str] = {
+    "features": "no extractor computes features",
+    "reference": "there are no reference images",
+    "prompts": "the extractor reads no texts",
+    "attributes": "the attributes of the prompts are not known",
+    "pairs": "there is no teacher",
+    "seeds": "it needs two seeds",
+    "latents": "there are no held-back latents and teacher",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One entry of `METRICS`."""
+
+    # A value for each image (N,), or one for the set.
+    function: Callable[[Evidence], Tensor | float]
+    # Whether a higher value is better.
+    higher_is_better: bool
+    # What it needs, of the keys of `MISSING`.
+    needs: frozenset[str] = field(default_factory=frozenset)
+    # Whether `function` gives a value for each image.
+    per_image: bool = False
+    # The fewest images, and reference images, that determine it, from the width of the features.
+    fewest: Callable[[int], int] = lambda width: 1
+    # Where it compares two sets of features: that comparison, (N, d) and (M, d) to a number.
+    measure: Callable[[Tensor, Tensor], float] | None = None
+
+    @property
+    def of_sets(self) -> bool:
+        """Whether it compares sets of images, so that real ones have a score as well."""
+        return self.measure is not None
+
+
+def _of_sets(
+    measure: Callable[[Tensor, Tensor], float], higher_is_better: bool, fewest: Callable[[int], int]
+) -> Metric:
+    def function(evidence: Evidence) -> float:
+        return measure(evidence.features, evidence.reference)
+
+    needs = frozenset({"features", "reference"})
+    return Metric(function, higher_is_better, needs, fewest=fewest, measure=measure)
+
+
+def _shows(attribute: str) -> Metric:
+    def function(evidence: Evidence) -> Tensor:
+        return evidence.shown[attribute].float()
+
+    return Metric(function, True, frozenset({"attributes"}), per_image=True)
+
+
+def _clip(evidence: Evidence) -> Tensor:
+    with torch.inference_mode():
+        text = evidence.extractor.read(list(evidence.prompts)).float().cpu()
+    return clip_score(evidence.features, text)
+
+
+def _to_teacher(evidence: Evidence) -> Tensor:
+    return evidence.perceptual(evidence.images, evidence.teacher_images)
+
+
+def _diversity(evidence: Evidence) -> Tensor:
+    return evidence.perceptual(evidence.images, evidence.other_images)
+
+
+def _output_error(evidence: Evidence) -> float:
+    return output_error(evidence.pipeline.unet, evidence.teacher, evidence.latents).mean()
+
+
+def precision(features: Tensor, reference: Tensor) -> float:
+    """The first of `precision_recall`."""
+    return precision_recall(features, reference)[0]
+
+
+def recall(features: Tensor, reference: Tensor) -> float:
+    """The second of `precision_recall`."""
+    return precision_recall(features, reference)[1]
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": _shows("all"),
+    "colour": _shows("colour"),
+    "kind": _shows("kind"),
+    "background": _shows("background"),
+    "clip": Metric(_clip, True, frozenset({"features", "prompts"}), per_image=True),
+    "fd": _of_sets(frechet_distance, False, lambda width: 2 * width),
+    "kid": _of_sets(kernel_distance, False, lambda width: 2),
+    "precision": _of_sets(precision, True, lambda width: NEIGHBOURS + 2),
+    "recall": _of_sets(recall, True, lambda width: NEIGHBOURS + 2),
+    "lpips_to_teacher": Metric(_to_teacher, False, frozenset({"pairs"}), per_image=True),
+    "diversity": Metric(_diversity, True, frozenset({"seeds"}), per_image=True),
+    "output_error": Metric(_output_error, False, frozenset({"latents"})),
+}
+
+
+def label(name: str, extractor: str | None) -> str:
+    """What a metric is called with that extractor: a Fréchet distance is an FID only with the
+    published Inception-v3 features."""
+    return "fid" if name == "fd" and extractor == PUBLISHED else name
+
+
+def metric_of(name: str) -> Metric:
+    """The metric behind a name or a label. Raises `ValueError` naming the known ones."""
+    name = "fd" if name == "fid" else name
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}; the metrics are {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+def refusals(
+    has: set[str], count: int, width: int | None = None, reference: int | None = None
+) -> dict[str, str]:
+    """Why each metric that cannot be computed cannot: what is missing, or too few images.
+
+    `has` are the needs that are met, `count` the images, `width` that of the features and
+    `reference` the number of reference images.
+    """
+    refused = {}
+    for name, metric in METRICS.items():
+        missing = [need for need in MISSING if need in metric.needs - has]
+        fewest = count if reference is None or not metric.of_sets else min(count, reference)
+        needed = metric.fewest(width or 1)
+        if missing:
+            refused[name] = MISSING[missing[-1]]
+        elif fewest < needed:
+            refused[name] = f"{fewest} images, {needed} needed for {width} dimensions"
+    return refused
+
+
+def refuse_named(wanted: Sequence[str], refused: Mapping[str, str]) -> None:
+    """Raise `ValueError` for metrics asked for by name that are unknown or cannot be computed."""
+    for name in wanted:
+        metric_of(name)
+    impossible = {name: refused[name] for name in wanted if name in refused}
+    if impossible:
+        raise ValueError("; ".join(f"{name}: {why}" for name, why in impossible.items()))
+
+
+def score(
+    evidence: Evidence, wanted: Sequence[str] = (), *, strict: bool = True
+) -> tuple[dict[str, Tensor | float], dict[str, str]]:
+    """Values of the metrics by name, for each image or one for the set; and why others are missing.
+
+    `wanted` are names of `METRICS`; empty, all for which there is what they need. Raises
+    `ValueError` for a metric that was asked for by name and cannot be computed; not `strict`, it is
+    left out like any other.
+    """
+    width = evidence.extractor.width if evidence.extractor is not None else None
+    reference = None if evidence.reference is None else len(evidence.reference)
+    refused = refusals(evidence.has, len(evidence.images), width, reference)
+    refuse_named(wanted, refused if strict else {})
+    values = {
+        name: metric.function(evidence)
+        for name, metric in METRICS.items()
+        if name not in refused and (not wanted or name in wanted)
+    }
+    return values, {name: why for name, why in refused.items() if not wanted or name in wanted}
+
+
+def means(values: Mapping[str, Any]) -> dict[str, float]:
+    """One number for each metric of `score`: the mean over images where there is one for each."""
+    return {
+        name: value.mean().item() if isinstance(value, Tensor) else float(value)
+        for name, value in values.items()
+    }

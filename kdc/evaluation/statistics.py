@@ -1,67 +1,17 @@
-"""Measures of sets of features, and how sure they are: baseline_draws, seeds, and tests by permutation.
+"""How sure scores are: baselines of real images, intervals over seeds, tests by permutation.
 
 Nothing here draws with replacement: that shows a set to itself and biases Fréchet distance and KID.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
-from torch_fidelity.metric_prc import prc_features_to_metric
-from torchmetrics.image.kid import KernelInceptionDistance
-
-from kdc.evaluation.metrics import Identity, frechet_distance
-
-NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 1904.06991)
-
-
-def kernel_distance(features: Tensor, reference: Tensor) -> float:
-    """KID (Bińkowski et al. 1801.01401): the unbiased squared MMD with a cubic kernel.
-
-    features (N, d), reference (M, d); of the larger set the first min(N, M). It may be negative.
-    Raises `ValueError` below two samples.
-    """
-    count = min(len(features), len(reference))
-    if count < 2:
-        raise ValueError(f"{count} samples: KID needs at least 2")
-    with warnings.catch_warnings(action="ignore"):  # that it keeps all features
-        metric = KernelInceptionDistance(
-            feature=Identity(features.shape[1]), subsets=1, subset_size=count
-        )
-    metric.set_dtype(torch.float64)
-    metric.update(reference[:count].double(), real=True)
-    metric.update(features[:count].double(), real=False)
-    with torch.random.fork_rng(devices=[]):  # it shuffles
-        return metric.compute()[0].item()
-
-
-def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Precision and recall of manifolds of `NEIGHBOURS` neighbours (1904.06991).
-
-    Precision: the share of features (N, d) that lie among the reference (M, d); recall: the share
-    of the reference that lies among the features. Raises `ValueError` for too few samples.
-    """
-    fewest = min(len(features), len(reference))
-    if fewest <= NEIGHBOURS + 1:
-        raise ValueError(f"{fewest} samples: precision and recall need more than {NEIGHBOURS + 1}")
-    found = prc_features_to_metric(
-        features.double(), reference.double(), prc_neighborhood=NEIGHBOURS, verbose=False
-    )
-    return found["precision"], found["recall"]
-
-
-SET_MEASURES: Mapping[str, Callable[[Tensor, Tensor], float]] = {
-    "fd": frechet_distance,
-    "kid": kernel_distance,
-    "precision": lambda features, reference: precision_recall(features, reference)[0],
-    "recall": lambda features, reference: precision_recall(features, reference)[1],
-}
 
 
 def real_vs_real(
@@ -104,6 +54,16 @@ def student_interval(values: Sequence[float], confidence: float = 0.95) -> tuple
         return float("nan"), float("nan")
     half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values)
     return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def welch_interval(
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float]:
+    """Welch's interval of the difference of two means, a - b; NaN below two values in either."""
+    if min(len(a), len(b)) < 2:
+        return float("nan"), float("nan")
+    found = stats.ttest_ind(a, b, equal_var=False).confidence_interval(confidence)
+    return float(found.low), float(found.high)
 
 
 def permutation_test(

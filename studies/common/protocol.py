@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,25 +18,35 @@ from kdc.data import worlds
 from kdc.data.datasets import load_dataset
 from kdc.data.latents import LatentDataset, cache_latents
 from kdc.evaluation import metrics
-from kdc.evaluation.statistics import student_interval
+from kdc.evaluation.extractors import find_extractor
+from kdc.evaluation.metrics import Evidence, metric_of
+from kdc.evaluation.statistics import student_interval, welch_interval
 from studies.common.renderings import balanced_prompts, renderings_of
 
-MEASURES = {
-    "output_error": "lower",
-    "accuracy": "higher",
-    "unseen": "higher",
-    "fd": "lower",
-}
+MEASURES = ("output_error", "accuracy", "unseen", "fd")
+
+
+def higher_is_better(measure: str) -> bool:
+    """Whether a higher value of a study's measure is better, from the metric behind it.
+
+    Forgetting and leakage are better when lower, retention when higher, whatever the metric;
+    "old_fd" and "new_fd" are as "fd", and "unseen" is an accuracy.
+    """
+    if measure.startswith(("forgetting", "leakage")):
+        return False
+    if measure.startswith("retention") or measure == "unseen":
+        return True
+    return metric_of(measure.removeprefix("old_").removeprefix("new_")).higher_is_better
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How many images are encoded and drawn. The defaults are those of the budget `standard`."""
+    """How many images are encoded and generated. The defaults are those of the budget `standard`."""
 
     images: int = 1600  # to train on
     test_images: int = 192
-    copies: int = 1  # of each combination of attributes, drawn to be judged
-    thinned: int = 1  # draw but one in so many of these combinations, drawn by lot once for all
+    copies: int = 1  # of each combination of attributes, generated to be scored
+    thinned: int = 1  # generate one in so many of these combinations, chosen once for all
     unseen_copies: int = 0  # of each combination that no training image shows
     sampling_steps: int = 10
 
@@ -76,17 +86,17 @@ def prepare(
     if extent.thinned > 1:  # else the order stays, by which images and noise belong together
         asked = sorted(random.Random(0).sample(asked, len(asked) // extent.thinned))
     unseen = balanced_prompts(extent.unseen_copies, held_out=True) if known else []
-    reference = metrics.clip_features(renderings_of(asked, seed=3)) if asked else None
+    see = find_extractor("mini-clip")
+    reference = see(renderings_of(asked, seed=3)) if asked else None
     return Setup(teacher, train, test, extent, asked, unseen, reference)
 
 
 def score(setup: Setup, pipeline: StableDiffusionPipeline, seed: int) -> dict:
-    """Scores of what a pipeline draws with one seed; empty where the attributes are not known.
+    """Scores of what a pipeline generates with one seed; empty where no attributes are known.
 
-    `accuracy` is the share of images that show the asked-for colour, kind and background all at
-    once, each of which has a column too; `unseen` is the same for combinations that no training
-    image shows; `fd` is the distance to real renderings in the features of the embedded
-    CLIP.
+    The accuracy and its parts, and the Fréchet distance to real renderings in the features of the
+    embedded CLIP; `unseen` is the accuracy for combinations that no training image shows. What too
+    few images could carry is left out.
     """
     if not setup.asked:
         return {}
@@ -98,11 +108,17 @@ def score(setup: Setup, pipeline: StableDiffusionPipeline, seed: int) -> dict:
         steps=setup.extent.sampling_steps,
     )
     usual, rare = images[: len(setup.asked)], images[len(setup.asked) :]
-    shares = metrics.attribute_accuracy(usual, setup.asked)
-    scores = {"accuracy": shares.pop("all"), **shares}
-    scores["fd"] = metrics.frechet_distance(metrics.clip_features(usual), setup.reference)
+    evidence = Evidence(
+        images=usual,
+        extractor=find_extractor("mini-clip"),
+        attributes=setup.asked,
+        reference=setup.reference,
+    )
+    wanted = ("accuracy", "colour", "kind", "background", "fd")
+    scores = metrics.means(metrics.score(evidence, wanted, strict=False)[0])
     if setup.unseen:
-        scores["unseen"] = metrics.attribute_accuracy(rare, setup.unseen)["all"]
+        found, _ = metrics.score(Evidence(images=rare, attributes=setup.unseen), ("accuracy",))
+        scores["unseen"] = metrics.means(found)["accuracy"]
     return scores
 
 
@@ -111,36 +127,43 @@ def slug(name: str) -> str:
     return re.sub("[^a-z0-9]+", "-", name.lower())
 
 
-def compare(
+def compare_rows(
     rows: pd.DataFrame,
     candidate: str,
     baseline: str,
+    measures: Iterable[str] = MEASURES,
     confidence: float = 0.95,
-    measures: Mapping[str, str] = MEASURES,
 ) -> pd.DataFrame:
-    """Differences candidate - baseline, paired by seed: `mean`, the ends of Student's interval, `n`.
+    """Differences candidate - baseline by measure: `mean`, an interval `low` to `high`, `n`.
 
-    `verdict` is "better", "worse" or, where the interval holds 0 or there is one seed, "open".
+    They are paired by seed, with Student's interval. Where the two share no seed, the difference is
+    that of the means, with Welch's interval, and `n` counts both. `verdict` is "better", "worse"
+    or, where the interval holds 0 or cannot be had, "open".
     """
     table = {}
-    for measure, aim in measures.items():
+    for measure in measures:
         if measure not in rows:
             continue
         wide = rows.pivot(index="seed", columns="candidate", values=measure)
-        difference = (wide[candidate] - wide[baseline]).dropna()
-        low, high = student_interval(difference, confidence)
-        good = high < 0 if aim == "lower" else low > 0
-        bad = low > 0 if aim == "lower" else high < 0
-        verdict = "better" if good else "worse" if bad else "open"
-        table[measure] = {"mean": difference.mean(), "low": low, "high": high}
-        table[measure] |= {"n": len(difference), "verdict": verdict}
+        paired = (wide[candidate] - wide[baseline]).dropna()
+        if len(paired):
+            mean, n = paired.mean(), len(paired)
+            low, high = student_interval(paired, confidence)
+        else:
+            ours, theirs = (wide[name].dropna() for name in (candidate, baseline))
+            mean, n = ours.mean() - theirs.mean(), f"{len(ours)} + {len(theirs)}"
+            low, high = welch_interval(ours, theirs, confidence)
+        sign = 1 if higher_is_better(measure) else -1
+        better, worse = min(sign * low, sign * high) > 0, max(sign * low, sign * high) < 0
+        verdict = "better" if better else "worse" if worse else "open"
+        table[measure] = {"mean": mean, "low": low, "high": high, "n": n, "verdict": verdict}
     return pd.DataFrame(table).T
 
 
 def strip(
     pipeline: StableDiffusionPipeline, prompts: Sequence[str], steps: int, seed: int = 0
 ) -> np.ndarray:
-    """What a pipeline draws for prompts from one seed, side by side: (H, N W, 3) uint8."""
+    """What a pipeline generates for prompts from one seed, side by side: (H, N W, 3) uint8."""
     images = pipelines.generate(pipeline, list(prompts), seed=seed, steps=steps)
     return np.concatenate(images.permute(0, 2, 3, 1).numpy(), axis=1)
 

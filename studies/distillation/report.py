@@ -16,7 +16,7 @@ from kdc.distillation import losses
 from kdc.distillation.losses import TERMS
 from studies.common import ledger
 from studies.common.claims import Claim
-from studies.common.protocol import MEASURES, cut, prepare, score
+from studies.common.protocol import MEASURES, cut, higher_is_better, prepare, score
 from studies.common.recipes import RECIPES
 from studies.distillation.study import SHOWN, Settings, study
 
@@ -141,7 +141,7 @@ def best(rows: pd.DataFrame) -> str:
     names = [name for name in rows["candidate"].unique() if RECIPES[name].plan == "kdc"]
     present = [measure for measure in MEASURES if measure in rows]
     means = rows.groupby("candidate")[present].mean().loc[names]
-    ranks = {m: means[m].rank(ascending=MEASURES[m] == "lower") for m in present}
+    ranks = {m: means[m].rank(ascending=not higher_is_better(m)) for m in present}
     return str(pd.DataFrame(ranks).mean(axis=1).idxmin())
 
 

@@ -6,7 +6,6 @@ it is drawn from others.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ import pandas as pd
 from diffusers import StableDiffusionPipeline
 
 from kdc.data import worlds
-from kdc.evaluation import metrics
 from kdc.evaluation.compare import compare
 from kdc.evaluation.evaluate import Scores, evaluate
+from kdc.evaluation.extractors import find_extractor
 from kdc.evaluation.latency import fastest_within, time_calls, time_images, with_scheduler
+from kdc.evaluation.metrics import Evidence, means, score
 from kdc.io import fingerprint, make_once
 from kdc.pipelines import generate, load_student
 from studies.common.protocol import slug
@@ -73,12 +73,13 @@ def sweep(
             for steps in settings.steps:
 
                 def make(other=other, steps=steps) -> dict:
-                    images = generate(other, captions, seed=settings.choosing, steps=steps)
-                    clip = metrics.clip_score(images, captions).mean().item()
-                    return {
-                        "accuracy": metrics.attribute_accuracy(images, asked)["all"],
-                        "clip": clip,
-                    }
+                    evidence = Evidence(
+                        images=generate(other, captions, seed=settings.choosing, steps=steps),
+                        extractor=find_extractor("mini-clip"),
+                        prompts=captions,
+                        attributes=asked,
+                    )
+                    return means(score(evidence, ("accuracy", "clip"))[0])
 
                 made_with = {"seed": settings.choosing, "unet": print_of}
                 made_with["generated"] = settings.choosing_generated
@@ -140,7 +141,7 @@ def scored(
     steps: int,
     teacher: Scores | None = None,
 ) -> Scores:
-    """`evaluate` with all scores, on the seeds that are reported; `teacher` has been scored."""
+    """`evaluate` with all metrics, on the seeds that are reported; `teacher` has been scored."""
     asked = asked_for(settings.generated)
     every = balanced_prompts(1, held_out=False)
     reference = renderings_of((every * 2)[: settings.references], seed=5)
@@ -148,7 +149,7 @@ def scored(
         pipeline,
         [worlds.caption(a) for a in asked],
         reference,
-        asked=asked,
+        attributes=asked,
         teacher=teacher,
         seeds=settings.seeds,
         steps=steps,
@@ -161,7 +162,7 @@ def report(
     times: pd.DataFrame,
     settings: Settings,
 ) -> dict:
-    """What `choose` finds, drawn again on the seeds that are reported.
+    """What `choose` finds, generated again on the seeds that are reported.
 
     `tables` are those of `evaluate`, the teacher at `goal_steps` first; `compared` says for each
     chosen setting which scores differ from the teacher's. `candidates` has "teacher" in it.
@@ -178,9 +179,8 @@ def report(
         other = with_scheduler(candidates[setting["pipeline"]], setting["scheduler"])
         found = scored(other, settings, setting["steps"])
         values["tables"][label_of(setting)] = plain(found.table)
-        # steps differ, as they should
-        same = dataclasses.replace(found, generated_with=goal.generated_with)
-        values["compared"][label_of(setting)] = plain(compare(same, goal))
+        compared = compare(found, goal, may_differ=("steps",))
+        values["compared"][label_of(setting)] = plain(compared)
     return values
 
 

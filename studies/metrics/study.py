@@ -1,4 +1,4 @@
-"""The metrics on trial: which score notices which of `kdc.studies.faults`, and at which dose."""
+"""The metrics on trial: which score notices which of `studies.metrics.faults`, and at which dose."""
 
 from __future__ import annotations
 
@@ -12,38 +12,29 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kdc.data import worlds
-from kdc.evaluation import metrics
-from kdc.evaluation.extractors import find_extractor
-from kdc.evaluation.perceptual import find_perceptual
-from kdc.evaluation.statistics import SET_MEASURES, share_nearer
+from kdc.evaluation.extractors import find_extractor, find_perceptual
+from kdc.evaluation.metrics import METRICS, Evidence, means, score
+from kdc.evaluation.statistics import share_nearer
 from kdc.io import make_once
-from studies.common import ledger
 from studies.common.protocol import slug
 from studies.common.renderings import balanced_prompts, renderings_of
 from studies.metrics.faults import FAULTS, Exhibit
 
-SCORES = {
-    "fd": "lower",
-    "kid": "lower",
-    "precision": "higher",
-    "recall": "higher",
-    "clip": "higher",
-    "lpips": "lower",
-    "accuracy": "higher",
-    "leakage": "lower",
-}
+SCORES = (
+    "fd", "kid", "precision", "recall", "clip", "lpips_to_teacher", "accuracy", "leakage",
+)  # fmt: skip
 
 
 # What each score is expected to notice at the largest dose, written before the trial was held.
 NOTICED: Mapping[str, Sequence[str]] = {
-    "blur": ("fd", "kid", "precision", "lpips", "accuracy"),
-    "colour shift": ("fd", "kid", "clip", "lpips", "accuracy"),
+    "blur": ("fd", "kid", "precision", "lpips_to_teacher", "accuracy"),
+    "colour shift": ("fd", "kid", "clip", "lpips_to_teacher", "accuracy"),
     "mode dropping": ("fd", "kid", "recall"),
     "wrong caption": ("clip", "accuracy"),
     "memorised copies": ("leakage",),
     "one image": ("fd", "kid", "recall", "clip", "accuracy"),
-    "resize": ("fd", "kid", "precision", "lpips"),
-    "jpeg": ("fd", "kid", "precision", "lpips"),
+    "resize": ("fd", "kid", "precision", "lpips_to_teacher"),
+    "jpeg": ("fd", "kid", "precision", "lpips_to_teacher"),
 }
 
 
@@ -62,16 +53,19 @@ def judge(spoilt: Exhibit, original: Exhibit) -> dict[str, float]:
     `leakage` is the share of images whose nearest neighbour, in normalised features of the
     embedded CLIP, is in the reference and not among those held back: a half for strangers.
     """
-    features = find_extractor("mini-clip")(spoilt.images)
-    reference = _features(original.reference)
-    scores = {name: measure(features, reference) for name, measure in SET_MEASURES.items()}
-    captions = [worlds.caption(a) for a in spoilt.asked]
-    scores["clip"] = metrics.clip_score(spoilt.images, captions).mean().item()
-    distance = find_perceptual("mini-lpips")
-    scores["lpips"] = distance(spoilt.images, original.images).mean().item()
-    scores["accuracy"] = metrics.attribute_accuracy(spoilt.images, spoilt.asked)["all"]
-    scores["leakage"] = share_nearer(features, reference, _features(original.held_back))
-    return scores
+    evidence = Evidence(
+        images=spoilt.images,
+        extractor=find_extractor("mini-clip"),
+        perceptual=find_perceptual("mini-lpips"),
+        prompts=[worlds.caption(a) for a in spoilt.asked],
+        attributes=spoilt.asked,
+        reference=_features(original.reference),
+        teacher_images=original.images,
+    )
+    scores = means(score(evidence, [name for name in SCORES if name in METRICS])[0])
+    held_back = _features(original.held_back)
+    leaks = share_nearer(evidence.features, evidence.reference, held_back)
+    return scores | {"leakage": leaks}
 
 
 @functools.lru_cache(maxsize=2)
@@ -88,7 +82,7 @@ def hold(
 ) -> pd.DataFrame:
     """A row for each fault (default: all), dose and seed, with all scores.
 
-    With a `folder` each is kept there, so that a trial that was stopped goes on. Raises
+    With a `folder` each is stored there, so that a trial that was stopped goes on. Raises
     `ValueError` for an unknown fault, or where `folder` holds rows of another count.
     """
     if unknown := set(faults) - set(FAULTS):
@@ -107,39 +101,6 @@ def hold(
         found = make_once(file, made_with | {"count": count}, make) if file else make()
         rows.append(made_with | found)
     return pd.DataFrame(rows)
-
-
-def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
-    """For each fault and score: how much worse it got at the largest dose, in units of its spread.
-
-    The spread is the deviation over seeds of the unspoilt images' score, at least a thousandth of
-    the scores' range. `noticed` is a fall of more than three of them, `expected` what was written
-    down, `ok` whether they agree.
-    """
-    found = []
-    for fault, group in rows.groupby("fault", sort=False):
-        clean = group[group["dose"] == group["dose"].min()]
-        worst = group[group["dose"] == group["dose"].max()]
-        for score, aim in SCORES.items():
-            change = worst[score].mean() - clean[score].mean()
-            worse = change if aim == "lower" else -change
-            spread = clean[score].std(ddof=1) if len(clean) > 1 else 0.0
-            spread = max(spread, 1e-3 * (rows[score].max() - rows[score].min()), 1e-9)
-            noticed, expected = worse / spread > 3, score in NOTICED[fault]
-            found.append(
-                {"fault": fault, "score": score, "change": change, "spreads": worse / spread}
-                | {"noticed": noticed, "expected": expected, "ok": noticed == expected}
-            )
-    return pd.DataFrame(found)
-
-
-def scaled(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with every score turned so that higher is better and scaled to its range, 0 to 1."""
-    out = rows.copy()
-    for score, aim in SCORES.items():
-        values = rows[score] if aim == "higher" else -rows[score]
-        out[score] = (values - values.min()) / max(values.max() - values.min(), 1e-12)
-    return out
 
 
 def bias(
@@ -161,19 +122,6 @@ def bias(
             for name, delta in (("equal", 0.0), ("shifted", shift)):
                 moved = b.clone()
                 moved[:, 0] += delta
-                scores = {n: SET_MEASURES[n](a, moved) for n in ("fd", "kid")}
+                scores = {n: METRICS[n].measure(a, moved) for n in ("fd", "kid")}
                 rows.append({"count": count, "seed": seed, "pair": name} | scores)
     return pd.DataFrame(rows)
-
-
-def run(
-    results: str | Path | None = None,
-    folder: str | Path = "outputs/trial",
-    count: int = 192,
-    seeds: Sequence[int] = (0, 1, 2),
-) -> Path:
-    """Hold the whole trial and write `metrics_trial.json`; see `hold`."""
-    gaussians = bias((32, 64, 128, 256, 512, 1024, 2048))
-    rows = hold(count=count, seeds=seeds, folder=folder)
-    values = {"rows": rows.to_dict("records"), "gaussians": gaussians.to_dict("records")}
-    return ledger.write("metrics_trial", values, results, count=count, seeds=seeds)

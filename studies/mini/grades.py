@@ -13,7 +13,8 @@ from torch import Tensor
 from kdc import pipelines
 from kdc.data import worlds
 from kdc.data.datasets import load_dataset
-from kdc.evaluation import metrics
+from kdc.evaluation.extractors import find_extractor
+from kdc.evaluation.metrics import METRICS, Evidence, means, score
 from studies.common.renderings import balanced_prompts, renderings_of
 
 GOALS = {  # what was asked of the models; lower is better for "fd_over_real_vs_real" only
@@ -27,6 +28,7 @@ GOALS = {  # what was asked of the models; lower is better for "fd_over_real_vs_
     "fd_over_real_vs_real": 3.0,
 }
 STEPS, GUIDANCE, SEED = 25, 7.5, 2026
+ACCURACIES = ("colour", "kind", "background", "accuracy")
 
 
 @torch.inference_mode()
@@ -48,7 +50,9 @@ def psnr(pipeline: StableDiffusionPipeline, images: Tensor) -> Tensor:
 def grade_classifier(copies: int = 6) -> dict[str, float]:
     """Accuracy of the attribute classifier on real renderings, held-out combinations included."""
     shown = balanced_prompts(copies, False) + balanced_prompts(copies, True)
-    return metrics.attribute_accuracy(renderings_of(shown, seed=1), shown)
+    evidence = Evidence(images=renderings_of(shown, seed=1), attributes=shown)
+    found = means(score(evidence, ACCURACIES)[0])
+    return {_all(name): found[name] for name in ACCURACIES}
 
 
 def grade_autoencoder(
@@ -71,45 +75,60 @@ def grade_pipeline(
     held_out_copies: int = 6,
     guidance: float = GUIDANCE,
 ) -> dict[str, float]:
-    """Attribute accuracy on usual and on never-trained combinations; Fréchet distance and floor.
+    """Attribute accuracy on usual and on never-trained combinations; Fréchet distance and baseline.
 
-    The reference and the floor's second half are two sets of test renderings of the very
+    The reference and the baseline's second half are two sets of test renderings of the very
     combinations that were asked for, at the same count.
     """
     asked = balanced_prompts(copies, False)
     rare = balanced_prompts(held_out_copies, True)
+    captions = [worlds.caption(a) for a in asked]
     generated = pipelines.generate(
         pipeline,
-        [worlds.caption(a) for a in asked + rare],
+        captions + [worlds.caption(a) for a in rare],
         seed=SEED,
         steps=STEPS,
         guidance=guidance,
     )
-    usual = generated[: len(asked)]
-    grades = metrics.attribute_accuracy(usual, asked)
-    held_out = metrics.attribute_accuracy(generated[len(asked) :], rare)
-    grades |= {f"held_out_{name}": value for name, value in held_out.items()}
-    first, second = (metrics.clip_features(renderings_of(asked, seed)) for seed in (3, 4))
-    grades["fd"] = metrics.frechet_distance(metrics.clip_features(usual), first)
-    grades["fd_real_vs_real"] = metrics.frechet_distance(second, first)
+    see = find_extractor("mini-clip")
+    first, second = (see(renderings_of(asked, seed)) for seed in (3, 4))
+    evidence = Evidence(
+        images=generated[: len(asked)],
+        extractor=see,
+        prompts=captions,
+        attributes=asked,
+        reference=first,
+    )
+    usual = means(score(evidence, (*ACCURACIES, "fd", "clip"))[0])
+    held_out = Evidence(images=generated[len(asked) :], attributes=rare)
+    unseen = means(score(held_out, ACCURACIES)[0])
+    grades = {_all(name): usual[name] for name in ACCURACIES}
+    grades |= {f"held_out_{_all(name)}": unseen[name] for name in ACCURACIES}
+    grades["fd"] = usual["fd"]
+    grades["fd_real_vs_real"] = METRICS["fd"].measure(second, first)
     grades["fd_over_real_vs_real"] = grades["fd"] / grades["fd_real_vs_real"]
-    captions = [worlds.caption(a) for a in asked]
-    grades["clip_score"] = metrics.clip_score(usual, captions).mean().item()
+    grades["clip_score"] = usual["clip"]
     return grades | {"samples": len(asked), "held_out_samples": len(rare), "guidance": guidance}
+
+
+def _all(name: str) -> str:
+    """The stored name of an accuracy: the share that shows all attributes is "all"."""
+    return "all" if name == "accuracy" else name
 
 
 def explain_fd(
     pipeline: StableDiffusionPipeline, guidances: tuple[float, ...] = (1.5, 3.0, 7.5)
 ) -> dict:
-    """Where the Fréchet distance comes from: its ratio to the floor for several kinds of images.
+    """Where the Fréchet distance comes from: its ratio to the real-vs-real baseline for several kinds of images.
 
     "autoencoder": real renderings, only encoded and decoded; "guidance g": images of the pipeline
     at that guidance, one for every combination, from another seed than the grades'.
     """
     asked = balanced_prompts(1, False)
     first, second = (renderings_of(asked, seed) for seed in (5, 6))
-    reference = metrics.clip_features(first)
-    floor = metrics.frechet_distance(metrics.clip_features(second), reference)
+    see, measure = find_extractor("mini-clip"), METRICS["fd"].measure
+    reference = see(first)
+    baseline = measure(see(second), reference)
     restored = reconstruct(pipeline, second.float() / 127.5 - 1)
     images = {"autoencoder": ((restored + 1) * 127.5).round().to(torch.uint8)}
     captions = [worlds.caption(a) for a in asked]
@@ -118,10 +137,9 @@ def explain_fd(
             pipeline, captions, seed=SEED + 1, steps=STEPS, guidance=guidance
         )
     ratios = {
-        name: metrics.frechet_distance(metrics.clip_features(generated), reference) / floor
-        for name, generated in images.items()
+        name: measure(see(generated), reference) / baseline for name, generated in images.items()
     }
-    return {"ratios": ratios, "real_vs_real": floor, "samples": len(asked)}
+    return {"ratios": ratios, "real_vs_real": baseline, "samples": len(asked)}
 
 
 def standard_error(share: float, count: int) -> float:
@@ -137,7 +155,7 @@ NAMES = {
     "kind": "... species or wing pattern",
     "background": "... background",
     "held_out": "... of never-trained combinations, the worst attribute",
-    "fd_over_real_vs_real": "Fréchet distance over its floor (lower is better)",
+    "fd_over_real_vs_real": "Fréchet distance over its real-vs-real baseline (lower is better)",
 }
 
 

@@ -12,88 +12,211 @@ from PIL import Image
 from kdc.continual.matrix import ScoreMatrix
 from kdc.evaluation.statistics import student_interval
 from studies.common import ledger
-from studies.common.claims import check, read_claims
+from studies.common.claims import Claim, check
 from studies.common.protocol import cut
 from studies.replay.study import SHOWN
 from studies.replay.variants import STAGES
 
-MEASURES = {
-    "old_accuracy": "higher",
-    "new_accuracy": "higher",
-    "forgetting_accuracy": "lower",
-    "retention_accuracy": "higher",
-    "old_output_error": "lower",
-    "new_output_error": "lower",
-    "forgetting_output_error": "lower",
-    "old_fd": "lower",
-    "new_fd": "lower",
-    "forgetting_fd": "lower",
-    "leakage": "lower",
-}
+SCORED = ("accuracy", "output_error", "fd")
+MEASURES = (
+    *(f"{part}_{name}" for name in SCORED for part in ("old", "new", "forgetting")),
+    "retention_accuracy",
+    "leakage",
+)
 BASELINES = ("finetune", "replay", "replay+distil", "generative_distillation", "joint")
 BESIDE = ("buffers", "ratios", "teachers")  # stages whose baselines are rows of the domains
 EXTREMES = (np.mean, np.min, np.max)
 IMAGES = ("new_images", "old_images", "teacher_images", "old_teacher_images")
 IMAGES += ("sampler_images", "fisher_images")
-# Written before the study ran. Each line: what is claimed, the trial, its baseline, the measure, and
-# what is expected if it is not "better".
-_CLAIMS = {
-    "domains": """
-replay saves the old | replay | finetune | old_accuracy
-one carried image does not | last_sample | finetune | old_accuracy | open
-a penalty on the weights saves nothing | ewc | finetune | old_accuracy | open
-an old student as guide adds to replay | replay+distil | replay | old_accuracy
-it costs nothing new | replay+distil | replay | new_accuracy | not worse
-generated images are worse than kept ones | generative_replay | replay | old_accuracy | worse
-a guide mends them | generative_distillation | generative_replay | old_accuracy
-then they are as good as kept ones | generative_distillation | replay | old_accuracy | not worse
-joint is the bound | replay | joint | old_accuracy | not worse
-""",
-    "buffers": """
-a tiny buffer saves less | replay 4 | replay | old_accuracy | worse
-and leaks | replay 4 | replay | leakage | worse
-a large one saves no more | replay 256 | replay | old_accuracy | open
-int8 loses nothing | replay 64 int8 | replay | old_accuracy | open
-nor does it in a tiny buffer | replay 4 int8 | replay 4 | old_accuracy | open
-balance changes nothing | replay 64 class_balanced | replay | old_accuracy | open
-first in, first out saves nothing | replay 64 fifo | finetune | old_accuracy | open
-""",
-    "ratios": """
-a quarter as many old images save less | replay ratio 0.25 | replay | old_accuracy | worse
-twice as many cost the new | replay ratio 2 | replay | new_accuracy | worse
-""",
-    "teachers": """
-a teacher as guide saves more | replay, task and output | replay, task only | old_accuracy
-it knows more than the old student | replay, task and output | replay+distil | old_accuracy
-features help too | replay | replay, task and output | old_accuracy
-even an old student's | replay, old model, all terms | replay+distil | old_accuracy
-but the teacher's are better | replay | replay, old model, all terms | old_accuracy
-without a guide forgetting is still less | replay, task only | finetune | old_accuracy
-weight alone does not do it | replay, task times 4 | replay | old_accuracy | worse
-by features generated images do too | generated, all terms | generative_distillation | old_accuracy
-then no buffer is needed | generated, all terms | replay | old_accuracy | not worse
-""",
-    "plain": """
-replay saves the old in plain training too | replay | finetune | old_accuracy
-it costs nothing new there | replay | finetune | new_accuracy | not worse
-joint is the bound there | replay | joint | old_accuracy | not worse
-""",
-    "classes": """
-replay saves the old | replay | finetune | old_accuracy
-one carried image does not | last_sample | finetune | old_accuracy | open
-balance beats first in, first out | replay class_balanced | replay fifo | old_accuracy
-herding is better than chance | replay herding | replay class_balanced | old_accuracy
-""",
-    "photos": """
-replay saves the old | replay | finetune | old_output_error
-one carried image does not | last_sample | finetune | old_output_error | open
-and drawn ones show it | replay | finetune | old_fd
-one carried image does not there either | last_sample | finetune | old_fd | open
-replay costs the new nothing | replay | finetune | new_fd | not worse
-joint is the bound | replay | joint | old_fd | not worse
-""",
-}  # fmt: skip
-CLAIMS = {stage: read_claims(text) for stage, text in _CLAIMS.items()}
+# Written before the study ran. Each: what is claimed, the variant, what it is compared with, the
+# measure, and what is expected if it is not "better".
+CLAIMS: dict[str, list[Claim]] = {
+    "domains": [
+        Claim("replay keeps the old task", "replay", "finetune", "old_accuracy"),
+        Claim(
+            "last-sample replay does not keep it", "last_sample", "finetune", "old_accuracy", "open"
+        ),
+        Claim("a penalty on the weights keeps nothing", "ewc", "finetune", "old_accuracy", "open"),
+        Claim("following the old model adds to replay", "replay+distil", "replay", "old_accuracy"),
+        Claim(
+            "following the old model costs nothing new",
+            "replay+distil",
+            "replay",
+            "new_accuracy",
+            "not worse",
+        ),
+        Claim(
+            "generated images keep less than stored ones",
+            "generative_replay",
+            "replay",
+            "old_accuracy",
+            "worse",
+        ),
+        Claim(
+            "following the old model corrects generated images",
+            "generative_distillation",
+            "generative_replay",
+            "old_accuracy",
+        ),
+        Claim(
+            "then they keep as much as stored ones",
+            "generative_distillation",
+            "replay",
+            "old_accuracy",
+            "not worse",
+        ),
+        Claim(
+            "replay keeps as much as joint training", "replay", "joint", "old_accuracy", "not worse"
+        ),
+    ],
+    "buffers": [
+        Claim("a tiny buffer keeps less", "replay 4", "replay", "old_accuracy", "worse"),
+        Claim("a tiny buffer leaks", "replay 4", "replay", "leakage", "worse"),
+        Claim("a large buffer keeps no more", "replay 256", "replay", "old_accuracy", "open"),
+        Claim("int8 loses nothing", "replay 64 int8", "replay", "old_accuracy", "open"),
+        Claim(
+            "int8 loses nothing in a tiny buffer",
+            "replay 4 int8",
+            "replay 4",
+            "old_accuracy",
+            "open",
+        ),
+        Claim(
+            "class balance changes nothing",
+            "replay 64 class_balanced",
+            "replay",
+            "old_accuracy",
+            "open",
+        ),
+        Claim(
+            "first in, first out keeps nothing",
+            "replay 64 fifo",
+            "finetune",
+            "old_accuracy",
+            "open",
+        ),
+    ],
+    "ratios": [
+        Claim(
+            "a quarter as many old images keep less",
+            "replay ratio 0.25",
+            "replay",
+            "old_accuracy",
+            "worse",
+        ),
+        Claim(
+            "twice as many old images cost the new task",
+            "replay ratio 2",
+            "replay",
+            "new_accuracy",
+            "worse",
+        ),
+    ],
+    "teachers": [
+        Claim(
+            "following the teacher keeps more",
+            "replay, task and output",
+            "replay, task only",
+            "old_accuracy",
+        ),
+        Claim(
+            "the teacher keeps more than the old model",
+            "replay, task and output",
+            "replay+distil",
+            "old_accuracy",
+        ),
+        Claim("features keep more", "replay", "replay, task and output", "old_accuracy"),
+        Claim(
+            "even features of the old model keep more",
+            "replay, old model, all terms",
+            "replay+distil",
+            "old_accuracy",
+        ),
+        Claim(
+            "features of the teacher keep more than the old model's",
+            "replay",
+            "replay, old model, all terms",
+            "old_accuracy",
+        ),
+        Claim(
+            "replay by the task term alone forgets less",
+            "replay, task only",
+            "finetune",
+            "old_accuracy",
+        ),
+        Claim(
+            "a heavier task term does not do it",
+            "replay, task times 4",
+            "replay",
+            "old_accuracy",
+            "worse",
+        ),
+        Claim(
+            "features keep more with generated images, too",
+            "generated, all terms",
+            "generative_distillation",
+            "old_accuracy",
+        ),
+        Claim(
+            "then no buffer is needed",
+            "generated, all terms",
+            "replay",
+            "old_accuracy",
+            "not worse",
+        ),
+    ],
+    "plain": [
+        Claim(
+            "replay keeps the old task in plain training, too", "replay", "finetune", "old_accuracy"
+        ),
+        Claim(
+            "replay costs nothing new in plain training",
+            "replay",
+            "finetune",
+            "new_accuracy",
+            "not worse",
+        ),
+        Claim(
+            "replay keeps as much as joint training there",
+            "replay",
+            "joint",
+            "old_accuracy",
+            "not worse",
+        ),
+    ],
+    "classes": [
+        Claim("replay keeps the old task", "replay", "finetune", "old_accuracy"),
+        Claim(
+            "last-sample replay does not keep it", "last_sample", "finetune", "old_accuracy", "open"
+        ),
+        Claim(
+            "class balance beats first in, first out",
+            "replay class_balanced",
+            "replay fifo",
+            "old_accuracy",
+        ),
+        Claim(
+            "herding is better than chance",
+            "replay herding",
+            "replay class_balanced",
+            "old_accuracy",
+        ),
+    ],
+    "photos": [
+        Claim("replay keeps the old task", "replay", "finetune", "old_output_error"),
+        Claim(
+            "last-sample replay does not keep it",
+            "last_sample",
+            "finetune",
+            "old_output_error",
+            "open",
+        ),
+        Claim("generated images show it", "replay", "finetune", "old_fd"),
+        Claim("last-sample replay does not show it", "last_sample", "finetune", "old_fd", "open"),
+        Claim("replay costs nothing new", "replay", "finetune", "new_fd", "not worse"),
+        Claim("replay keeps as much as joint training", "replay", "joint", "old_fd", "not worse"),
+    ],
+}
 
 
 def stored(stage: str, results: str | Path | None = None) -> list[dict]:
@@ -173,7 +296,7 @@ def goals(lines: pd.DataFrame, keep: float = 0.9, lose: float = 0.05) -> pd.Data
 
 def check_stage(stage: str, lines: pd.DataFrame) -> pd.DataFrame:
     """The claims of a stage and what its lines say of them; see `claims.check`."""
-    return check(lines, CLAIMS[stage], MEASURES)
+    return check(lines, CLAIMS[stage])
 
 
 def mean_matrices(rows: Iterable[Mapping], metric: str, order: str | None = None) -> dict:

@@ -1,7 +1,7 @@
 """What is forgotten when tasks follow one another, and what each strategy saves: rows over seeds.
 
-All variants of one order and seed share the student after the first task, but for the two that learn
-it in their own way.
+All variants of one order and seed share the student after the first task, but for the two that
+learn it in their own way.
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@ from kdc.continual.tasks import split_classes
 from kdc.data import worlds
 from kdc.data.datasets import load_dataset
 from kdc.data.latents import LatentDataset, cache_latents
-from kdc.distillation.fidelity import output_error
-from kdc.evaluation import metrics
+from kdc.evaluation.extractors import find_extractor
+from kdc.evaluation.images import as_bytes
+from kdc.evaluation.metrics import METRICS, Evidence, means, score
 from kdc.evaluation.statistics import share_nearer
 from kdc.io import fingerprint
 from kdc.replay.buffer import ReplayBuffer
@@ -32,35 +33,32 @@ ENOUGH = 2 * 64  # samples of the embedded CLIP's features, below which there is
 
 @dataclass(frozen=True)
 class TaskTest:
-    """The test of a task: images held back, and real ones to compare drawings with.
+    """The test of a task: latents held back, and real images to compare generated ones with."""
 
-    `asked` are the attributes of the task's prompts, empty where they are not known; `reference`
-    (N, 64) features of real images, None where they are too few for a Fréchet distance.
-    """
-
+    # Latents that no training sees.
     latents: LatentDataset
-    asked: Sequence[worlds.Attributes] = ()
+    # The attributes of the task's prompts, empty where they are not known.
+    attributes: Sequence[worlds.Attributes] = ()
+    # Features (N, 64) of real images; None where they are too few for a Fréchet distance.
     reference: Tensor | None = None
 
 
 class Scorer:
-    """`evaluate` for `run_sequence` on tasks whose `test` is an `TaskTest`; a memory of what it scored.
+    """`evaluate` for `run_sequence` on tasks whose `test` is a `TaskTest`.
 
-    `output_error` is the student's distance to the teacher on the images held back, `accuracy`
-    the share of generated images that show all that was asked for, `fd` the distance of drawn
-    to real images in the features of the embedded CLIP. A student that was scored before is not
-    drawn from again. `higher_is_better` are the metrics that the test of `task` gives; for another task
-    that lacks one it is NaN. `last` is the pipeline that was scored last, `generated` its images by
-    task.
+    It scores what a test allows: the output error on the held-back latents, the accuracy of
+    generated images, and their Fréchet distance to real ones in the features of the embedded CLIP.
+    `higher_is_better` are the metrics that the test of `task` gives; for another task that lacks
+    one it is NaN. A student that was scored before generates nothing again. `last` is the pipeline
+    that was scored last, `generated` its images by task.
     """
 
     def __init__(self, teacher: StableDiffusionPipeline, task: Task, seed: int, steps: int = 10):
         self.teacher, self.seed, self.steps = teacher, seed, steps
-        self.higher_is_better = {"output_error": False}
-        if task.test.asked:
-            self.higher_is_better["accuracy"] = True
-        if task.test.reference is not None:
-            self.higher_is_better["fd"] = False
+        names = ["output_error"]
+        names += ["accuracy"] if task.test.attributes else []
+        names += ["fd"] if task.test.reference is not None else []
+        self.higher_is_better = {name: METRICS[name].higher_is_better for name in names}
         self.last: StableDiffusionPipeline | None = None
         self.generated: dict[str, Tensor] = {}
         self._known: dict[tuple[str, str], tuple[dict, Tensor]] = {}
@@ -75,20 +73,22 @@ class Scorer:
         return scores
 
     def _score(self, pipeline, task: Task) -> tuple[dict[str, float], Tensor]:
-        test = task.test
-        with remembering(self.teacher.unet, [], self._answers):
-            error = output_error(pipeline.unet, self.teacher, test.latents).mean()
-        scores = {"output_error": error}
         images = pipelines.generate(
             pipeline, task.prompts, seed=self.seed, steps=self.steps, progress=False
         )
-        if test.asked:
-            scores["accuracy"] = metrics.attribute_accuracy(images, test.asked)["all"]
-        if test.reference is not None:
-            features = metrics.clip_features(images)
-            scores["fd"] = metrics.frechet_distance(features, test.reference)
-        given = {name: float(scores.get(name, float("nan"))) for name in self.higher_is_better}
-        return given, images
+        evidence = Evidence(
+            images=images,
+            extractor=find_extractor("mini-clip"),
+            attributes=task.test.attributes,
+            reference=task.test.reference,
+            latents=task.test.latents,
+            pipeline=pipeline,
+            teacher=self.teacher,
+        )
+        with remembering(self.teacher.unet, [], self._answers):
+            values, _ = score(evidence, tuple(self.higher_is_better), strict=False)
+        found = means(values)
+        return {name: found.get(name, float("nan")) for name in self.higher_is_better}, images
 
 
 def domain_tasks(
@@ -196,14 +196,14 @@ def _world_test(
     asked = sorted(random.Random(0).sample(every, min(generated, len(every))))
     reference = None
     if len(asked) >= ENOUGH:
-        reference = metrics.clip_features(renderings_of(asked, seed=3))
+        reference = find_extractor("mini-clip")(renderings_of(asked, seed=3))
     return TaskTest(latents, asked, reference), [worlds.caption(a) for a in asked]
 
 
 def _features(real: Tensor) -> Tensor | None:
     if len(real) < ENOUGH:
         return None
-    return metrics.clip_features(metrics.as_bytes(real))
+    return find_extractor("mini-clip")(as_bytes(real))
 
 
 def _repeated(captions: Sequence[str], count: int) -> list[str]:
@@ -232,8 +232,8 @@ def leakage(buffer: ReplayBuffer, task: Task, scorer: Scorer) -> dict[str, float
     def seen(latents: Tensor) -> Tensor:
         parts = latents.to(vae.device, vae.dtype).split(64)
         real = torch.cat([vae.decode(x / vae.config.scaling_factor).sample for x in parts])
-        return metrics.clip_features(metrics.as_bytes(real))
+        return find_extractor("mini-clip")(as_bytes(real))
 
-    generated = metrics.clip_features(scorer.generated[task.name])
+    generated = find_extractor("mini-clip")(scorer.generated[task.name])
     share = share_nearer(generated, seen(mean[:count]), seen(other[:count]))
     return {"share": share, "items": count, "generated": len(generated)}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from scipy import stats
 
 from kdc.evaluation.statistics import student_interval
 from kdc.search import sensitivity
@@ -16,7 +15,7 @@ from kdc.unet.costs import count_costs
 from kdc.unet.plans import SlimPlan, find_plan
 from kdc.unet.slimming import slim, source_of
 from studies.common import ledger
-from studies.common.protocol import MEASURES, Setup, compare, prepare, score
+from studies.common.protocol import MEASURES, Setup, compare_rows, prepare, score
 from studies.slimming import full_size, stages, study
 
 
@@ -125,36 +124,17 @@ def last_rounds(searched: Mapping[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def against(rows: pd.DataFrame, candidate: str, baseline: str) -> pd.DataFrame:
-    """`compare`; Welch's 95 % interval between means where the two share no seed."""
-    table = compare(rows, candidate, baseline).T.to_dict()
-    for measure, values in table.items():
-        if values["n"] > 0:
-            continue
-        ours, theirs = (rows.loc[rows["candidate"] == n, measure] for n in (candidate, baseline))
-        values |= {"mean": ours.mean() - theirs.mean(), "n": f"{len(ours)} + {len(theirs)}"}
-        if min(len(ours), len(theirs)) < 2:
-            continue
-        welch = stats.ttest_ind(ours, theirs, equal_var=False)
-        low, high = welch.confidence_interval(0.95)
-        sign = 1 if MEASURES[measure] == "higher" else -1
-        ahead, behind = min(sign * low, sign * high) > 0, max(sign * low, sign * high) < 0
-        verdict = "better" if ahead else "worse" if behind else "open"
-        values |= {"low": low, "high": high, "verdict": verdict}
-    return pd.DataFrame(table).T
-
-
 def comparisons(rows: pd.DataFrame, found: Iterable[str]) -> dict[str, pd.DataFrame]:
-    """`against` of every found plan and `kdc`, and the random plans of the same budget."""
+    """`compare_rows` of every found plan and `kdc`, and the random plans of the same budget."""
     known, tables = set(rows["candidate"]), {}
     for name in found:
         for baseline in ("kdc", f"random: {name.rpartition(': ')[2]}"):
             if baseline in known:
-                tables[f"{name} - {baseline}"] = against(rows, name, baseline)
+                tables[f"{name} - {baseline}"] = compare_rows(rows, name, baseline)
     return tables
 
 
-def summary(rows: pd.DataFrame, measures: Iterable[str] = tuple(MEASURES)) -> pd.DataFrame:
+def summary(rows: pd.DataFrame, measures: Iterable[str] = MEASURES) -> pd.DataFrame:
     """Mean and Student's 95 % interval over seeds of every measure, by candidate, as text.
 
     One seed has no interval; a measure that no row has is left out.

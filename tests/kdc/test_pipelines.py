@@ -48,7 +48,7 @@ def test_the_first_image_needs_no_network(tmp_path):
 
 
 def test_the_teacher_draws_what_it_is_asked_for(teacher):
-    from kdc.evaluation.metrics import attribute_accuracy
+    from kdc.evaluation.judges import attribute_accuracy
 
     asked = [a for w in worlds.WORLDS.values() for a in w.combinations()[::6]]
     generated = kdc.generate(teacher, [worlds.caption(a) for a in asked], seed=1, steps=15)

@@ -100,7 +100,7 @@ def test_few_images_still_make_a_test_split(tmp_path):
 
 def test_worlds_show_what_their_captions_say():
     """Read off the images by the classifier, which never saw these renderings."""
-    from kdc.evaluation.metrics import attribute_accuracy
+    from kdc.evaluation.judges import attribute_accuracy
 
     dataset = kdc.load_dataset("worlds", "test", count=64)
     items = [dataset[i] for i in range(64)]

@@ -11,7 +11,8 @@ from lpips import LPIPS
 import kdc
 from kdc.data import worlds
 from kdc.evaluation import evaluate as evaluation
-from kdc.evaluation import extractors, latency, metrics, perceptual
+from kdc.evaluation import extractors, judges, latency
+from kdc.evaluation.metrics import METRICS, clip_score
 from studies.common.renderings import balanced_prompts, renderings_of
 
 ASKED = balanced_prompts(1, held_out=False)[::24]  # twelve
@@ -26,7 +27,7 @@ def real():
 
 @pytest.fixture(scope="module")
 def scored(teacher, real):
-    return kdc.evaluate(teacher, PROMPTS, real, asked=ASKED, teacher=teacher, **QUICK)
+    return kdc.evaluate(teacher, PROMPTS, real, attributes=ASKED, teacher=teacher, **QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def cut(teacher):
 
 def test_every_row_says_what_it_is(scored, teacher, real):
     table = scored.table
-    assert set(table.index) == set(evaluation.DIRECTIONS)
+    assert set(table.index) == set(METRICS)
     assert (table["samples"] == 12).all() and set(table["seeds"]) == {"0, 1"}
     assert (
         table.loc["clip", "extractor"] == "mini-clip" and len(table.loc["clip", "checksum"]) == 16
@@ -46,8 +47,8 @@ def test_every_row_says_what_it_is(scored, teacher, real):
     assert np.isnan(table.loc["fd", "value"]) and "128 needed" in table.loc["fd", "note"]
     generated = kdc.generate(teacher, PROMPTS, seed=1, steps=2)
     assert torch.equal(scored.images[1], generated)
-    assert scored.by_seed["accuracy"][1] == metrics.attribute_accuracy(generated, ASKED)["all"]
-    clip = metrics.clip_score(generated, PROMPTS)
+    assert scored.by_seed["accuracy"][1] == judges.attribute_accuracy(generated, ASKED)["all"]
+    clip = clip_score(judges.clip_features(generated), judges.clip_text_features(PROMPTS))
     assert torch.allclose(scored.per_image["clip"][1], clip, atol=1e-3)
     assert table.loc["clip", "value"] == pytest.approx(np.mean(scored.by_seed["clip"]))
     assert table.loc["lpips_to_teacher", "value"] == pytest.approx(0, abs=1e-6)  # it is its own
@@ -59,17 +60,17 @@ def test_every_row_says_what_it_is(scored, teacher, real):
 
 def test_warnings_travel_with_the_number(teacher, real):
     few = kdc.evaluate(
-        teacher, PROMPTS, real[:10], steps=1, seeds=(0,), scores=("kid", "precision")
+        teacher, PROMPTS, real[:10], steps=1, seeds=(0,), metrics=("kid", "precision")
     )
     assert (
         list(few.table.index) == ["kid", "precision"] and np.isnan(few.table["real_vs_real"]).all()
     )
     note = few.table.loc["kid", "note"]
-    assert "no floor: 10 reference images, 24 needed" in note and "compared with 10" in note
+    assert "no baseline: 10 reference images, 24 needed" in note and "compared with 10" in note
     assert "1 seed(s)" in note and np.isnan(few.table.loc["kid", "spread"])
 
 
-def test_what_cannot_last_its_weight_is_refused_before_drawing(teacher, real, monkeypatch):
+def test_what_cannot_carry_its_weight_is_refused_before_drawing(teacher, real, monkeypatch):
     def never(*arguments, **settings):
         raise AssertionError("drew")
 
@@ -79,10 +80,10 @@ def test_what_cannot_last_its_weight_is_refused_before_drawing(teacher, real, mo
         with pytest.raises(error, match=match):
             kdc.evaluate(teacher, PROMPTS, reference, **(QUICK | settings))
 
-    refused(ValueError, "fid: 12 images, 128 needed", scores=("fd",))
-    refused(ValueError, "unknown scores .*'is'", scores=("is",))
-    refused(ValueError, "diversity: it needs two seeds", scores=("diversity",), seeds=(0,))
-    refused(ValueError, "3 attributes for 12", asked=ASKED[:3])
+    refused(ValueError, "fd: 12 images, 128 needed", metrics=("fd",))
+    refused(ValueError, "unknown metric 'is'", metrics=("is",))
+    refused(ValueError, "diversity: it needs two seeds", metrics=("diversity",), seeds=(0,))
+    refused(ValueError, "3 attributes for 12", attributes=ASKED[:3])
     refused(ValueError, r"got torch.float32 in \[0.*: from \[0, 1\] make", real.float() / 255)
     refused(ValueError, r"reference images are \(32, 32\)", real[:, :, ::2, ::2])
     refused(ValueError, "unknown extractor", extractor="vgg")
@@ -93,11 +94,11 @@ def test_what_cannot_last_its_weight_is_refused_before_drawing(teacher, real, mo
         refused(RuntimeError, "pipeline.unet is in training mode")
     finally:
         teacher.unet.eval()
-    metrics.mini_clip()[0].train()
+    judges.mini_clip()[0].train()
     try:
         refused(RuntimeError, "mini-clip is in training mode", real.flip(0))
     finally:
-        metrics.mini_clip()[0].eval()
+        judges.mini_clip()[0].eval()
 
 
 def test_an_extractor_that_cannot_be_had_is_an_error_and_never_another(monkeypatch):
@@ -111,9 +112,9 @@ def test_an_extractor_that_cannot_be_had_is_an_error_and_never_another(monkeypat
     def broken(**settings):
         raise OSError("no network")
 
-    monkeypatch.setattr(perceptual.lpips, "LPIPS", broken)
+    monkeypatch.setattr(extractors.lpips, "LPIPS", broken)
     with pytest.raises(RuntimeError, match="'lpips-alex' cannot be loaded"):
-        perceptual.find_perceptual("lpips-alex")
+        extractors.find_perceptual("lpips-alex")
 
 
 def test_no_code_of_a_foreign_file_is_run(tmp_path, monkeypatch):
@@ -152,21 +153,21 @@ def test_features_of_a_reference_are_computed_once_for_its_content(teacher, real
 def test_the_paired_distance_is_that_of_the_package():
     images = renderings_of(ASKED[:4], seed=5)
     noisy = (images.float() + 20 * torch.randn(images.shape)).clamp(0, 255).to(torch.uint8)
-    found = perceptual.find_perceptual("mini-lpips")(images, noisy)
+    found = extractors.find_perceptual("mini-lpips")(images, noisy)
     package = LPIPS(net="alex", pnet_rand=True, lpips=False, verbose=False).eval()
-    package.net.load_state_dict(metrics.mini_lpips().net.state_dict())
+    package.net.load_state_dict(judges.mini_lpips().net.state_dict())
     with torch.no_grad():
         expected = package(images.float() / 255, noisy.float() / 255, normalize=True).flatten()
     assert torch.allclose(found, expected, atol=1e-5)
     with pytest.raises(ValueError, match="one shape"):
-        perceptual.find_perceptual("mini-lpips")(images, noisy[:2])
+        extractors.find_perceptual("mini-lpips")(images, noisy[:2])
 
 
 def test_a_worse_student_is_told_from_its_teacher_and_a_model_from_itself_not(
     scored, cut, teacher, real
 ):
-    theirs = kdc.evaluate(cut, PROMPTS, real, asked=ASKED, teacher=teacher, **QUICK)
-    again = kdc.evaluate(cut, PROMPTS, teacher=scored, scores=("lpips_to_teacher",), **QUICK)
+    theirs = kdc.evaluate(cut, PROMPTS, real, attributes=ASKED, teacher=teacher, **QUICK)
+    again = kdc.evaluate(cut, PROMPTS, teacher=scored, metrics=("lpips_to_teacher",), **QUICK)
     assert again.by_seed["lpips_to_teacher"] == theirs.by_seed["lpips_to_teacher"]
     with pytest.raises(ValueError, match="differ in prompts"):
         kdc.evaluate(cut, PROMPTS[::-1], teacher=scored, **QUICK)
@@ -179,7 +180,7 @@ def test_a_worse_student_is_told_from_its_teacher_and_a_model_from_itself_not(
     assert behind.loc["kid", "verdict"] == "worse"
     same = kdc.compare(scored, scored, permutations=20)
     assert set(same["verdict"]) == {"not distinguishable"} and "diversity" not in same.index
-    other = kdc.evaluate(cut, PROMPTS, real, asked=ASKED, **(QUICK | {"steps": 1}))
+    other = kdc.evaluate(cut, PROMPTS, real, attributes=ASKED, **(QUICK | {"steps": 1}))
     with pytest.raises(ValueError, match="differ in steps"):
         kdc.compare(scored, other)
     parts = kdc.retraining([scored, theirs])
@@ -213,18 +214,3 @@ def test_the_fastest_setting_that_is_good_enough():
     assert latency.fastest_within(rows, 1.0)["median"] == 2.0
     assert latency.fastest_within(rows, 1.0, loss=0.0)["median"] == 3.0
     assert latency.fastest_within(rows, 2.0) is None
-
-
-def test_energy_is_read_where_there_is_a_counter(monkeypatch, tmp_path):
-    file = tmp_path / "energy_uj"
-    monkeypatch.setattr(latency, "RAPL", file)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert latency.energy_counter() is None
-    file.write_text("5000000\n")
-    assert latency.energy_counter()() == 5.0
-    spent = []
-    counted = latency._counted(
-        lambda: file.write_text("8000000\n"), latency.energy_counter(), spent
-    )
-    counted()
-    assert spent == [3.0]

@@ -5,8 +5,9 @@ import torch
 from torchvision.transforms.functional import gaussian_blur
 
 from kdc.data import worlds
-from kdc.evaluation import metrics
-from kdc.evaluation.perceptual import find_perceptual
+from kdc.evaluation import judges, metrics
+from kdc.evaluation.extractors import find_perceptual
+from kdc.evaluation.judges import clip_features, clip_text_features
 from studies.common.renderings import balanced_prompts, renderings_of
 
 
@@ -16,12 +17,17 @@ def renderings():
     return renderings_of(shown, seed=77), shown
 
 
+def clip_scores(images, shown):
+    captions = [worlds.caption(a) for a in shown]
+    return metrics.clip_score(clip_features(images), clip_text_features(captions))
+
+
 def test_the_classifier_reads_real_renderings(renderings):
     images, shown = renderings
-    scores = metrics.attribute_accuracy(images, shown)
+    scores = judges.attribute_accuracy(images, shown)
     assert all(scores[name] >= 0.98 for name in ("colour", "kind", "background"))
     wrong = shown[1:] + shown[:1]
-    assert metrics.attribute_accuracy(images, wrong)["all"] < 0.1
+    assert judges.attribute_accuracy(images, wrong)["all"] < 0.1
 
 
 def test_the_frechet_distance_is_that_of_gaussians():
@@ -42,14 +48,14 @@ def test_the_frechet_distance_is_that_of_gaussians():
 
 def test_clip_prefers_the_right_caption(renderings):
     images, shown = renderings
-    right = metrics.clip_score(images[:96], [worlds.caption(a) for a in shown[:96]])
-    wrong = metrics.clip_score(images[:96], [worlds.caption(a) for a in shown[96:192]])
+    right = clip_scores(images[:96], shown[:96])
+    wrong = clip_scores(images[:96], shown[96:192])
     assert (right > wrong).float().mean() > 0.95
 
 
 def test_lpips_is_the_packages_arithmetic_on_our_trunk(renderings):
     a, b = renderings[0][:4], renderings[0][4:8]
-    net = metrics.mini_lpips()
+    net = judges.mini_lpips()
     assert isinstance(net, lpips.LPIPS) and not net.training
     with torch.no_grad():
         signed = [x.float() / 127.5 - 1 for x in (a, b)]
@@ -74,10 +80,10 @@ def test_lpips_grows_with_the_distortion(renderings):
 def test_wrong_ranges_and_sizes_are_refused(renderings):
     images, shown = renderings
     with pytest.raises(ValueError, match="uint8"):
-        metrics.clip_features(images[:2].float() / 255)
+        judges.clip_features(images[:2].float() / 255)
     with pytest.raises(ValueError, match="uint8"):
-        metrics.clip_features(images[0])
+        judges.clip_features(images[0])
     with pytest.raises(ValueError, match="attributes"):
-        metrics.attribute_accuracy(images[:2], shown[:3])
+        judges.attribute_accuracy(images[:2], shown[:3])
     with pytest.raises(ValueError, match="shape"):
         find_perceptual("mini-lpips")(images[:2], images[:3])

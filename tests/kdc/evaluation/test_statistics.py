@@ -4,7 +4,7 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from kdc.evaluation import statistics
+from kdc.evaluation import metrics, statistics
 from kdc.evaluation.metrics import frechet_distance
 
 
@@ -29,30 +29,29 @@ def test_kid_agrees_with_another_package_and_is_unbiased():
     theirs = kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=120, verbose=False)[
         "kernel_inception_distance_mean"
     ]
-    assert statistics.kernel_distance(a, b) == pytest.approx(theirs, rel=1e-6)
+    assert metrics.kernel_distance(a, b) == pytest.approx(theirs, rel=1e-6)
     same = [
-        statistics.kernel_distance(normal(60, 4, 2 * i), normal(60, 4, 2 * i + 1))
-        for i in range(40)
+        metrics.kernel_distance(normal(60, 4, 2 * i), normal(60, 4, 2 * i + 1)) for i in range(40)
     ]
     low, high = statistics.student_interval(same, 0.999)  # fails by chance once in 1,000 seeds
     assert low < 0 < high and min(same) < 0
     state = torch.random.get_rng_state()
-    statistics.kernel_distance(a, b)
+    metrics.kernel_distance(a, b)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_precision_and_recall_see_what_is_missing():
     real = torch.cat([normal(100, 4, 0), normal(100, 4, 1, 30.0)])
     half = normal(200, 4, 2)
-    precision, recall = statistics.precision_recall(half, real)
+    precision, recall = metrics.precision_recall(half, real)
     assert precision > 0.8 and 0.35 < recall < 0.55  # one of two modes
-    assert statistics.precision_recall(real, real) == (1.0, 1.0)
-    assert statistics.precision_recall(normal(50, 4, 3, 500.0), real) == (0.0, 0.0)
+    assert metrics.precision_recall(real, real) == (1.0, 1.0)
+    assert metrics.precision_recall(normal(50, 4, 3, 500.0), real) == (0.0, 0.0)
     with pytest.raises(ValueError, match="more than 4"):
-        statistics.precision_recall(real[:4], real)
+        metrics.precision_recall(real[:4], real)
 
 
-def test_the_floor_is_what_disjoint_halves_score():
+def test_the_baseline_is_what_disjoint_halves_score():
     real = normal(200, 2, 0)
     halves = []
     mean, deviation = statistics.real_vs_real(
