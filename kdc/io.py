@@ -40,9 +40,17 @@ def write_text(file: str | Path, text: str) -> Path:
     return partial.replace(file)
 
 
-def write_json(file: str | Path, values: Any, indent: int | None = 2) -> Path:
-    """Write values as JSON, beside and then renamed; what JSON does not know is written as text."""
-    return write_text(file, json.dumps(values, indent=indent, default=str) + "\n")
+def write_json(
+    file: str | Path,
+    values: Any,
+    indent: int | None = 2,
+    default: Callable[[Any], Any] | None = None,
+) -> Path:
+    """Write values as JSON, beside and then renamed.
+
+    Raises `TypeError` for what JSON does not know, unless `default` turns it into something else.
+    """
+    return write_text(file, json.dumps(values, indent=indent, default=default) + "\n")
 
 
 def refuse_other_settings(where: Path, stored: Mapping, given: Mapping, remedy: str) -> None:
@@ -76,6 +84,7 @@ def make_once(file: Path, made_with: dict, make: Callable[[], dict]) -> dict:
             file, note["made_with"], made_with, "use another folder, or delete it"
         )
         return note["row"]
+    file.parent.mkdir(parents=True, exist_ok=True)  # where `make` may leave files of its own
     row = plain(make())
     write_json(file, {"made_with": plain(made_with), "row": row}, indent=None)
     return row

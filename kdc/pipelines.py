@@ -113,7 +113,7 @@ def save_student(unet: UNet2DConditionModel, folder: str | Path, **notes) -> Pat
     if plan := getattr(unet, "slim_plan", None):
         notes = {"plan": plan.to_dict()} | notes
     unet.save_pretrained(folder / "unet", safe_serialization=True)
-    write_json(folder / "kdc.json", notes)
+    write_json(folder / "kdc.json", notes, default=str)
     return folder
 
 

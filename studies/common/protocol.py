@@ -41,7 +41,7 @@ def higher_is_better(measure: str) -> bool:
 
 @dataclass(frozen=True)
 class Extent:
-    """How many images are encoded and generated. The defaults are those of the budget `standard`."""
+    """How many images are encoded and generated; by default, those of the budget `standard`."""
 
     images: int = 1600  # to train on
     test_images: int = 192

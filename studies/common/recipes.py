@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,11 @@ class Recipe:
     def __post_init__(self):
         if self.data not in DATA:
             raise ValueError(f"unknown data {self.data!r}; it can be {', '.join(DATA)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, by which stored rows are known again."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return values | {"weights": self.weights.to_dict(), "training": dict(self.training)}
 
 
 def _terms() -> dict[str, LossWeights]:

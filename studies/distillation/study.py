@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from diffusers import UNet2DConditionModel
@@ -26,8 +25,7 @@ from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import DistillationStep, forward_process
 from kdc.io import fingerprint, make_once
 from kdc.unet.slimming import slim
-from studies.common import ledger
-from studies.common.protocol import Extent, Setup, prepare, score, slug, strip
+from studies.common.protocol import Extent, Setup, score, slug, strip
 from studies.common.recipes import RECIPES, Recipe, images_of
 from studies.common.teacher_cache import Answer, remembering
 
@@ -144,7 +142,7 @@ def _as_usual(recipe: Recipe) -> bool:
     return recipe.data == "real" and not recipe.training and not recipe.last_sample
 
 
-def _fixed(setup: Setup, settings: Settings) -> dict:
+def fixed_of(setup: Setup, settings: Settings) -> dict:
     """What all rows of a folder share."""
     fixed = {k: v for k, v in dataclasses.asdict(settings).items() if k != "seeds"}
     return fixed | {"teacher": fingerprint(*setup.teacher.unet.state_dict().values())}
@@ -161,7 +159,7 @@ def study(
     Each is stored in `folder` as soon as it is there and read back by a later call, so a study that
     was stopped goes on. Raises `ValueError` where `folder` holds rows of other settings.
     """
-    fixed = _fixed(setup, settings)
+    fixed = fixed_of(setup, settings)
     makes = {"made": settings.made, "steps": settings.sampling_steps}
     images = functools.cache(
         functools.partial(images_of, pipeline=setup.teacher, real=setup.train, **makes)
@@ -182,42 +180,8 @@ def study(
                     )
                 return {"row": judge(setup, unet, seed), "log": log.to_dict("list")}
 
-            made_with = fixed | {"recipe": dataclasses.asdict(recipe), "seed": seed}
+            made_with = fixed | {"recipe": recipe.to_dict(), "seed": seed}
             found = make_once(stem.with_suffix(".json"), made_with, make)
             rows.append({"candidate": name, "seed": seed} | found["row"])
             logs.setdefault(name, []).append(found["log"])
     return pd.DataFrame(rows), logs
-
-
-def run(
-    results: str | Path | None = None,
-    folder: str | Path = "outputs/distillation",
-    only: Sequence[str] = (),
-    **settings,
-) -> Path:
-    """Follow all recipes (or those of `only`) on the mini teacher; writes `distillation.json`.
-
-    With the rows and logs stand the teacher's own scores. Beside it, `distillation.png` has a strip
-    of images for the teacher and then for each recipe, all from the first seed. `settings`
-    replace those of `Settings`. Raises `ValueError` for an unknown recipe.
-    """
-    if unknown := set(only) - set(RECIPES):
-        raise ValueError(f"unknown recipes {sorted(unknown)}; they are {'; '.join(RECIPES)}")
-    chosen = Settings(**settings)
-    setup = prepare(pipelines.load_teacher("mini"), chosen)
-    recipes = {name: recipe for name, recipe in RECIPES.items() if not only or name in only}
-    rows, logs = study(setup, chosen, folder, recipes)
-    goal = []
-    for seed in chosen.seeds:
-        file, made_with = Path(folder) / f"teacher-{seed}.json", _fixed(setup, chosen)
-        found = make_once(file, made_with, functools.partial(score, setup, setup.teacher, seed))
-        goal.append({"seed": seed} | found)
-    values = {"rows": rows.to_dict("records"), "logs": logs, "teacher": goal}
-    path = ledger.write("distillation", values, results, **vars(chosen))
-    first = [Path(folder) / f"{slug(name)}-{chosen.seeds[0]}.png" for name in recipes]
-    strips = [
-        strip(setup.teacher, SHOWN, chosen.sampling_steps),
-        *(np.asarray(Image.open(file)) for file in first),
-    ]
-    Image.fromarray(np.concatenate(strips)).save(path.with_suffix(".png"))
-    return path

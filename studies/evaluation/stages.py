@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +14,7 @@ from kdc.pipelines import load_student, load_teacher, save_student
 from studies.common import ledger
 from studies.common.protocol import Setup, prepare, slug
 from studies.common.recipes import RECIPES
+from studies.common.runner import Context, Stage
 from studies.distillation import study as distillation
 from studies.distillation.study import follow
 from studies.evaluation.study import (
@@ -28,41 +29,15 @@ from studies.evaluation.study import (
 )
 
 
-def run(
-    results: str | Path | None = None,
-    folder: str | Path = "outputs/evaluation",
-    stages: Sequence[str] = (),
-    **settings,
-) -> list[Path]:
-    """Measure the stages (default: all three); a result file for each.
-
-    "timing" writes `evaluation_timing.json` and wants a quiet machine; "steps" the sweep and the
-    headline, `evaluation_steps.json`, which needs the timing; "table" `evaluation_table.json`, the
-    students after equal steps and the shipped one. `settings` replace those of `Settings`. Raises
-    `ValueError` for an unknown stage.
-    """
-    known = {"timing": _timing, "steps": _steps, "table": _table}
-    if unknown := set(stages) - set(known):
-        raise ValueError(f"unknown stages {sorted(unknown)}; they are {', '.join(known)}")
-    chosen, teacher = Settings(**settings), load_teacher("mini")
-    paths = []
-    for name in stages or known:
-        values = known[name](teacher, chosen, Path(folder), results)
-        paths.append(
-            ledger.write(f"evaluation_{name}", values, results, **dataclasses.asdict(chosen))
-        )
-    return paths
-
-
-def _timing(teacher, settings: Settings, folder: Path, results) -> dict:
+def _timing(teacher, settings: Settings, context: Context) -> dict:
     images, calls = timed(pipelines(teacher), settings)
     return {"images": images.to_dict("records"), "calls": calls.to_dict("records")}
 
 
-def _steps(teacher, settings: Settings, folder: Path, results) -> dict:
+def _steps(teacher, settings: Settings, context: Context) -> dict:
     candidates = pipelines(teacher)
-    generated = sweep(candidates, settings, folder)
-    times = pd.DataFrame(ledger.read("evaluation_timing", results)["images"])
+    generated = sweep(candidates, settings, context.folder)
+    times = pd.DataFrame(ledger.read("evaluation_timing", context.results)["images"])
     return report(candidates, generated, times, settings)
 
 
@@ -85,8 +60,8 @@ def trained(
     return students
 
 
-def _table(teacher, settings: Settings, folder: Path, results) -> dict:
-    students = trained(teacher, settings, folder / "students")
+def _table(teacher, settings: Settings, context: Context) -> dict:
+    students = trained(teacher, settings, context.folder / "students")
     steps = settings.table_steps
     goal = scored(teacher, settings, steps)
     shipped = scored(pipelines(teacher)[SHIPPED], settings, steps, goal)
@@ -105,3 +80,20 @@ def _table(teacher, settings: Settings, folder: Path, results) -> dict:
             compared[f"{first} - {name}"] = plain(compare(every[first][0], found[0]))
     spreads = {name: plain(retraining(found)) for name, found in every.items()}
     return {"tables": tables, "compared": compared, "retraining": spreads}
+
+
+def _stage(measure, name: str, context: Context) -> list[Path]:
+    settings = Settings(**context.settings)
+    values = measure(load_teacher("mini"), settings, context)
+    notes = dataclasses.asdict(settings)
+    return [ledger.write(f"evaluation_{name}", values, context.results, **notes)]
+
+
+STAGES = {
+    name: Stage(functools.partial(_stage, measure, name), text, (f"evaluation_{name}.json",))
+    for name, measure, text in (
+        ("timing", _timing, "seconds of images and of calls; wants a quiet machine"),
+        ("steps", _steps, "how few steps do, and the headline; needs the timing"),
+        ("table", _table, "students after equal steps, and the shipped one"),
+    )
+}

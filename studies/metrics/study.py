@@ -1,4 +1,4 @@
-"""The metrics on trial: which score notices which of `studies.metrics.faults`, and at which dose."""
+"""The metrics on trial: which score notices which planted fault, and at which dose."""
 
 from __future__ import annotations
 

@@ -69,9 +69,9 @@ def train_autoencoder(
         return autoencoder_loss(model, to_signed(batch).to(device), generator)
 
     settings = TrainSettings(
-        steps, batch_size=batch_size, learning_rate=2e-3, warmup=100, ema_decay=0.998
+        steps, batch_size=batch_size, learning_rate=2e-3, warmup=100, ema_decay=0.998, seed=seed
     )
-    log = train(vae, loss, settings, output_dir, seed=seed, resume=True, label="autoencoder")
+    log = train(vae, loss, settings, output_dir, resume=True, label="autoencoder")
     with torch.no_grad():
         sample = to_signed(worlds_pool[:512]).to(vae.device)
         latents = vae.encode(sample).latent_dist.mean

@@ -119,7 +119,7 @@ def _all(name: str) -> str:
 def explain_fd(
     pipeline: StableDiffusionPipeline, guidances: tuple[float, ...] = (1.5, 3.0, 7.5)
 ) -> dict:
-    """Where the Fréchet distance comes from: its ratio to the real-vs-real baseline for several kinds of images.
+    """Where the Fréchet distance comes from: its ratio to the baseline for several kinds of images.
 
     "autoencoder": real renderings, only encoded and decoded; "guidance g": images of the pipeline
     at that guidance, one for every combination, from another seed than the grades'.

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from kdc.data import worlds
 
 MAX_TOKENS = 24
-OTHER_WORDS = ("photo", "photograph", "image", "of", "the", "flower", "butterfly", "moth")
+OTHER_WORDS = ("photo", "photograph", "picture", "of", "the", "flower", "butterfly", "moth")
 
 
 def all_captions() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,49 +19,29 @@ from kdc.distillation.distill import distill
 from kdc.distillation.losses import LossWeights
 from studies.common import ledger
 from studies.common.protocol import strip
+from studies.common.runner import Context, Stage
+from studies.replay import variants
 from studies.replay.study import SHOWN, Settings, stem_of, study
 from studies.replay.tasks import beyond, class_tasks, domain_tasks
-from studies.replay.variants import STAGES
 
 # Of the stage "plain". At the usual rate the shipped student forgets too little to show anything;
 # this one was chosen on a seed that is not reported, by what fine-tuning forgets alone.
 PLAIN = {"recipe": "task", "learning_rate": 2e-3}
 
 
-def run(
-    stages: Sequence[str] = (),
-    results: str | Path | None = None,
-    folder: str | Path = "outputs/forgetting",
-    photos: str | Path | None = None,
-    **settings,
-) -> list[Path]:
-    """Measure the stages (default: all but "photos", which needs a folder); a result file for each.
-
-    "domains", "buffers", "ratios", "teachers", "plain" and "classes" use the worlds and the mini
-    teacher, "plain" with the task term alone, from the shipped student, who can draw already;
-    "photos" the classes of the folder `photos`, half of them and then the other half, and the mini
-    teacher after it was fine-tuned on all of them. Writes `forgetting_<stage>.json`, and for
-    domains and photos a sheet of images beside it. `settings` replace those of `Settings`. Raises
-    `ValueError` for an unknown stage or a missing folder, before any work.
-    """
-    wanted = list(stages) or [name for name in STAGES if name != "photos"]
-    if unknown := set(wanted) - set(STAGES):
-        raise ValueError(f"unknown stages {sorted(unknown)}; they are {', '.join(STAGES)}")
-    if "photos" in wanted:
-        if not photos:
-            raise ValueError("the stage photos needs a folder of images: --photos FOLDER")
-        load_dataset(photos, "test")  # what is wrong with the folder is said at once
-    chosen, paths = Settings(**settings), []
-    for stage in wanted:
-        teacher = pipelines.load_teacher("mini")
-        used = dataclasses.replace(chosen, **(PLAIN if stage == "plain" else {}))
-        rows, shown = _measure(stage, teacher, used, Path(folder), photos)
-        values = {"rows": rows, "shown": shown}
-        path = ledger.write(f"forgetting_{stage}", values, results, **vars(used))
-        if shown:
-            _sheet(teacher, stage, values, used, Path(folder)).save(path.with_suffix(".png"))
-        paths.append(path)
-    return paths
+def _stage(stage: str, context: Context) -> list[Path]:
+    """Measure one stage; writes `forgetting_<stage>.json`, and where images are shown a sheet."""
+    if stage == "photos":
+        load_dataset(context.photos, "test")  # what is wrong with the folder is said at once
+    teacher = pipelines.load_teacher("mini")
+    chosen = Settings(**context.settings)
+    used = dataclasses.replace(chosen, **(PLAIN if stage == "plain" else {}))
+    rows, shown = _measure(stage, teacher, used, context.folder, context.photos)
+    values = {"rows": rows, "shown": shown}
+    path = ledger.write(f"forgetting_{stage}", values, context.results, **vars(used))
+    if shown:
+        _sheet(teacher, stage, values, used, context.folder).save(path.with_suffix(".png"))
+    return [path]
 
 
 def _measure(
@@ -68,7 +49,7 @@ def _measure(
 ) -> tuple[list[dict], tuple[str, ...]]:
     """The rows of a stage, and the prompts drawn after each task."""
     sizes = {k: getattr(settings, k) for k in ("images", "test_images", "generated")}
-    common = dict(trials=STAGES[stage], teacher=teacher, folder=folder)
+    common = dict(variants=variants.STAGES[stage], teacher=teacher, folder=folder)
     # what is known before a task is learnt, domains and photographs tell
     common |= {"ahead": stage in ("domains", "photos")}
     if stage == "classes":  # an order for every seed
@@ -121,7 +102,27 @@ def fine_tune(
 def _sheet(teacher, stage: str, values: dict, settings: Settings, folder: Path) -> Image.Image:
     """Strips, one below the other: see `retention.shown`."""
     where, seed = (stage, values["rows"][0]["order"]), settings.seeds[0]
-    stems = [stem_of(folder, *where, name, seed) for name in STAGES[stage]]
+    stems = [stem_of(folder, *where, name, seed) for name in variants.STAGES[stage]]
     halves = [np.split(np.asarray(Image.open(s.with_suffix(".png"))), 2) for s in stems]
     strips = [strip(teacher, values["shown"], settings.sampling_steps), halves[0][0]]
     return Image.fromarray(np.concatenate([*strips, *(after for _, after in halves)]))
+
+
+HELP = {
+    "domains": "all strategies on two domains in both orders",
+    "buffers": "buffers by size, precision and policy",
+    "ratios": "old images for each new one",
+    "teachers": "which network old images follow, by which terms",
+    "plain": "the task term alone, from the shipped student, which can generate already",
+    "classes": "six classes one after the other, an order for each seed",
+    "photos": "two halves of a folder's classes, after the teacher was fine-tuned on all of them",
+}
+STAGES = {
+    name: Stage(
+        functools.partial(_stage, name),
+        HELP[name],
+        (f"forgetting_{name}.json",),
+        needs_photos=name == "photos",
+    )
+    for name in variants.STAGES
+}

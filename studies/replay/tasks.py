@@ -129,11 +129,11 @@ def class_tasks(
     test_images: int = 96,
     generated: int = 144,
 ) -> list[Task]:
-    """The classes of one world (its kinds) or folder as tasks of `per_task`, each with an `TaskTest`.
+    """The classes of a world (its kinds) or folder as tasks of `per_task`, each with a `TaskTest`.
 
     `per_task` None makes two tasks, of half the classes each. `order` is that of
-    `split_classes`; None is alphabetical, for a folder that of its images. `generated` images are
-    drawn for all tasks together.
+    `split_classes`; None is alphabetical, for a folder that of its images. `generated` counts the
+    images of all tasks together.
     """
     size = teacher.unet.config.sample_size * teacher.vae_scale_factor
     loaded = [

@@ -1,16 +1,8 @@
-"""The stages of chapter 01's study: each writes one file of `results/`, and reads earlier ones.
-
-blocks    seconds of every block of Stable Diffusion's U-Net at full size, random weights
-worth     sensitivity of every part of the mini teacher, by timestep
-search    the plans found for the budgets of the `kdc` plan, and for time at full size
-latency   parameters, multiply-accumulates and latency of all plans at full size
-recovery  every plan after equal recovery on the mini teacher, over seeds
-"""
+"""The stages of chapter 01's study: each writes one file of `results/`, and reads earlier ones."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +15,7 @@ from kdc.unet.budget import Budget, block_seconds, cost_every_subset
 from kdc.unet.plans import SlimPlan
 from studies.common import ledger
 from studies.common.protocol import Setup, prepare, score
+from studies.common.runner import Context, Stage
 from studies.slimming import full_size, study
 
 # What the search for time asks of Stable Diffusion's U-Net: at most the parameters of the `kdc`
@@ -30,31 +23,10 @@ from studies.slimming import full_size, study
 FAST = Budget(parameters=482_346_884, latency=0.43)
 
 
-def run(
-    stages: Sequence[str] = (),
-    results: str | Path | None = None,
-    folder: str | Path = "outputs/slimming",
-    device: str = "cpu",
-    **settings,
-) -> Iterator[Path]:
-    """Run stages (default: all) in the order of `STAGES`; yields each file that was written.
-
-    On a CPU the full-size U-Nets run in float32, elsewhere in bfloat16, and their file is named
-    after the device. `settings` replace those of `study.Settings`; stages that train keep what
-    they have done in `folder`. Raises `ValueError` for an unknown stage.
-    """
-    if unknown := set(stages) - set(STAGES):
-        raise ValueError(f"unknown stages {sorted(unknown)}; the stages are {', '.join(STAGES)}")
-    chosen = study.Settings(**settings)
-    for name in STAGES:
-        if not stages or name in stages:
-            yield STAGES[name](results, chosen, Path(folder), device)
-
-
-def _blocks(results, settings, folder, device) -> Path:
-    seconds = block_seconds(_at_full_size(device))
+def _blocks(context: Context) -> list[Path]:
+    seconds = block_seconds(_at_full_size(context.device))
     values = {"whole": seconds[False].to_dict(), "without stage 3": seconds[True].to_dict()}
-    return ledger.write("sd_blocks" + _suffix(device), values, results)
+    return [ledger.write("sd_blocks" + _suffix(context.device), values, context.results)]
 
 
 def _at_full_size(device: str) -> UNet2DConditionModel:
@@ -75,7 +47,8 @@ def full_size_costs(results: Path | None = None) -> pd.DataFrame:
     return cost_every_subset(full_size.sd_unet("meta"), seconds)
 
 
-def _importance(results, settings, folder, device) -> Path:
+def _importance(context: Context) -> list[Path]:
+    settings = study.Settings(**context.settings)
     setup = prepare(pipelines.load_teacher("mini"), settings)
     values = {}
     for name, how in study.CRITERIA.items():
@@ -87,7 +60,7 @@ def _importance(results, settings, folder, device) -> Path:
             part: {str(t): list(e["error"]) for t, e in of_part.groupby("timestep")}
             for part, of_part in rows.groupby("part", sort=False)
         }
-    return ledger.write("importance", values, results, **vars(settings))
+    return [ledger.write("importance", values, context.results, **vars(settings))]
 
 
 def stored_importance(criterion: str = "guided", results: Path | None = None) -> pd.DataFrame:
@@ -107,19 +80,20 @@ def scores_of(rows: pd.DataFrame) -> pd.Series:
 
 
 def stored_scores(criterion: str = "found", results: Path | None = None) -> pd.Series:
-    """What every part is importance by a criterion, in the order of `PARTS`."""
+    """The importance of every part by a criterion, in the order of `PARTS`."""
     if study.CRITERIA[criterion].recovery:
         return pd.Series(ledger.read("importance", results)[criterion]).reindex(PARTS)
     return scores_of(stored_importance(criterion, results))
 
 
-def _search(results, settings, folder, device) -> Path:
+def _search(context: Context) -> list[Path]:
+    settings, results = study.Settings(**context.settings), context.results
     setup = prepare(pipelines.load_teacher("mini"), settings)
     scores = {name: stored_scores(name, results) for name in study.CRITERIA}
     budgets = study.budgets_of(setup) | {"time": FAST}
     costs = {"time": full_size_costs(results)}
-    values = study.find_plans(setup, scores, budgets, settings, folder, costs)
-    return ledger.write("found_plans", values, results, **vars(settings))
+    values = study.find_plans(setup, scores, budgets, settings, context.folder, costs)
+    return [ledger.write("found_plans", values, results, **vars(settings))]
 
 
 def found_plans(results: Path | None = None) -> dict[str, SlimPlan]:
@@ -152,7 +126,9 @@ def _candidates(setup: Setup, results: Path | None, settings: study.Settings) ->
     return of_seeds | study.random_control(setup, study.budgets_of(setup), settings.seeds)
 
 
-def _latency(results, settings, folder, device) -> Path:
+def _latency(context: Context) -> list[Path]:
+    settings, results = study.Settings(**context.settings), context.results
+    device = context.device
     setup = prepare(pipelines.load_teacher("mini", device=device), settings)
     plans = _plans(results)  # random ones would fill the memory
     mini = dict(plans)
@@ -167,7 +143,7 @@ def _latency(results, settings, folder, device) -> Path:
         which: json.loads(table.to_json(orient="index", double_precision=15))
         for which, table in tables.items()
     }
-    return ledger.write("latency" + _suffix(device), values, results)
+    return [ledger.write("latency" + _suffix(device), values, results)]
 
 
 def of_seed(candidate: str, seed: int) -> str:
@@ -175,13 +151,14 @@ def of_seed(candidate: str, seed: int) -> str:
     return f"{candidate}, seed {seed}"
 
 
-def _recovery(results, settings, folder, device) -> Path:
+def _recovery(context: Context) -> list[Path]:
+    settings, results = study.Settings(**context.settings), context.results
     setup = prepare(pipelines.load_teacher("mini"), settings)
     candidates = _candidates(setup, results, settings)
-    rows = study.recover(setup, candidates, settings, folder)
+    rows = study.recover(setup, candidates, settings, context.folder)
     generated = [{"seed": seed} | score(setup, setup.teacher, seed) for seed in settings.seeds]
     values = {"rows": rows.to_dict("records"), "teacher": generated}
-    return ledger.write("recovery", values, results, **vars(settings))
+    return [ledger.write("recovery", values, results, **vars(settings))]
 
 
 def stored_recovery(results: Path | None = None) -> pd.DataFrame:
@@ -200,9 +177,29 @@ def stored_recovery(results: Path | None = None) -> pd.DataFrame:
 
 
 STAGES = {
-    "blocks": _blocks,
-    "importance": _importance,
-    "search": _search,
-    "latency": _latency,
-    "recovery": _recovery,
+    "blocks": Stage(
+        _blocks,
+        "seconds of every block of Stable Diffusion's U-Net at full size, random weights",
+        ("sd_blocks.json",),
+    ),
+    "importance": Stage(
+        _importance,
+        "importance of every part of the mini teacher, by timestep and after recovery",
+        ("importance.json",),
+    ),
+    "search": Stage(
+        _search,
+        "the plans found for the budgets of the kdc plan, and for time at full size",
+        ("found_plans.json",),
+    ),
+    "latency": Stage(
+        _latency,
+        "parameters, multiply-accumulates and latency of all plans at full size",
+        ("latency.json",),
+    ),
+    "recovery": Stage(
+        _recovery,
+        "every plan after equal recovery on the mini teacher, over seeds",
+        ("recovery.json",),
+    ),
 }

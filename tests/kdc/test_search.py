@@ -75,7 +75,8 @@ def test_a_search_can_be_held_against_the_costs_of_another_network(teacher, data
     limit = 0.5 * other["parameters"].max()
     scores = pd.Series(range(1, 13), PARTS, dtype=float)
     plan, table = search_plan(
-        teacher, data, Budget(parameters=limit), costs=other, halving_rounds=((1, 1),), batch_size=2,
+        teacher, data, Budget(parameters=limit), costs=other, batch_size=2,
+        halving_rounds=((1, 1),),
         scores=scores, judge=lambda student: 0.0,
     )  # fmt: skip
     counted = sum(p.numel() for p in kdc.slim(tiny_unet, plan).parameters())

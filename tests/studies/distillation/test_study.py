@@ -11,12 +11,14 @@ import kdc
 from kdc import LossWeights
 from kdc.data import worlds
 from kdc.pipelines import ASSETS
+from kdc.training.settings import TrainSettings
 from studies.common import recipes as recipe_table
+from studies.common import runner
 from studies.common.protocol import MEASURES, prepare
 from studies.common.recipes import STUDENT_RECIPE
 from studies.common.teacher_cache import remembering
-from studies.distillation import report, study
-from studies.mini import stages as mini
+from studies.distillation import report, stages, study
+from studies.mini import make as mini
 from studies.mini.grades import balanced_prompts
 
 TINY = study.Settings(
@@ -33,19 +35,52 @@ def setup(teacher):
 def test_the_recipes_differ_and_change_one_thing_at_a_time():
     recipes = study.RECIPES
     assert len(set(recipes.values())) == len(recipes)
-    corrected = dataclasses.asdict(recipes["corrected"])
+    corrected = recipes["corrected"]
+    weights = corrected.weights.to_dict()
     for name in ("temperature 8", "features at both", "raw features", "no caption dropout"):
-        changed = dataclasses.asdict(recipes[name])
-        outer = [k for k in corrected if changed[k] != corrected[k]]
-        inner = [
-            k for k in corrected["weights"] if changed["weights"][k] != corrected["weights"][k]
-        ]
+        changed = recipes[name]
+        fields = [field.name for field in dataclasses.fields(changed)]
+        outer = [k for k in fields if getattr(changed, k) != getattr(corrected, k)]
+        inner = [k for k, value in changed.weights.to_dict().items() if value != weights[k]]
         assert len(inner) + len(outer) - ("weights" in outer) == 1, name
     assert recipes["corrected"].weights == LossWeights()
-    assert (
-        recipes["random start: authors' terms, features averaged"].weights
-        == LossWeights.as_published()
-    )
+    averaged = recipes["random start: authors' terms, features averaged"].weights
+    assert averaged == LossWeights.as_published().replace(feature_reduction="mean")
+
+
+def test_the_authors_recipes_are_those_of_their_script():
+    first, newest, ours = recipe_table.AUTHORS.values()
+    assert first.weights == ours.weights == LossWeights.as_published()
+    assert newest.weights == LossWeights.as_published(newest=True)
+    assert (first.plan, first.init) == ("kdc", "copy")
+    assert (newest.plan, newest.init) == ("kdc-v2", "random")
+    training = TrainSettings(40, **dict(first.training))
+    assert (training.batch_size, training.accumulation) == (1, 4)
+    assert (training.learning_rate, training.schedule, training.warmup) == (5e-5, "constant", 0)
+    assert (training.caption_dropout, training.ema_decay) == (0.0, 0.0)
+    assert (training.betas, training.weight_decay) == ((0.9, 0.999), 0.01)
+    assert first.last_sample and newest.last_sample and not ours.last_sample
+
+
+def test_the_authors_step_is_followed_exactly(setup):
+    """Two images a forward pass: a new one, and from the second step on one of the step before."""
+    two = dataclasses.replace(TINY, steps=2)
+    recipe = recipe_table.AUTHORS["as in the authors' code"]
+    unet, log = study.follow(setup, setup.train, recipe, 0, two)
+    assert log["learning_rate"].tolist() == [5e-5] * len(log)
+    assert "old_loss" not in log or log["old_loss"].iloc[-1] > 0
+    assert log["old_loss"].iloc[-1] > 0 and pd.isna(log["old_loss"].iloc[0])
+    last = log.iloc[-1]
+    assert last["loss"] == pytest.approx((last["new_loss"] + last["old_loss"]) / 2, rel=1e-4)
+
+
+def test_the_ratio_of_features_to_kl_is_measured_on_a_fresh_student(setup):
+    rows = study.authors_ratio(setup, seeds=(0, 1), batches=1, batch_size=4)
+    assert (rows["ratio"] == rows["feature"] / rows["soft"]).all() and (rows["ratio"] > 0).all()
+    assert rows["per 4096"].tolist() == pytest.approx((rows["ratio"] / 16).tolist())
+
+
+def test_unknown_data_is_refused():
     with pytest.raises(ValueError, match="real, teacher-made, swapped captions"):
         recipe_table.Recipe(data="invented")
 
@@ -102,10 +137,13 @@ def test_images_of_every_recipe_come_from_one_seed_and_lie_beside_the_rows(
 ):
     asked = dataclasses.replace(setup, asked=[object()])
     monkeypatch.setattr(study, "judge", lambda setup, unet, seed: {"accuracy": 0.5})
-    monkeypatch.setattr(study, "prepare", lambda teacher, settings: asked)
-    monkeypatch.setattr(study, "score", lambda setup, pipeline, seed: {"accuracy": 1.0})
+    monkeypatch.setattr(stages, "prepare", lambda teacher, settings: asked)
+    monkeypatch.setattr(stages, "score", lambda setup, pipeline, seed: {"accuracy": 1.0})
     small = dataclasses.asdict(TINY)
-    path = study.run(tmp_path, tmp_path / "rows", ["task", "random start: task"], **small)
+    two = {name: study.RECIPES[name] for name in ("task", "random start: task")}
+    monkeypatch.setattr(stages, "RECIPES", two)
+    context = runner.Context(tmp_path, tmp_path / "rows", settings=small)
+    (path,) = runner.run(stages.STAGES, ["recipes"], context)
     rows, logs, teacher = report.stored(path.parent)
     assert set(rows["candidate"]) == {"task", "random start: task"} == set(logs)
     images, captions = report.shown(path.parent)

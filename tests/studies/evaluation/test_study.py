@@ -6,12 +6,12 @@ import pytest
 
 import kdc
 from kdc.evaluation import latency
-from studies.common import ledger
+from studies.common import ledger, runner
 from studies.evaluation import stages, study
 from studies.evaluation.study import Settings
 
 TINY = Settings(
-    recipes=("authors' terms, features averaged", "corrected"), training_steps=1, trainings=(0, 1), steps=(1, 2),
+    recipes=("task", "corrected"), training_steps=1, trainings=(0, 1), steps=(1, 2),
     schedulers=("dpm++", "ddim"), goal_steps=2, generated=8, choosing_generated=8, references=16,
     seeds=(0, 1), table_steps=1, batch_sizes=(1, 2), rounds=2,
 )  # fmt: skip
@@ -72,8 +72,9 @@ def test_the_stages_write_what_the_chapter_reads(teacher, tmp_path, monkeypatch)
     )
     settings = dataclasses.asdict(TINY)
     with pytest.raises(ValueError, match="unknown stages"):
-        stages.run(tmp_path, tmp_path / "rows", ["speed"])
-    paths = stages.run(tmp_path, tmp_path / "rows", **settings)
+        list(runner.run(stages.STAGES, ["speed"], runner.Context()))
+    context = runner.Context(tmp_path, tmp_path / "rows", settings=settings)
+    paths = list(runner.run(stages.STAGES, [], context))
     assert [path.stem for path in paths] == [
         "evaluation_timing", "evaluation_steps", "evaluation_table"
     ]  # fmt: skip
@@ -89,10 +90,9 @@ def test_the_stages_write_what_the_chapter_reads(teacher, tmp_path, monkeypatch)
         }  # fmt: skip
     table = ledger.read("evaluation_table", tmp_path)
     assert set(table["tables"]) == {
-        "teacher", study.SHIPPED, "authors' terms, features averaged, 0", "authors' terms, features averaged, 1", "corrected, 0",
-        "corrected, 1",
+        "teacher", study.SHIPPED, "task, 0", "task, 1", "corrected, 0", "corrected, 1",
     }  # fmt: skip
-    assert "authors' terms, features averaged - corrected" in table["compared"]
+    assert "task - corrected" in table["compared"]
     assert table["retraining"]["corrected"]["accuracy"]["retraining"] >= 0
     assert "NaN" not in (tmp_path / "evaluation_table.json").read_text()
     json.loads((tmp_path / "evaluation_table.json").read_text())
@@ -101,7 +101,7 @@ def test_the_stages_write_what_the_chapter_reads(teacher, tmp_path, monkeypatch)
         raise AssertionError("made again")
 
     monkeypatch.setattr(stages, "follow", never)
-    monkeypatch.setattr(study.models, "generate", never)
+    monkeypatch.setattr(study, "generate", never)
     again = study.sweep(study.pipelines(teacher), TINY, tmp_path / "rows")
     assert again.to_dict("records") == steps["sweep"]
     assert len(stages.trained(teacher, TINY, tmp_path / "rows" / "students")["corrected"]) == 2

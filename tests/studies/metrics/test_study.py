@@ -5,8 +5,10 @@ import pandas as pd
 import pytest
 import torch
 
-from studies.common import ledger
-from studies.metrics import faults, study
+from kdc.evaluation.judges import attribute_accuracy
+from studies.common import ledger, runner
+from studies.common.protocol import higher_is_better
+from studies.metrics import faults, report, stages, study
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +37,19 @@ def test_faults_do_what_they_are_called(shown):
     kinds = {a.kind for a in shown.asked}
     half = spoilt("mode dropping", 0.5)
     assert len({a.kind for a in half.asked}) == len(kinds) / 2
-    assert study.metrics.attribute_accuracy(half.images, half.asked)["all"] > 0.97
+    assert attribute_accuracy(half.images, half.asked)["all"] > 0.97
     wrong = spoilt("wrong caption", 1)
     assert sorted(wrong.asked) == sorted(shown.asked)
-    assert study.metrics.attribute_accuracy(wrong.images, wrong.asked)["all"] < 0.2
+    assert attribute_accuracy(wrong.images, wrong.asked)["all"] < 0.2
     assert torch.equal(spoilt("memorised copies", 1).images, shown.reference)
     assert len(spoilt("one image", 1).images.unique(dim=0)) == 1
 
 
 def test_scores_see_what_was_done(shown):
     clean = study.judge(shown, shown)
-    assert clean["lpips"] == pytest.approx(0, abs=1e-6) and 0.35 < clean["leakage"] < 0.65
+    assert (
+        clean["lpips_to_teacher"] == pytest.approx(0, abs=1e-6) and 0.35 < clean["leakage"] < 0.65
+    )
     copied = study.judge(shown.put(shown.reference), shown)
     assert copied["leakage"] == 1 and copied["fd"] == pytest.approx(0, abs=1e-3)
     assert copied["precision"] == copied["recall"] == 1
@@ -61,7 +65,7 @@ def test_a_verdict_needs_three_spreads():
             for seed in (0, 1, 2)
         ]
     )
-    table = study.verdicts(rows).set_index("score")
+    table = report.verdicts(rows).set_index("score")
     assert table.loc["fd", "noticed"] and table.loc["fd", "ok"]
     assert table.loc["fd", "spreads"] == pytest.approx(50)
     assert not table.loc["clip", "noticed"] and table.loc["clip", "ok"]
@@ -70,9 +74,9 @@ def test_a_verdict_needs_three_spreads():
 
 def test_scaled_scores_are_best_at_one_and_worst_at_nought():
     rows = pd.DataFrame({"fault": "blur", "dose": [0, 1, 2], "seed": 0})
-    for score, aim in study.SCORES.items():
-        rows[score] = [9.0, 5.0, 1.0] if aim == "higher" else [1.0, 5.0, 9.0]
-    table = study.scaled(rows)
+    for score in study.SCORES:
+        rows[score] = [9.0, 5.0, 1.0] if higher_is_better(score) else [1.0, 5.0, 9.0]
+    table = report.scaled(rows)
     for score in study.SCORES:
         assert table[score].tolist() == [1.0, 0.5, 0.0]
     assert rows["fd"].tolist() == [1.0, 5.0, 9.0]
@@ -102,11 +106,12 @@ def test_the_trial_is_written_goes_on_where_it_was_and_refuses_unknown_faults(
         return {"fd": 1.0}
 
     monkeypatch.setattr(study, "judge", judge)
-    monkeypatch.setattr(study, "bias", lambda counts: bias(counts, seeds=(0,)))
-    settings = dict(count=4, seeds=(0,), folder=tmp_path / "rows")
+    monkeypatch.setattr(stages, "bias", lambda counts: bias(counts, seeds=(0,)))
+    settings = dict(count=4, seeds=(0,))
+    context = runner.Context(tmp_path, tmp_path / "rows", settings=settings)
     with pytest.raises(KeyboardInterrupt):
-        study.run(tmp_path, **settings)
-    path = study.run(tmp_path, **settings)
+        list(runner.run(stages.STAGES, [], context))
+    (path,) = runner.run(stages.STAGES, [], context)
     assert len(judged) == 4 + 2  # three were kept
     values = ledger.read(path.stem, tmp_path)
     assert [row["dose"] for row in values["rows"]] == [0, 0.5, 1, 2, 4]

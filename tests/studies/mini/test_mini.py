@@ -9,7 +9,7 @@ from kdc.data import worlds
 from kdc.evaluation import judges
 from studies.common import ledger
 from studies.mini import grades, images, text
-from studies.mini import stages as mini
+from studies.mini import make as mini
 
 
 def test_the_tokenizer_has_a_token_for_every_word_of_the_worlds():
@@ -49,11 +49,11 @@ def test_world_images_show_what_they_say_and_leave_out_the_held_out():
 
 
 def test_every_stage_runs_hands_on_and_is_not_repeated(tmp_path, capsys):
-    for stage in mini.STAGES:
+    for stage in mini.TRAININGS:
         pool = {"pool": 16} if stage == "student" else {"pool": 64}
         mini.make(tmp_path, (stage,), steps=1, batch_size=4, **pool)
     mini.make(tmp_path)
-    assert capsys.readouterr().out.count("not trained again") == len(mini.STAGES)
+    assert capsys.readouterr().out.count("not trained again") == len(mini.TRAININGS)
     mini.install(tmp_path, tmp_path / "assets")
     configs = [f.read_text() for f in (tmp_path / "assets").rglob("*.json")]
     assert configs and not any(str(tmp_path) in text for text in configs)
@@ -70,10 +70,10 @@ def test_a_stage_that_was_cut_off_while_writing_is_not_taken_for_finished(tmp_pa
         (out / "new").mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(mini.STAGES, "trunk", dying)
+    monkeypatch.setitem(mini.TRAININGS, "trunk", dying)
     with pytest.raises(KeyboardInterrupt):
         mini.make(tmp_path, ("trunk",))
-    monkeypatch.setitem(mini.STAGES, "trunk", lambda out: (out / "new").mkdir())
+    monkeypatch.setitem(mini.TRAININGS, "trunk", lambda out: (out / "new").mkdir())
     mini.make(tmp_path, ("trunk",))
     assert (tmp_path / "trunk" / "final").is_dir() and not (tmp_path / "trunk" / "new").exists()
 

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,8 @@ from PIL import Image
 import kdc
 from kdc.data import worlds
 from kdc.evaluation import metrics
+from kdc.evaluation.judges import attribute_accuracy
+from studies.common import runner
 from studies.replay import report
 from studies.replay import stages as sequences
 from studies.replay import study as forgetting
@@ -45,19 +48,19 @@ def photos(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def a_short_look(monkeypatch):
     monkeypatch.setattr(
-        task_tests, "output_error", functools.partial(kdc.output_error, count=2, levels=1)
+        metrics, "output_error", functools.partial(kdc.output_error, count=2, levels=1)
     )
 
 
 def test_domains_have_tests_of_what_they_show(both, teacher):
     flora, lepidoptera = both
     assert (flora.name, lepidoptera.name) == tuple(worlds.WORLDS)
-    assert {a.world for a in flora.test.asked} == {"flora"} and flora.test.reference is None
-    assert [worlds.caption(a) for a in flora.test.asked] == list(flora.prompts)
+    assert {a.world for a in flora.test.attributes} == {"flora"} and flora.test.reference is None
+    assert [worlds.caption(a) for a in flora.test.attributes] == list(flora.prompts)
     assert set(flora.labels) <= set(worlds.FLORA.kinds) and len(flora.labels) == 12
     rest = task_tests.beyond(teacher, tuple(worlds.WORLDS), flora)
     unseen = {c for w in worlds.WORLDS.values() for c in map(worlds.caption, w.combinations(True))}
-    assert set(rest.prompts) == unseen and len(rest.test.asked) == len(unseen)
+    assert set(rest.prompts) == unseen and len(rest.test.attributes) == len(unseen)
 
 
 def test_classes_of_a_world_are_asked_for_their_own_kind(teacher):
@@ -66,7 +69,7 @@ def test_classes_of_a_world_are_asked_for_their_own_kind(teacher):
     )
     assert sorted(task.name for task in tasks) == sorted(worlds.FLORA.kinds)
     for task in tasks:
-        assert {a.kind for a in task.test.asked} == {task.name} and len(task.prompts) == 2
+        assert {a.kind for a in task.test.attributes} == {task.name} and len(task.prompts) == 2
     other = task_tests.class_tasks(
         teacher, "flora", order=2, images=60, test_images=60, generated=12
     )
@@ -77,7 +80,7 @@ def test_a_folder_makes_two_halves_or_a_task_for_each_folder(teacher, photos):
     first, second = task_tests.class_tasks(teacher, photos, per_task=None, generated=4)
     for task, names in ((first, ("aster", "iris")), (second, ("lily", "rose"))):
         assert [caption.split()[-1] for caption in sorted(task.prompts)] == list(names)
-    assert len(first.train) == 18 and len(first.test.latents) == 2 and not first.test.asked
+    assert len(first.train) == 18 and len(first.test.latents) == 2 and not first.test.attributes
     (task,) = task_tests.domain_tasks(teacher, [photos / "train"], generated=4)
     assert set(task.prompts) == set(task.train.captions) and task.test.reference is None
 
@@ -105,7 +108,7 @@ def test_a_student_is_drawn_from_once_and_lacking_metrics_are_nan(both, teacher,
     pipeline = kdc.with_unet(teacher, kdc.slim(teacher.unet, "kdc"))
     scores = scorer(pipeline, both[0])
     assert scorer(pipeline, both[0]) == scores and len(calls) == 1
-    right = metrics.attribute_accuracy(scorer.generated["flora"], both[0].test.asked)["all"]
+    right = attribute_accuracy(scorer.generated["flora"], both[0].test.attributes)["all"]
     held_back = both[0].test.latents
     expected = kdc.output_error(pipeline.unet, teacher, held_back, count=2, levels=1).mean()
     assert scores == {"output_error": pytest.approx(expected), "accuracy": pytest.approx(right)}
@@ -135,6 +138,11 @@ def test_leakage_is_half_for_strangers_and_whole_for_copies(both, teacher, monke
     assert task_tests.leakage(later, both[0], scorer) is None
 
 
+def run_stages(names, results=None, folder="outputs", photos=None, settings=None):
+    context = runner.Context(results, Path(folder), photos=photos, settings=settings or {})
+    return list(runner.run(sequences.STAGES, names, context))
+
+
 def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, photos):
     small = {
         "domains": {n: STAGES["domains"][n] for n in ("finetune", "replay", "joint")},
@@ -142,7 +150,7 @@ def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, 
         "classes": {n: STAGES["classes"][n] for n in ("replay fifo",)},
         "photos": {n: STAGES["photos"][n] for n in ("finetune",)},
     }
-    monkeypatch.setattr(sequences, "STAGES", small)
+    monkeypatch.setattr(sequences.variants, "STAGES", small)
     monkeypatch.setattr(report, "STAGES", small)
     settings = dataclasses.asdict(TINY) | {"images": 30, "test_images": 30}
     rest = task_tests.beyond(
@@ -151,13 +159,11 @@ def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, 
     rest = dataclasses.replace(
         rest,
         prompts=rest.prompts[:2],
-        test=dataclasses.replace(rest.test, asked=rest.test.asked[:2]),
+        test=dataclasses.replace(rest.test, attributes=rest.test.attributes[:2]),
     )
     monkeypatch.setattr(sequences, "beyond", lambda *arguments: rest)
     folder = tmp_path / "rows"
-    paths = sequences.run(
-        ["domains", "buffers", "classes", "photos"], tmp_path, folder, photos, **settings
-    )
+    paths = run_stages(list(small), tmp_path, folder, photos, settings)
     assert [path.stem for path in paths] == [f"forgetting_{stage}" for stage in small]
     rows = report.stored("domains", tmp_path)
     assert len(rows) == 6 and {row["order"] for row in rows} == {
@@ -184,15 +190,15 @@ def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, 
         raise AssertionError("made again")
 
     monkeypatch.setattr(forgetting, "run_sequence", never)
-    assert sequences.run(["buffers"], tmp_path, folder, **settings)  # read back
+    assert run_stages(["buffers"], tmp_path, folder, None, settings)  # read back
     with pytest.raises(ValueError, match="was made with .*, now "):
-        sequences.run(["buffers"], tmp_path, folder, **(settings | {"batch_size": 3}))
+        run_stages(["buffers"], tmp_path, folder, None, settings | {"batch_size": 3})
     with pytest.raises(ValueError, match="unknown stages"):
-        sequences.run(["domain"])
+        run_stages(["domain"])
     with pytest.raises(ValueError, match="--photos"):
-        sequences.run(["photos"])
+        run_stages(["photos"])
     with pytest.raises(FileNotFoundError):
-        sequences.run(["photos"], photos=tmp_path / "nothing")
+        run_stages(["photos"], photos=tmp_path / "nothing")
 
 
 def matrix(values, higher_is_better, metric):
@@ -245,7 +251,7 @@ def test_the_table_the_goals_and_the_claims_say_what_the_matrices_say():
     means = report.mean_matrices(rows, "accuracy")
     assert means["replay"].to_numpy()[1].tolist() == pytest.approx([0.81, 0.88])
     checked = report.check_stage("domains", lines)
-    assert checked.set_index("claim").loc["replay saves the old", "outcome"] == "holds"
+    assert checked.set_index("claim").loc["replay keeps the old task", "outcome"] == "holds"
     found = report.against_bytes(lines, "old_accuracy")
     assert [x[0] for x in found] == pytest.approx([22, 0.81, 0.8, 0.82])
     lines = pd.concat([lines, report.table(rows_of("replay ratio 2", 0.9, 0.7))])
@@ -264,13 +270,13 @@ def test_every_claim_compares_trials_of_its_stage_by_a_known_measure():
         for claim in claims:
             assert {claim.candidate, claim.baseline} <= known, claim
             assert claim.measure in report.MEASURES
-    assert len({json.dumps(dataclasses.asdict(t)) for t in STAGES["classes"].values()}) == 7
+    assert len({json.dumps(t.to_dict()) for t in STAGES["classes"].values()}) == 7
     stages = ["domains", "buffers", "ratios", "teachers", "plain", "classes", "photos"]
     assert list(STAGES) == stages
     alike = [*STAGES["teachers"].values()]
     alike += [STAGES["domains"][name] for name in ("replay", "replay+distil")]
-    kept = [t for t in alike if t.strategy.source == "buffer"]
-    assert len({(t.strategy.guide, str(t.strategy.old_weights)) for t in kept}) == 6
+    stored = [t for t in alike if t.strategy.mechanism.uses_buffer]
+    assert len({(t.strategy.old_target, str(t.strategy.old_weights)) for t in stored}) == 6
     assert {(t.capacity, t.strategy.ratio) for t in alike} == {(64, 1.0)} and len(alike) == 7
 
 

@@ -8,6 +8,7 @@ import kdc
 from kdc.unet.blocks import group_of, plan_without
 from kdc.unet.costs import count_costs
 from kdc.unet.plans import PLANS
+from studies.common.protocol import compare_rows
 from studies.slimming import report
 
 
@@ -21,7 +22,7 @@ def test_candidates_with_other_seeds_are_compared_by_welch():
     """Closed form: variances 1 and 4, three each, so by Welch and Satterthwaite
     (5/3)^2 / ((1/3)^2 / 2 + (4/3)^2 / 2) = 50/17 degrees of freedom."""
     table = pd.concat([rows("a", [0, 1, 2], [1.0, 2, 3]), rows("b", [5, 6, 7], [10.0, 12, 14])])
-    result = report.against(table, "a", "b")
+    result = compare_rows(table, "a", "b")
     half = 3.21876 * (5 / 3) ** 0.5  # Student's t for 97.5 % at 50/17 degrees of freedom
     for measure, verdict in (("output_error", "better"), ("accuracy", "worse")):
         one = result.loc[measure]
@@ -30,12 +31,12 @@ def test_candidates_with_other_seeds_are_compared_by_welch():
         assert one["high"] == pytest.approx(-10 + half, abs=1e-4)
         assert one["verdict"] == verdict
     lone = pd.concat([rows("a", [0], [1.0]), rows("b", [5], [9.0])])
-    assert set(report.against(lone, "a", "b")["verdict"]) == {"open"}
+    assert set(compare_rows(lone, "a", "b")["verdict"]) == {"open"}
 
 
 def test_candidates_with_common_seeds_are_compared_in_pairs():
     table = pd.concat([rows("a", [0, 1, 9], [1.0, 2, 99]), rows("b", [0, 1], [2.0, 3.1])])
-    one = report.against(table, "a", "b").loc["output_error"]
+    one = compare_rows(table, "a", "b").loc["output_error"]
     assert one["mean"] == pytest.approx(-1.05) and one["n"] == 2
 
 

@@ -13,9 +13,9 @@ from kdc.unet.costs import count_costs
 from kdc.unet.plans import PLANS
 from kdc.unet.slimming import count_parameters
 from studies.__main__ import main
-from studies.common import ledger
-from studies.common.protocol import compare, prepare, score
-from studies.mini.grades import balanced_prompts
+from studies.common import ledger, runner
+from studies.common.protocol import compare_rows, prepare, score
+from studies.common.renderings import balanced_prompts
 from studies.slimming import full_size, stages, study
 
 TINY = study.Settings(
@@ -47,16 +47,16 @@ def rows(**columns) -> pd.DataFrame:
 
 def test_differences_are_paired_and_have_students_interval():
     """Closed form: differences 1, 2, 3 have mean 2 and standard error 1/sqrt(3); t(0.975, 2)."""
-    table = compare(rows(a=[11.0, 2.0, 8.0], b=[10.0, 0.0, 5.0]), "a", "b")
+    table = compare_rows(rows(a=[11.0, 2.0, 8.0], b=[10.0, 0.0, 5.0]), "a", "b")
     half = 4.302652729696142 / 3**0.5
     for measure, verdict in (("output_error", "open"), ("accuracy", "open")):
         assert table.loc[measure, "mean"] == pytest.approx(2)
         assert table.loc[measure, "low"] == pytest.approx(2 - half)
         assert table.loc[measure, "high"] == pytest.approx(2 + half)
         assert table.loc[measure, "verdict"] == verdict
-    clear = compare(rows(a=[1.0, 2.0, 3.0], b=[2.0, 3.1, 3.9]), "a", "b")["verdict"]
+    clear = compare_rows(rows(a=[1.0, 2.0, 3.0], b=[2.0, 3.1, 3.9]), "a", "b")["verdict"]
     assert clear.to_dict() == {"output_error": "better", "accuracy": "worse"}
-    lone = compare(rows(a=[1.0], b=[9.0]), "a", "b")
+    lone = compare_rows(rows(a=[1.0], b=[9.0]), "a", "b")
     assert set(lone["verdict"]) == {"open"} and set(lone["n"]) == {1}
 
 
@@ -174,8 +174,8 @@ def test_the_stages_read_one_anothers_results(teacher, tmp_path, monkeypatch):
         (table["parameters"] / whole).tolist()
     )
     assert (table["latency_ratio"] > 0).all()
-    with pytest.raises(ValueError, match=r"unknown stages \['roof'\]; the stages are blo"):
-        main(["slimming", "roof"])
+    with pytest.raises(ValueError, match="unknown stages roof; they are blocks, importance"):
+        list(runner.run(stages.STAGES, ["roof"], runner.Context()))
 
 
 def test_the_stored_plans_keep_to_their_budgets_at_full_size_and_mini(teacher):
