@@ -113,7 +113,7 @@ def test_a_student_is_drawn_from_once_and_lacking_metrics_are_nan(both, teacher,
     expected = kdc.output_error(pipeline.unet, teacher, held_back, count=2, levels=1).mean()
     assert scores == {"output_error": pytest.approx(expected), "accuracy": pytest.approx(right)}
     assert scorer(teacher, both[0])["output_error"] == pytest.approx(0, abs=1e-6)
-    unasked = dataclasses.replace(both[1], test=dataclasses.replace(both[1].test, asked=()))
+    unasked = dataclasses.replace(both[1], test=dataclasses.replace(both[1].test, attributes=()))
     assert np.isnan(scorer(pipeline, dataclasses.replace(unasked, name="x"))["accuracy"])
 
 
