@@ -19,7 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import kdc
 from kdc.data.latents import LatentDataset
 from kdc.pipelines import with_unet
-from studies.slimming.full_size import sd_unet
+from kdc.unet.layouts import sd_unet
+from studies.slimming.full_size import 
 
 PLAN = "kdc"
 

@@ -98,7 +98,7 @@ setup = Setup(pipeline, data, data, Extent(), [], [], None)
 # in the teacher, and what the plan leaves out is an outline.
 
 # %%
-sd = full_size.sd_unet("meta")
+sd = sd_unet("meta")
 tables = {name: report.blocks_of(sd, name) for name in kdc.PLANS}
 labels = [*(f"{64 >> stage} x {64 >> stage}" for stage in range(4)), "mid-block"]
 areas = {"parameters": "parameters", "multiply-accumulates": "macs"}

@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from kdc import pipelines
 from kdc.unet.blocks import PARTS
 from kdc.unet.budget import Budget, block_seconds, cost_every_subset
+from kdc.unet.layouts import sd_unet
 from kdc.unet.plans import SlimPlan
 from studies.common import ledger
 from studies.common.protocol import Setup, prepare, score
@@ -30,7 +31,7 @@ def _blocks(context: Context) -> list[Path]:
 
 
 def _at_full_size(device: str) -> UNet2DConditionModel:
-    return full_size.sd_unet(device, torch.float32 if device == "cpu" else torch.bfloat16)
+    return sd_unet(device, torch.float32 if device == "cpu" else torch.bfloat16)
 
 
 def _suffix(device: str) -> str:
@@ -44,7 +45,7 @@ def full_size_costs(results: Path | None = None) -> pd.DataFrame:
         False: pd.Series(stored["whole"]),
         True: pd.Series(stored["without stage 3"]),
     }
-    return cost_every_subset(full_size.sd_unet("meta"), seconds)
+    return cost_every_subset(sd_unet("meta"), seconds)
 
 
 def _importance(context: Context) -> list[Path]:

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -130,6 +131,28 @@ def test_a_remembered_teacher_teaches_what_it_would_have_said(setup, monkeypatch
         unet(latents, torch.tensor([7]), prompt_embeds, return_dict=False)
         assert len(inner) == 1 and len(answers) == 3
     assert "forward" not in vars(unet)
+
+
+def test_a_remembered_teacher_teaches_the_same_in_lower_precision(setup):
+    """bf16 copies the teacher; the copy must compute, and remember, for itself."""
+
+    def trained(answers):
+        student = kdc.slim(setup.teacher.unet, "kdc")
+        names = [name for _, name in kdc.feature_pairs(student, setup.teacher.unet)]
+        with (
+            remembering(setup.teacher.unet, names, answers)
+            if answers is not None
+            else (contextlib.nullcontext())
+        ):
+            kdc.distill(
+                student, setup.teacher, setup.train, steps=1, batch_size=2, precision="bf16"
+            )
+        return torch.cat([p.detach().flatten() for p in student.parameters()])
+
+    plain, answers = trained(None), {}
+    assert torch.equal(trained(answers), plain) and len(answers) == 1
+    assert torch.equal(trained(answers), plain) and len(answers) == 1
+    assert all(key.startswith("torch.bfloat16") for key in answers)
 
 
 def test_images_of_every_recipe_come_from_one_seed_and_lie_beside_the_rows(

@@ -10,6 +10,7 @@ import kdc
 from kdc.unet.blocks import PARTS
 from kdc.unet.budget import Budget
 from kdc.unet.costs import count_costs
+from kdc.unet.layouts import sd_unet
 from kdc.unet.plans import PLANS
 from kdc.unet.slimming import count_parameters
 from studies.__main__ import main
@@ -118,7 +119,7 @@ def test_images_are_scored_where_the_attributes_are_known(setup):
 
 
 def test_students_of_full_size_are_counted_and_timed_beside_the_teacher(tiny_unet):
-    assert count_parameters(full_size.sd_unet("meta")) == 859_520_964
+    assert count_parameters(sd_unet("meta")) == 859_520_964
     table = full_size.time_plans(
         tiny_unet, {"kdc": PLANS["kdc"]}, rounds=2, size=16, sequence_length=5
     )
@@ -183,7 +184,7 @@ def test_the_stored_plans_keep_to_their_budgets_at_full_size_and_mini(teacher):
     timed = ledger.read("latency")["full size"]
     assert timed["found: time"]["parameters"] <= 482_346_884
     for name in set(found) & set(timed):
-        student = kdc.slim(full_size.sd_unet("meta"), found[name])
+        student = kdc.slim(sd_unet("meta"), found[name])
         assert count_parameters(student) == timed[name]["parameters"]
     kept = {row["candidate"]: row for row in ledger.read("recovery")["rows"]}
     assert kept["found: parameters"]["parameters"] <= kept["kdc"]["parameters"]
