@@ -52,16 +52,16 @@ import pandas as pd
 from IPython.display import Code, display
 
 import kdc
-from studies.figures import panel, unets
+from kdc.unet import slimming
+from kdc.unet.blocks import PARTS, group_of, kept_blocks, subset_of
+from kdc.unet.budget import cost_every_subset, full_plans, rank_plans
+from kdc.unet.layouts import sd_unet
 from studies import figures
 from studies.common import ledger
-from kdc.unet import slimming
 from studies.common.budgets import settle
-from kdc.unet.budget import cost_every_subset, full_plans, rank_plans
-from kdc.unet.blocks import PARTS, group_of, kept_blocks, subset_of
-from studies.slimming import full_size, report, stages
-from studies.slimming import study
-from studies.common.protocol import Setup, Extent
+from studies.common.protocol import Extent, Setup, summary
+from studies.figures import panel, unets
+from studies.slimming import report, stages, study
 
 started = time.perf_counter()
 large = {"seeds": [0, 1, 2], "images": 1600, "draws": 6, "count": 32, "levels": 8, "sampling": 25}
@@ -370,7 +370,7 @@ figures.trade_offs(rows, axes, names, levels=level).savefig(output / "frontier.p
 plt.show()
 
 # %%
-report.summary(rows)
+summary(rows)
 
 # %% [markdown]
 # Means with Student's 95 % intervals over seeds; those of the random plans hold the spread of plans
@@ -407,11 +407,11 @@ pd.concat(verdicts).map(lambda x: f"{x:.3g}" if isinstance(x, float) else x)
 # alike. Bars are quartiles of the ratio. (With a teacher of your own, the latency is that teacher's.)
 
 # %%
-sequence_length = {"parameters": "parameters", "macs": "multiply-accumulates"}
+named_costs = {"parameters": "parameters", "macs": "multiply-accumulates"}
 tables |= {name: report.blocks_of(sd, one) for name, one in results.followed.items()}
-full = report.costs_of(tables, timed).rename(columns=sequence_length)
+full = report.costs_of(tables, timed).rename(columns=named_costs)
 quartiles = {"latency": (full["low"], full["high"])}
-figures.dots(full[[*sequence_length.values(), "latency"]], "share of the teacher's", quartiles)
+figures.dots(full[[*named_costs.values(), "latency"]], "share of the teacher's", quartiles)
 plt.savefig(output / "ratios.png", dpi=150)
 plt.show()
 full.drop(columns=["low", "high"]).round(3)
@@ -425,7 +425,7 @@ full.drop(columns=["low", "high"]).round(3)
 seconds = report.stored_seconds()
 grouped = tables["full"][["parameters", "macs"]].assign(seconds=seconds[False])
 grouped = grouped.groupby(group_of).sum()
-shares = (grouped / grouped.sum()).drop("the rest").rename(columns=sequence_length)
+shares = (grouped / grouped.sum()).drop("the rest").rename(columns=named_costs)
 figures.dots(shares, "share of the whole U-Net's")
 plt.show()
 per_mac = (shares["seconds"] / shares["multiply-accumulates"]).sort_values(ascending=False)
@@ -463,7 +463,7 @@ full_costs = stages.full_size_costs()
 display(panel.removal_panel(full_costs, order))
 steps = [full_costs.index.get_loc(subset_of(order[:count])) for count in range(len(order) + 1)]
 path = full_costs.iloc[steps] / full_costs.iloc[0]
-path = path.rename(columns=sequence_length)
+path = path.rename(columns=named_costs)
 path.index = ["nothing", *(f"and {part}" for part in order)]
 figures.dots(path, "share of Stable Diffusion's that is left, when leaving out ...")
 plt.show()

@@ -66,15 +66,14 @@ from IPython.display import Code, display
 
 import kdc
 from kdc import FeatureHooks, LossWeights
+from kdc.distillation import losses
+from kdc.distillation.step import forward_process
 from studies import figures
 from studies.common import ledger
-from kdc.distillation import losses
 from studies.common.budgets import settle
-from kdc.distillation.step import forward_process
-from studies.distillation import study
-from studies.slimming import report
-from studies.distillation import report as terms
 from studies.common.claims import check, laid_out
+from studies.common.protocol import compare_rows, summary
+from studies.distillation import report, study
 
 started = time.perf_counter()
 table = {
@@ -257,7 +256,7 @@ for what in ("value", "gradient_norm"):
 # until rounding takes over as $1/h$: on the true gradient it falls with slope 2.
 
 # %%
-panels, limit = terms.closed_forms()
+panels, limit = report.closed_forms()
 labels = ["temperature", "error that all channels share", "unit of the features", "step $h$"]
 figures.lines(panels, labels, ["semilogx", *["log"] * 3], {"limit": ("closed form", limit)})
 plt.show()
@@ -310,7 +309,7 @@ plt.show()
 # %% [markdown]
 # Read the curves with care: a recipe that does not enable a term does not log it, and the soft and
 # feature terms of the published recipe are on scales of their own. Only the distance below compares
-# all recipes on equal terms.
+# all recipes on equal report.
 
 # %%
 table = pd.DataFrame(distances, index=pd.Index(seeds, name="seed")).T
@@ -349,22 +348,22 @@ if budget == "full" or teacher != "mini":
     settings = study.Settings(
         run.count, seeds=tuple(seeds), steps=steps, batch_size=batch_size, learning_rate=run.rate
     )
-    rows, curves, goal = terms.measured(pipeline, dataset, settings, output / "study", plan)
+    rows, curves, goal = report.measured(pipeline, dataset, settings, output / "study", plan)
 else:
-    rows, curves, goal = terms.stored()
+    rows, curves, goal = report.stored()
 print("the teacher:", goal.mean().drop("seed", errors="ignore").round(3).to_dict())
-report.summary(rows)
+summary(rows)
 
 # %% [markdown]
 # Means with Student's 95 % intervals over seeds. The curves of the main recipes, each the mean of
 # its seeds with their range:
 
 # %%
-main = {name: curves[name] for name in terms.MAIN}
+main = {name: curves[name] for name in report.MAIN}
 figures.curves(main, ["task", "output", "soft", "feature"], smooth=4).savefig(output / "curves.png")
 plt.show()
 figures.heat_map(
-    {"of the way from the task alone to the teacher": terms.gap_closed(rows, goal).clip(-1, 1)},
+    {"of the way from the task alone to the teacher": report.gap_closed(rows, goal).clip(-1, 1)},
     "1: the teacher, 0: the task alone, below: worse",
     log_scale=False,
 ).savefig(output / "gap.png")
@@ -379,8 +378,8 @@ plt.show()
 
 # %%
 pd.set_option("display.max_colwidth", None, "display.max_rows", 100)
-against = report.compare(rows, "authors' terms, features averaged", "task")["verdict"]
-display(laid_out(check(rows, terms.CLAIMS["the corrected loss"])))
+against = compare_rows(rows, "authors' terms, features averaged", "task")["verdict"]
+display(laid_out(check(rows, report.CLAIMS["the corrected loss"])))
 print("authors' terms, features averaged against the task alone:", against.to_dict())
 
 # %% [markdown]
@@ -393,8 +392,8 @@ print("authors' terms, features averaged against the task alone:", against.to_di
 # ### Claim 5: terms, defects, options
 
 # %%
-print("the best recipe of the plan kdc, by its mean rank over the measures:", terms.best(rows))
-laid_out(pd.concat(check(rows, terms.CLAIMS[part]) for part in terms.FURTHER))
+print("the best recipe of the plan kdc, by its mean rank over the measures:", report.best(rows))
+laid_out(pd.concat(check(rows, report.CLAIMS[part]) for part in report.FURTHER))
 
 # %% [markdown]
 # The defect that costs is the summed soft term. Mending it alone (`features averaged, soft corrected`: the mean
@@ -417,7 +416,7 @@ laid_out(pd.concat(check(rows, terms.CLAIMS[part]) for part in terms.FURTHER))
 
 # %%
 if budget != "full" and teacher == "mini":
-    generated, asked = terms.shown()
+    generated, asked = report.shown()
     figures.image_grid(generated, asked, scale=0.8).savefig(output / "recipes.png", dpi=150)
     plt.show()
 

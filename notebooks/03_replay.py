@@ -68,21 +68,16 @@ import torch
 from IPython.display import Code, display
 
 import kdc
+from kdc.continual.strategies import STRATEGIES
+from kdc.replay import policies
+from kdc.replay.storage import item_bytes
 from studies import figures
 from studies.common import ledger
-from kdc.replay import policies
 from studies.common.budgets import settle
-from kdc.replay.buffer import item_bytes
-from studies.replay import (
-    buffers,
-    report as retention,
-    stages,
-    study as forgetting,
-    tasks as tasks,
-    variants,
-)
-from studies.slimming import report
 from studies.common.claims import laid_out
+from studies.common.protocol import summary
+from studies.replay import buffers, report, stages, study, variants
+from studies.replay.tasks import tasks_of
 
 started = time.perf_counter()
 few = ["finetune", "replay"]
@@ -116,7 +111,7 @@ folders = [name for name in dataset.split(" then ") if name not in ("worlds", *k
 start = None  # a student freshly cut
 if budget == "quick" and teacher == "mini" and plan == "kdc" and not folders:
     start, run.rate = kdc.load_student("mini", pipeline).unet, 3e-3
-settings = forgetting.Settings(
+settings = study.Settings(
     plan=plan,
     images=run.images,
     test_images=run.test_images,
@@ -132,7 +127,7 @@ if folders and teacher == "mini":
     for name in folders:
         kdc.load_dataset(name, "test")  # what is wrong with a folder is said before the training
     stages.fine_tune(pipeline, folders, settings, output / "teacher")
-tasks = tasks.tasks_of(pipeline, dataset, **sizes)
+tasks = tasks_of(pipeline, dataset, **sizes)
 for task in tasks:
     print(f"{task.name}: {len(task.train)} images, {len(task.prompts)} prompts to draw")
 
@@ -204,28 +199,37 @@ figures.bars(held, "items of 30 that the buffer holds")
 plt.show()
 
 # %% [markdown]
-# ## Eight ways to learn the second task
+# ## Nine ways to learn the second task
 #
-# Every strategy is a row of settings of *one* loop, and sees the same new images with the same
+# Every strategy is a row of settings of *one* loop that names a mechanism, and sees the same new images with the same
 # noise in the same order. What differs is what comes on top of them.
 
 # %%
-chosen = {name: vars(s) for name, s in kdc.continual.STRATEGIES.items()}
-shown = pd.DataFrame(chosen).T[["source", "ratio", "guide", "old_weights", "ewc", "joint"]]
-kinds = ("task", "output", "soft", "feature")
-used = {n: w and [k for k in kinds if getattr(w, k)] for n, w in shown.pop("old_weights").items()}
-shown["terms on old images"] = [", ".join(u) if u else "as on new" for u in used.values()]
-shown.where(shown["source"].notna(), "–").assign(ewc=shown["ewc"], joint=shown["joint"])
+rows = {
+    name: {
+        "mechanism": strategy.mechanism.__name__,
+        "old images for a new one": strategy.ratio,
+        "they follow": strategy.old_target,
+        "by the terms": ", ".join(strategy.old_weights.enabled)
+        if strategy.old_weights
+        else "as on new images",
+        "options": strategy.options or "",
+    }
+    for name, strategy in STRATEGIES.items()
+}
+pd.DataFrame(rows).T
 
 # %% [markdown]
-# `finetune` does nothing. `last_sample` is the published way: the last image of each batch comes
-# again with the next. `replay` adds to every new image one from the buffer, with the same loss, so the teacher guides
-# there too; `replay+distil` lets a frozen copy of the student, made before the task, guide it there,
-# by task and output alone.
-# `generative_replay` keeps no images at all: the old student draws them, and the new one takes
-# them for real; in `generative_distillation` it follows the old student's prediction on them
-# instead. `ewc` penalises moving weights that mattered. `joint` sees all tasks at once, in the same
-# number of steps: each task in half of them. It is no bound for what adds old images *on top*.
+# `finetune` (naive fine-tuning) adds nothing. `last_sample` is what the authors' code does: the last
+# image of each step joins the next batch. `replay` adds one image from the buffer to every new image.
+# The loss is the same, so the terms on old images follow the teacher. In `replay+distil` they follow
+# the old model, a frozen copy of the student from before the task, by task and output alone.
+# `generative_replay` stores no images: the old model generates them, and the student takes them for
+# real. In `generative_distillation` it follows the old model's prediction on them instead. `ewc`
+# penalises moving the weights that the old task depends on. `agem` (Chaudhry et al., 1812.00420)
+# adds no old images to the loss: it takes from each gradient the part that would raise the loss on
+# stored images. It joined after the study was measured. `joint` spreads the same steps over all
+# tasks. Replay adds old images to every step, so it can score higher than joint.
 #
 # After each task the student is scored on *every* task. The scores make a matrix $R_{t,k}$: task
 # $k$ after learning task $t$. With $T$ tasks and a score where higher is better,
@@ -247,15 +251,15 @@ shown.where(shown["source"].notna(), "–").assign(ewc=shown["ewc"], joint=shown
 
 # %%
 trials = {name: variants.DOMAINS[name] for name in run.trials}
-rows = forgetting.study(
+rows = study.study(
     "here", {"as given": tasks}, trials, pipeline, settings, kept_in, steps=run.steps,
     shown=picks, start=start,
 )  # fmt: skip
-lines = retention.table(rows)
-report.summary(lines, [m for m in retention.MEASURES if m in lines and "leak" not in m])
+lines = report.table(rows)
+summary(lines, [m for m in report.MEASURES if m in lines and "leak" not in m])
 
 # %%
-figures.heat_map(retention.mean_matrices(rows, "output_error"), "output error", log_scale=False)
+figures.heat_map(report.mean_matrices(rows, "output_error"), "output error", log_scale=False)
 plt.show()
 
 # %% [markdown]
@@ -281,12 +285,12 @@ plt.show()
 
 # %%
 own = budget == "full" or teacher != "mini" or dataset != "worlds"
-rows = rows if own else retention.stored("domains")
-alone = retention.table(retention.stored("teachers")).query("candidate == 'replay, task only'")
-lines = retention.table(rows)
+rows = rows if own else report.stored("domains")
+alone = report.table(report.stored("teachers")).query("candidate == 'replay, task only'")
+lines = report.table(rows)
 shown = ["old_accuracy", "new_accuracy", "forgetting_accuracy", "retention_accuracy"]
 shown += ["old_output_error", "new_output_error", "forgetting_output_error"]
-report.summary(lines, [name for name in shown if name in lines])
+summary(lines, [name for name in shown if name in lines])
 
 # %% [markdown]
 # Means with Student's 95 % intervals over orders and seeds; a line for each strategy. *Old* is what
@@ -303,12 +307,12 @@ lines.groupby("candidate", sort=False)[measures].mean().round(3)
 # And the mean matrix over the seeds of the first order, of the same score:
 
 # %%
-figures.heat_map(retention.mean_matrices(rows, metric), metric, log_scale=False)
+figures.heat_map(report.mean_matrices(rows, metric), metric, log_scale=False)
 plt.show()
 
 # %%
 if not own:
-    strips, asked = retention.shown()
+    strips, asked = report.shown()
     figures.image_grid(strips, asked, scale=0.8).savefig(output / "strategies.png", dpi=150)
     plt.show()
 
@@ -318,8 +322,8 @@ if not own:
 # %%
 pd.set_option("display.max_colwidth", None)
 if metric == "accuracy":
-    display(retention.goals(lines if own else pd.concat([lines, alone])).infer_objects().round(3))
-laid_out(retention.check_stage("domains" if metric == "accuracy" else "photos", lines))
+    display(report.goals(lines if own else pd.concat([lines, alone])).infer_objects().round(3))
+laid_out(report.check_stage("domains" if metric == "accuracy" else "photos", lines))
 
 # %% [markdown]
 # Look at the images first. After butterflies, the student that was merely fine-tuned answers a
@@ -378,13 +382,13 @@ shown.assign(**{"seconds over finetune's": timed}).round(2)
 # both tasks against the number of old images that go with each new one.
 
 # %%
-every = {stage: retention.table(retention.stored(stage)) for stage in retention.BESIDE}
+every = {stage: report.table(report.stored(stage)) for stage in report.BESIDE}
 kinds = {"reservoir": "", "int8": "int8", "class_balanced": "class_balanced", "fifo": "fifo"}
 panels = {
-    title: {k: retention.against_bytes(every["buffers"], column, v) for k, v in kinds.items()}
+    title: {k: report.against_bytes(every["buffers"], column, v) for k, v in kinds.items()}
     for title, column in (("forgetting, accuracy", "forgetting_accuracy"), ("leakage", "leakage"))
 }
-panels["accuracy by ratio"] = retention.against_ratio(every["ratios"])
+panels["accuracy by ratio"] = report.against_ratio(every["ratios"])
 without = every["buffers"].groupby("candidate")["forgetting_accuracy"].mean()["finetune"]
 figures.lines(
     panels,
@@ -395,7 +399,7 @@ figures.lines(
 plt.show()
 
 # %%
-laid_out(pd.concat(retention.check_stage(stage, every[stage]) for stage in ("buffers", "ratios")))
+laid_out(pd.concat(report.check_stage(stage, every[stage]) for stage in ("buffers", "ratios")))
 
 # %% [markdown]
 # Four latents, 35 kilobytes, save three quarters of what sixty-four do, on the mean of three seeds.
@@ -418,8 +422,8 @@ laid_out(pd.concat(retention.check_stage(stage, every[stage]) for stage in ("buf
 
 # %%
 measures = ["old_accuracy", "new_accuracy", "forgetting_accuracy", "old_output_error"]
-display(report.summary(every["teachers"], measures))
-laid_out(retention.check_stage("teachers", every["teachers"]))
+display(summary(every["teachers"], measures))
+laid_out(report.check_stage("teachers", every["teachers"]))
 
 # %% [markdown]
 # Beside all terms on the new images, replay with the task term alone ends at .12 of accuracy where
@@ -442,14 +446,14 @@ laid_out(retention.check_stage("teachers", every["teachers"]))
 # order of its own.
 
 # %%
-found = retention.along(retention.stored("classes"), "accuracy")
-tables = {s: retention.table(retention.stored(s)) for s in ("plain", "classes", "photos")}
-display(report.summary(tables["plain"], measures))
+found = report.along(report.stored("classes"), "accuracy")
+tables = {s: report.table(report.stored(s)) for s in ("plain", "classes", "photos")}
+display(summary(tables["plain"], measures))
 panels = {"accuracy so far, by strategy": {name: found[name] for name in variants.IN_CLASSES}}
 panels["by policy"] = {name: line for name, line in found.items() if name.startswith("replay")}
 figures.lines(panels, ["classes learnt"] * 2)
 plt.show()
-laid_out(pd.concat(retention.check_stage(stage, tables[stage]) for stage in ("plain", "classes")))
+laid_out(pd.concat(report.check_stage(stage, tables[stage]) for stage in ("plain", "classes")))
 
 # %% [markdown]
 # In plain training, plain replay keeps .90 where fine-tuning ends at .12. So the task term is enough to keep
@@ -465,12 +469,12 @@ laid_out(pd.concat(retention.check_stage(stage, tables[stage]) for stage in ("pl
 
 # %%
 if not own:
-    strips, asked = retention.shown("photos")
+    strips, asked = report.shown("photos")
     figures.image_grid(strips, asked, scale=0.8).savefig(output / "photos.png", dpi=150)
     plt.show()
 found = [f"{w}_{m}" for m in ("fd", "output_error") for w in ("old", "new", "forgetting")]
-display(report.summary(tables["photos"], found))
-laid_out(retention.check_stage("photos", tables["photos"]))
+display(summary(tables["photos"], found))
+laid_out(report.check_stage("photos", tables["photos"]))
 
 # %% [markdown]
 # Nothing is forgotten here. Learning six more flowers makes the student *better* at the first six, even

@@ -40,12 +40,12 @@ import pandas as pd
 from IPython.display import display
 
 import kdc
+from kdc.data import worlds
 from studies import figures
 from studies.common import ledger
-from kdc.data import worlds
 from studies.common.budgets import settle
 from studies.common.renderings import renderings_of
-from studies.evaluation import report as standings, study
+from studies.evaluation import report, study
 
 started = time.perf_counter()
 large = {"seeds": [0, 1, 2], "generated": 144, "rounds": 7, "schedulers": ("dpm++", "ddim"),
@@ -109,7 +109,7 @@ for name, one in candidates.items():
         one,
         prompts,
         reference,
-        asked=asked,
+        attributes=asked,
         teacher=scores.get("teacher"),
         seeds=run.seeds,
         steps=run.steps,
@@ -173,8 +173,8 @@ elif known:
     found = study.report(both, swept, timed, settings)
     clock = {"images": timed.to_dict("records")}
 if known:
-    curves = standings.frontier(found, clock)
-    lines = {s: standings.curves_of(curves, s) for s in ("accuracy", "clip")}
+    curves = report.frontier(found, clock)
+    lines = {s: report.curves_of(curves, s) for s in ("accuracy", "clip")}
     figures.lines(lines, ["seconds an image"] * 2, ["semilogx"] * 2)
     plt.savefig(output / "frontier.png", dpi=150)
     plt.show()
@@ -182,13 +182,13 @@ if known:
 # %%
 if known:
     pd.set_option("display.max_colwidth", None)
-    judged = {rule: standings.goals(found, rule).items() for rule in ("best", "fastest")}
+    judged = {rule: report.goals(found, rule).items() for rule in ("best", "fastest")}
     said = {
         rule: {goal: f"{'holds' if met else 'FAILS'}: {text}" for goal, (met, text) in goals}
         for rule, goals in judged.items()
     }
     display(pd.DataFrame(said))
-    display(standings.headline_table(found).fillna(""))
+    display(report.headline_table(found).fillna(""))
 
 # %% [markdown]
 # The claim holds, for the *best* setting. With 16 steps of DPM-Solver++ the student takes less than a fifth
@@ -210,10 +210,10 @@ if known:
 
 # %%
 equal = ledger.read("evaluation_table")
-standings.equal_steps(equal)
+report.equal_steps(equal)
 
 # %%
-standings.verdicts(equal)
+report.verdicts(equal)
 
 # %% [markdown]
 # The table separates all three. After 200 steps the best recipe is well above the published one and well
@@ -232,7 +232,7 @@ standings.verdicts(equal)
 # against what they hold and what they cost at full size (stored rows of that chapter).
 
 # %%
-rows = standings.plans()
+rows = report.plans()
 figures.trade_offs(
     rows,
     {"parameter_ratio": "parameters / teacher's", "latency_ratio": "full-size latency / teacher's"},
@@ -249,7 +249,7 @@ plt.show()
 # Our times are ratios of two networks on one machine, the paper's are seconds on another.
 
 # %%
-standings.beside_the_paper()
+report.beside_the_paper()
 
 # %% [markdown]
 # ## What would have shown the claim false

@@ -38,13 +38,15 @@ import pandas as pd
 import torch
 
 import kdc
-from studies import figures, mini
-from studies.common import ledger
-from kdc.evaluation import metrics
 from kdc import pipelines
 from kdc.data import worlds
+from kdc.evaluation import judges
+from kdc.evaluation.metrics import clip_score
+from studies import figures
+from studies.common import ledger
 from studies.common.budgets import settle
-from studies.mini import grades, images
+from studies.common.renderings import balanced_prompts, renderings_of
+from studies.mini import grades, images, make
 
 started = time.perf_counter()
 table = {
@@ -133,10 +135,10 @@ plt.show()
 # %%
 trial = output / "trial"
 shutil.rmtree(trial, ignore_errors=True)
-for name in mini.STAGES:
+for name in make.TRAININGS:
     small = {"pool": 96} if name != "student" else {"pool": 32}
     begun = time.perf_counter()
-    mini.make(trial, (name,), steps=steps, batch_size=8, **small)
+    make.make(trial, (name,), steps=steps, batch_size=8, **small)
     print(f"{name}: {steps} steps in {time.perf_counter() - begun:.0f} s")
 
 # %% [markdown]
@@ -148,14 +150,14 @@ for name in mini.STAGES:
 # all others.
 
 # %%
-shown = grades.balanced_prompts(run.copies, False) + grades.balanced_prompts(1, True)
-renderings = grades.renderings_of(shown, seed=9)
-reading = metrics.attribute_accuracy(renderings, shown)
+shown = balanced_prompts(run.copies, False) + balanced_prompts(1, True)
+renderings = renderings_of(shown, seed=9)
+reading = judges.attribute_accuracy(renderings, shown)
 distinct = list(dict.fromkeys(shown))[:: run.every]
 picks = torch.tensor([shown.index(a) for a in distinct])
-scores = torch.stack(
-    [metrics.clip_score(renderings[picks], [worlds.caption(a)] * len(picks)) for a in distinct[:40]]
-)
+features = judges.clip_features(renderings[picks])
+texts = judges.clip_text_features([worlds.caption(a) for a in distinct[:40]])
+scores = torch.stack([clip_score(features, text.expand_as(features)) for text in texts])
 ranks = (scores.argmax(dim=1) == torch.arange(len(scores))).float().mean().item()
 display_rows = {f"classifier, {k}": f"{v:.1%}" for k, v in reading.items()}
 display_rows[f"CLIP finds the image of a caption among {len(picks)}"] = f"{ranks:.1%}"
@@ -167,11 +169,11 @@ pd.Series(display_rows, name=f"on {len(shown)} real renderings").to_frame()
 # A small sample, so mind the standard error. The stored grades come after it.
 
 # %%
-asked = grades.balanced_prompts(1, False)[:: run.every]
-rare = grades.balanced_prompts(1, True)[:: max(1, run.every // 2)]
+asked = balanced_prompts(1, False)[:: run.every]
+rare = balanced_prompts(1, True)[:: max(1, run.every // 2)]
 generated = kdc.generate(pipeline, [worlds.caption(a) for a in asked + rare], seed=11)
-usual = metrics.attribute_accuracy(generated[: len(asked)], asked)
-never = metrics.attribute_accuracy(generated[len(asked) :], rare)
+usual = judges.attribute_accuracy(generated[: len(asked)], asked)
+never = judges.attribute_accuracy(generated[len(asked) :], rare)
 pd.DataFrame(
     {
         name: {

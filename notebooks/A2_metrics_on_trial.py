@@ -34,13 +34,14 @@ import pandas as pd
 import torch
 
 import kdc
+from kdc.data import worlds
+from kdc.evaluation.extractors import find_extractor
+from kdc.evaluation.metrics import METRICS
+from kdc.evaluation.statistics import real_vs_real
 from studies import figures
 from studies.common import ledger
-from kdc.data import worlds
 from studies.common.budgets import settle
-from kdc.evaluation.extractors import find_extractor
-from kdc.evaluation.statistics import SET_MEASURES, floor
-from studies.metrics import study
+from studies.metrics import report, study
 
 started = time.perf_counter()
 few = ["mode dropping", "wrong caption"]
@@ -91,11 +92,11 @@ here.groupby(["fault", "dose"], sort=False)[list(study.SCORES)].mean().round(3)
 # %%
 stored = ledger.read("metrics_trial")
 rows = pd.DataFrame(stored["rows"]) if budget == "quick" else here
-figures.doses(study.scaled(rows), list(study.SCORES)).savefig(output / "doses.png", dpi=150)
+figures.doses(report.scaled(rows), list(study.SCORES)).savefig(output / "doses.png", dpi=150)
 plt.show()
 
 # %%
-found = study.verdicts(rows)
+found = report.verdicts(rows)
 marks = {(True, True): "caught", (True, False): "CAUGHT, not expected",
          (False, True): "MISSED, expected to catch", (False, False): "-"}  # fmt: skip
 found["outcome"] = [marks[n, e] for n, e in zip(found["noticed"], found["expected"], strict=True)]
@@ -157,7 +158,7 @@ spread.round(4)
 pipeline = kdc.load_teacher("mini")
 try:
     prompts = ["a red daisy on a sky background"] * 5
-    kdc.evaluate(pipeline, prompts, shown.images, scores=["fd"], seeds=[0], steps=1)
+    kdc.evaluate(pipeline, prompts, shown.images, metrics=["fd"], seeds=[0], steps=1)
 except ValueError as error:
     print("ValueError:", error)
 
@@ -170,13 +171,14 @@ except ValueError as error:
 see = find_extractor("mini-clip")
 every = study.exhibit(384, seed=7)
 features = torch.cat([see(every.images), see(every.reference)])
-floors = {}
+baselines = {}
 for count in (128, 192, 256, 384):
-    floors[count] = {
-        name: "{:.3f} ± {:.3f}".format(*floor(measure, features, count, draws=5))
-        for name, measure in SET_MEASURES.items()
+    baselines[count] = {
+        name: "{:.3f} ± {:.3f}".format(*real_vs_real(metric.measure, features, count, draws=5))
+        for name, metric in METRICS.items()
+        if metric.of_sets
     }
-pd.DataFrame(floors).T.rename_axis("real against real, images")
+pd.DataFrame(baselines).T.rename_axis("real against real, images")
 
 # %% [markdown]
 # ## What would have shown the claims false

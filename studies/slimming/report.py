@@ -9,13 +9,12 @@ from pathlib import Path
 import pandas as pd
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from kdc.evaluation.statistics import student_interval
 from kdc.search import sensitivity
 from kdc.unet.costs import count_costs
 from kdc.unet.plans import SlimPlan, find_plan
 from kdc.unet.slimming import slim, source_of
 from studies.common import ledger
-from studies.common.protocol import MEASURES, Setup, compare_rows, prepare, score
+from studies.common.protocol import Setup, compare_rows, prepare, score
 from studies.slimming import full_size, stages, study
 
 
@@ -132,22 +131,6 @@ def comparisons(rows: pd.DataFrame, found: Iterable[str]) -> dict[str, pd.DataFr
             if baseline in known:
                 tables[f"{name} - {baseline}"] = compare_rows(rows, name, baseline)
     return tables
-
-
-def summary(rows: pd.DataFrame, measures: Iterable[str] = MEASURES) -> pd.DataFrame:
-    """Mean and Student's 95 % interval over seeds of every measure, by candidate, as text.
-
-    One seed has no interval; a measure that no row has is left out.
-    """
-
-    def text(values: pd.Series) -> str:
-        low, high = student_interval(values)
-        spread = f" [{low:.3g}, {high:.3g}]" if len(values) > 1 else ""
-        return f"{values.mean():.3g}{spread}"
-
-    groups = rows.groupby("candidate", sort=False)
-    present = [measure for measure in measures if measure in rows and rows[measure].notna().any()]
-    return groups[present].agg(text).assign(seeds=groups.size())
 
 
 def blocks_of(unet: UNet2DConditionModel, plan: str | SlimPlan) -> pd.DataFrame:

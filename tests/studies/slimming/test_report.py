@@ -8,7 +8,7 @@ import kdc
 from kdc.unet.blocks import group_of, plan_without
 from kdc.unet.costs import count_costs
 from kdc.unet.plans import PLANS
-from studies.common.protocol import compare_rows
+from studies.common.protocol import compare_rows, summary
 from studies.slimming import report
 
 
@@ -130,4 +130,4 @@ def test_the_stored_study_is_whole():
     left = set(study.found) - set(study.followed)
     assert left and all(name.startswith("guided") for name in left)
     assert {"seed", "accuracy", "fd"} <= set(study.teacher.columns)
-    assert len(report.summary(study.rows)) == study.rows["candidate"].nunique()
+    assert len(summary(study.rows)) == study.rows["candidate"].nunique()
