@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab mini grades slimming distillation forgetting trial evaluation lock clean
+.PHONY: help book check test lab mini grades slimming distillation replay evaluation metrics lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,9 +22,16 @@ help: ## this list
 book: .venv/.ready ## run every notebook at the quick budget and build the HTML book
 	$(BIN)/python tools/book.py all
 
-test: .venv/.ready ## lint, unit tests, every notebook at the quick budget, the strict book build
+check: .venv/.ready ## lint, types, and all tests that need no notebook, in minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not book"
+
+test: .venv/.ready ## all of check, every notebook at the quick budget, the strict book build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: .venv/.ready ## open the notebooks in JupyterLab
@@ -32,30 +39,30 @@ lab: .venv/.ready ## open the notebooks in JupyterLab
 
 # glibc gives large blocks back to the system after every step and faults them in again, which costs
 # time in every training step on a CPU.
-STUDIES := mini slimming distillation forgetting trial evaluation
+STUDIES := mini grades slimming distillation replay evaluation metrics
 $(STUDIES): export MALLOC_MMAP_MAX_ = 0
 $(STUDIES): export MALLOC_TRIM_THRESHOLD_ = 8000000000
 mini: .venv/.ready ## train the embedded models from nothing and put them into the package (hours)
-	$(BIN)/python -m kdc mini --install
+	$(BIN)/python -m studies mini --install
 
 grades: .venv/.ready ## grade the embedded models again; PHOTOS=FOLDER adds the autoencoder on photographs
-	$(BIN)/python -m kdc grades $(if $(PHOTOS),--photos "$(PHOTOS)")
+	$(BIN)/python -m studies mini grades $(if $(PHOTOS),--photos "$(PHOTOS)")
 
 slimming: .venv/.ready ## measure the study of chapter 01 again, write its files of results/ (hours)
-	$(BIN)/python -m kdc slimming
+	$(BIN)/python -m studies slimming
 
-distillation: .venv/.ready ## measure the study of chapter 02 again (hours)
-	$(BIN)/python -m kdc distillation
+distillation: .venv/.ready ## measure the studies of chapter 02 and appendix A3 again (hours)
+	$(BIN)/python -m studies distillation
 
-forgetting: .venv/.ready ## measure the study of chapter 03 again (hours); PHOTOS=FOLDER adds photographs
-	$(BIN)/python -m kdc forgetting
-	$(if $(PHOTOS),$(BIN)/python -m kdc forgetting photos --photos "$(PHOTOS)")
-
-trial: .venv/.ready ## hold the trial of the metrics, appendix A2, again (minutes)
-	$(BIN)/python -m kdc trial
+replay: .venv/.ready ## measure the study of chapter 03 again (hours); PHOTOS=FOLDER adds photographs
+	$(BIN)/python -m studies replay
+	$(if $(PHOTOS),$(BIN)/python -m studies replay photos --photos "$(PHOTOS)")
 
 evaluation: .venv/.ready ## measure the study of chapter 04 again (an hour)
-	$(BIN)/python -m kdc evaluation
+	$(BIN)/python -m studies evaluation
+
+metrics: .venv/.ready ## hold the trial of the metrics, appendix A2, again (minutes)
+	$(BIN)/python -m studies metrics
 
 lock: ## write requirements.lock from the versions now in .venv
 	$(BIN)/python -m pip install --quiet --no-deps -e .
@@ -63,4 +70,4 @@ lock: ## write requirements.lock from the versions now in .venv
 	mv requirements.tmp requirements.lock
 
 clean: ## remove what was built; .venv stays
-	rm -rf build .pytest_cache .ruff_cache
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from kdc.commands import COMMANDS, CONFIG, Command, settle, write_config
 
@@ -27,11 +28,11 @@ def _add(parser: argparse.ArgumentParser, command: Command) -> None:
             parser.add_argument(option.name, nargs="?", default=argparse.SUPPRESS, help=text)
             continue
         flag = "--" + option.name.replace("_", "-")
-        settings = {"dest": option.name, "default": argparse.SUPPRESS, "help": text}
+        settings: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": text}
         if option.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
         else:
-            nargs = {"nargs": "+"} if option.many else {}
+            nargs: dict[str, Any] = {"nargs": "+"} if option.many else {}
             parser.add_argument(flag, type=option.type, **nargs, **settings)
     parser.add_argument("--config", help="a YAML or JSON file that sets any of these options")
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")

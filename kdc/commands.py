@@ -148,7 +148,7 @@ def _continue(values: dict[str, Any]) -> None:
         evidence = Evidence(
             images=torch.empty(0), latents=task.test, pipeline=pipeline, teacher=teacher
         )
-        return {"output_error": error.function(evidence)}
+        return {"output_error": float(error.function(evidence))}
 
     result = kdc.run_sequence(
         tasks,

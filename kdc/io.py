@@ -58,11 +58,11 @@ def refuse_other_settings(where: Path, stored: Mapping, given: Mapping, remedy: 
 
     The message names `where` it lies, each setting that differs with both values, and a `remedy`.
     """
-    stored, given = plain(stored), plain(given)
-    differing = [key for key in stored | given if stored.get(key) != given.get(key)]
+    before, now = plain(dict(stored)), plain(dict(given))
+    differing = [key for key in before | now if before.get(key) != now.get(key)]
     if differing:
         said = "; ".join(
-            f"{key}={_short(stored.get(key))}, now {key}={_short(given.get(key))}"
+            f"{key}={_short(before.get(key))}, now {key}={_short(now.get(key))}"
             for key in differing
         )
         raise ValueError(f"{where} was made with {said}: {remedy}")

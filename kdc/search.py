@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -73,7 +74,7 @@ def recovered_importance(
     judged = {}
     for part in tqdm((None, *PARTS), desc="importance after recovery", mininterval=2):
         student = slim(teacher.unet, plan_without([part] if part else []))
-        settings = {"steps": steps, "batch_size": batch_size, "seed": seed}
+        settings: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": seed}
         distill(student, teacher, data, **settings, label=f"without {part or 'loss'}")
         judged[part] = judge(student)
     return pd.Series({part: judged[part] - judged[None] for part in PARTS})
@@ -119,7 +120,7 @@ def search_plan(
     if judge is None:
         captions = [data.captions[i] for i in data.caption_index[:32].tolist()]
         judge = drawing_judge(teacher, captions, seed=seed)
-    settings = {"batch_size": batch_size, "seed": seed}
+    settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
     if scores is None:
         scores = recovered_importance(teacher, data, judge, **settings)
     entrants = rank_plans(scores, costs, budget).head(halving_rounds[0][0])

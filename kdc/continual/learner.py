@@ -170,4 +170,4 @@ def _aside(generator: torch.Generator) -> torch.Generator:
     """
     copied = torch.Generator()
     copied.set_state(generator.get_state())
-    return torch.Generator().manual_seed(torch.randint(2**62, (), generator=copied).item())
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=copied)))

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from kdc.data import worlds
-from kdc.data.folders import FOLDER_SPLITS, read_folder
+from kdc.data.folders import FOLDER_SPLITS, FolderDataset, read_folder
 
 
 class WorldDataset(Dataset):
@@ -63,7 +63,7 @@ def load_dataset(
     count: int = 2000,
     seed: int = 0,
     held_out: bool = False,
-) -> Dataset:
+) -> WorldDataset | FolderDataset:
     """A captioned data set: "flora", "lepidoptera", "worlds" (both), or a folder of images.
 
     `count`, `seed` and `held_out` concern the worlds. A folder may hold `train/` and `test/`; where

@@ -214,6 +214,7 @@ def _mark(pattern, w, v, wing, is_fore):
         ex, ey, r = (0.54, 0.34, 0.20) if is_fore else (0.37, -0.38, 0.175)
         return np.hypot(w - ex, v - ey) - r
     if pattern == "spotted":
+        spots: tuple[tuple[float, float], ...]
         spots = ((0.30, 0.20), (0.52, 0.22), (0.50, 0.46), (0.74, 0.46))
         spots = spots if is_fore else ((0.24, -0.26), (0.48, -0.26), (0.32, -0.50))
         return np.min([np.hypot(w - a, v - b) for a, b in spots], axis=0) - 0.072

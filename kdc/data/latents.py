@@ -41,7 +41,9 @@ class LatentDataset(Dataset):
             "embedding": self.embeddings[self.caption_index[index]],
         }
 
-    def draw(self, count: int, generator: torch.Generator, dropout: float = 0.1) -> tuple:
+    def draw(
+        self, count: int, generator: torch.Generator, dropout: float = 0.1
+    ) -> tuple[Tensor, Tensor]:
         """A random batch: latents (B, C, h, w) sampled from their posteriors, embeddings (B, L, D).
 
         A share `dropout` of the captions is replaced by the empty one.
@@ -89,7 +91,7 @@ def cache_latents(
 
     Raises `ValueError` if an image's size is not what the autoencoder and U-Net expect.
     """
-    if len(dataset) == 0:
+    if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError("the data set is empty")
     vae = pipeline.vae
     expected = pipeline.unet.config.sample_size * pipeline.vae_scale_factor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from kdc.unet.slimming import source_of
@@ -52,7 +53,7 @@ class FeatureHooks:
 
 
 def feature_pairs(
-    student: nn.Module, teacher: nn.Module, at: str = "blocks"
+    student: UNet2DConditionModel, teacher: UNet2DConditionModel, at: str = "blocks"
 ) -> list[tuple[str, str]]:
     """Pairs (student submodule, teacher submodule) whose outputs correspond and agree in size.
 
@@ -87,21 +88,24 @@ def feature_pairs(
     return pairs + sources
 
 
-def _layers(unet: nn.Module) -> list[int]:
+def _layers(unet: UNet2DConditionModel) -> list[int]:
     """Layers of every stage, down and up."""
     return [len(block.resnets) for block in (*unet.down_blocks, *unet.up_blocks)]
 
 
-def _stage_pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+def _stage_pairs(
+    student: UNet2DConditionModel, teacher: UNet2DConditionModel
+) -> list[tuple[str, str]]:
     kept, every = len(student.down_blocks), len(teacher.down_blocks)
     pairs = [(f"down_blocks.{i}", f"down_blocks.{i}") for i in range(kept)]
     if kept < every:
         last = kept - 1
-        pairs[last] = tuple(
+        ours, theirs = (
             f"down_blocks.{last}.{'attentions' if hasattr(block, 'attentions') else 'resnets'}"
             f".{len(block.resnets) - 1}"
             for block in (student.down_blocks[last], teacher.down_blocks[last])
         )
+        pairs[last] = ours, theirs
     if student.mid_block is not None and teacher.mid_block is not None and kept == every:
         pairs.append(("mid_block", "mid_block"))
     return pairs + [(f"up_blocks.{i}", f"up_blocks.{i + every - kept}") for i in range(kept)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -41,8 +42,8 @@ def output_error(
         latents, prompt_embeds = data.draw(count, generator, 0.0)
         timesteps = torch.full((count,), level)
         noise = torch.randn(latents.shape, generator=generator)
-        inputs = (process.add_noise(latents, noise, timesteps), timesteps, prompt_embeds)
-        inputs = [x.to(teacher.device) for x in inputs]
+        noisy = process.add_noise(latents, noise, timesteps)
+        inputs = [x.to(teacher.device) for x in (noisy, timesteps, prompt_embeds)]
         difference = _difference(student, teacher.unet, *inputs)
         if guidance != 1:
             empty = data.empty.expand_as(prompt_embeds).to(teacher.device)
@@ -66,7 +67,13 @@ def drawing_judge(
     mean squared difference of the final latents. This is what `output_error` is a stand-in for: it
     weighs the timesteps and the caption as the sampler does. The teacher draws once.
     """
-    how = {"steps": steps, "guidance": guidance, "seed": seed, "decode": False, "progress": False}
+    how: dict[str, Any] = {
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "decode": False,
+        "progress": False,
+    }
     target = generate(teacher, captions, **how)
 
     def judge(student: UNet2DConditionModel) -> float:

@@ -26,7 +26,7 @@ def noise_target(process: DDPMScheduler, latents: Tensor, noise: Tensor, timeste
     return noise
 
 
-def like(module: torch.nn.Module, tensor: Tensor) -> Tensor:
+def like(module: UNet2DConditionModel, tensor: Tensor) -> Tensor:
     """The tensor in the module's precision; whole numbers stay whole."""
     return tensor.to(module.dtype) if tensor.is_floating_point() else tensor
 
@@ -79,8 +79,8 @@ class DistillationStep:
         with torch.no_grad():
             for unet in (self.student, self.teacher):
                 unet(*(like(unet, x).to(self.device) for x in inputs))
-        features = (hooks.take() for hooks in self.hooks)
-        return projections(*features, seed=seed).to(self.device)
+        ours, theirs = (hooks.take() for hooks in self.hooks)
+        return projections(ours, theirs, seed=seed).to(self.device)
 
     def __call__(
         self,

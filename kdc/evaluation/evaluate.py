@@ -23,6 +23,7 @@ from kdc.evaluation.metrics import (
     METRICS,
     Evidence,
     label,
+    means,
     metric_of,
     refusals,
     refuse_named,
@@ -142,24 +143,24 @@ def evaluate(
         )
         features.append(evidence.features)
         values, _ = score(evidence, [n for n in possible if n != "diversity" or paired])
-        for name, value in values.items():
-            if METRICS[name].per_image:
-                per_image.setdefault(name, []).append(value)
-                value = value.mean().item()
-            by_seed.setdefault(name, []).append(float(value))
+        for name, value in means(values).items():
+            by_seed.setdefault(name, []).append(value)
+        for name, each in values.items():
+            if isinstance(each, Tensor):
+                per_image.setdefault(name, []).append(each)
 
     rows = {}
     for name in wanted:
         metric = METRICS[name]
-        values = by_seed.get(name, [float("nan")])
-        low, high = student_interval(values)
+        over_seeds = by_seed.get(name, [float("nan")])
+        low, high = student_interval(over_seeds)
         baseline = (float("nan"), float("nan"))
         if metric.of_sets and name in by_seed:
             baseline = real_vs_real(metric.measure, real, len(prompts), baseline_draws)
         judge, checksum = _judge_of(name, see, distance)
         rows[label(name, see.name)] = {
-            "value": float(np.mean(values)),
-            "spread": float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"),
+            "value": float(np.mean(over_seeds)),
+            "spread": float(np.std(over_seeds, ddof=1)) if len(over_seeds) > 1 else float("nan"),
             "low": low,
             "high": high,
             "samples": len(prompts),

@@ -113,7 +113,9 @@ def new_clip(text_config) -> CLIPModel:
 
 def attribute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
     """Sum of the attributes' cross-entropies."""
-    return sum(F.cross_entropy(logits[name], target) for name, target in labels.items())
+    return sum(  # type: ignore[return-value]
+        F.cross_entropy(logits[name], target) for name, target in labels.items()
+    )
 
 
 @functools.cache

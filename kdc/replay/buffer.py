@@ -19,7 +19,7 @@ from kdc.replay.checks import (
     rows_of,
     whole_number,
 )
-from kdc.replay.policies import POLICIES
+from kdc.replay.policies import POLICIES, ClassBalanced, Fifo, Herding
 from kdc.replay.storage import (
     Captions,
     Latents,
@@ -69,6 +69,7 @@ class ReplayBuffer:
         self.generator = torch.Generator().manual_seed(2 * seed)
         self._keeping = torch.Generator().manual_seed(2 * seed + 1)
         self._rows: Rows | None = None
+        self._policy: Fifo | ClassBalanced | Herding | None = None
 
     def __len__(self) -> int:
         return self.held
@@ -229,7 +230,8 @@ class ReplayBuffer:
             raise ValueError(f"the state is of a buffer with {header['settings']}, not {self}")
         self.generator.set_state(state["generator"])
         self._keeping.set_state(state["keeping"])
-        self._rows, self.held = None, 0
+        self._rows = None
+        self.held = 0
         if header["shapes"] is None:
             return
         self._allocate(header["shapes"]["latent"], header["shapes"]["embedding"])

@@ -190,7 +190,7 @@ class Herding(_ByClass):
         chosen: dict[int, list[tuple[bool, int]]] = {}
         for label, slots in self.members.items():
             candidates = [(False, s) for s in slots] + [(True, r) for r in new.get(label, ())]
-            order = range(len(slots))  # a class without news keeps its order
+            order = list(range(len(slots)))  # a class without news keeps its order
             if label in new:
                 order = herding_order(features(slots, new[label]), shares[label])
             chosen[label] = [candidates[i] for i in order][: shares[label]]
@@ -207,7 +207,7 @@ class Herding(_ByClass):
         return torch.tensor(rows).long(), torch.tensor(slots).long()
 
 
-POLICIES = {
+POLICIES: dict[str, type[Fifo] | type[ClassBalanced] | type[Herding]] = {
     "reservoir": Reservoir,
     "class_balanced": ClassBalanced,
     "fifo": Fifo,

@@ -114,7 +114,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def average(ema: EMAModel, parameters: list[Tensor]) -> None:
+def average(ema: EMAModel, parameters: Sequence[Tensor]) -> None:
     """`ema.step` in place: that one makes a second copy of all weights on its way."""
     ema.optimization_step += 1
     ema.cur_decay_value = ema.get_decay(ema.optimization_step)

@@ -33,8 +33,8 @@ def plan_without(parts: Iterable[str], name: str | None = None) -> SlimPlan:
     stages = STAGES - (INNERMOST in removed)
     single = [f"layer {stage}" in removed for stage in range(STAGES)]
     down = [(0,) if single[s] else (0, 1) for s in range(stages)] + [()] * (STAGES - stages)
+    inner_up: list[tuple[int, ...]] = [()] * (STAGES - stages)
     up = [(0, LAYERS) if single[s] else (0, 1, LAYERS) for s in range(stages)]
-    up = [()] * (STAGES - stages) + up[::-1]
     attends = {
         way: [f"{way} attention {s}" not in removed for s in range(STAGES - 1)] + [False]
         for way in ("down", "up")
@@ -42,7 +42,7 @@ def plan_without(parts: Iterable[str], name: str | None = None) -> SlimPlan:
     return SlimPlan(
         name or ("without " + ", ".join(sorted(removed)) if removed else "full"),
         tuple(down),
-        tuple(up),
+        (*inner_up, *up[::-1]),
         "mid-block" not in removed,
         tuple(attends["down"]),
         tuple(attends["up"][::-1]),

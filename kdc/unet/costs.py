@@ -75,7 +75,9 @@ def _trace(model, latents: Tensor, timestep: Tensor, captions: Tensor) -> tuple[
     blocks = {block_of(name) for name, _ in model.named_parameters()}
     names = {module: name for name, module in model.named_modules() if name in blocks}
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    inside, seen, saved = ["other"], {}, {}
+    inside = ["other"]
+    seen: dict[int, object] = {}
+    saved: dict[str, int] = {}
 
     def enter(module, _):
         inside.append(names[module])

@@ -138,19 +138,19 @@ def images_of(
     pipeline: StableDiffusionPipeline,
     real: LatentDataset,
     *,
-    made: int = 4,
+    made_images: int = 4,
     steps: int = 10,
 ) -> LatentDataset:
     """The training data of one kind of `DATA`.
 
     The teacher makes, and swapped captions are drawn from, all combinations of attributes, also
-    those that no real training image shows: `made` images of each, in `steps` of sampling.
+    those that no real training image shows: `made_images` images of each, in `steps` of sampling.
     """
     if kind == "real":
         return real
     captions = [worlds.caption(one) for one in every_combination()]
     if kind == "teacher-made":
-        return latents_of_captions(pipeline, captions * made, DATA_SEED, steps=steps)
+        return latents_of_captions(pipeline, captions * made_images, DATA_SEED, steps=steps)
     generator = torch.Generator().manual_seed(DATA_SEED)
     drawn = torch.randint(len(captions), (len(real),), generator=generator).tolist()
     return with_captions(real, pipeline, [captions[i] for i in drawn])

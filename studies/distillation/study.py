@@ -51,7 +51,7 @@ class Settings(Extent):
     steps: int = 200
     batch_size: int = 16
     learning_rate: float = 5e-4
-    made: int = 4  # images that the teacher makes of each combination, never-trained ones too
+    made_images: int = 4  # by the teacher, of each combination, never-trained ones too
 
 
 def follow(
@@ -160,7 +160,7 @@ def study(
     was stopped goes on. Raises `ValueError` where `folder` holds rows of other settings.
     """
     fixed = fixed_of(setup, settings)
-    makes = {"made": settings.made, "steps": settings.sampling_steps}
+    makes = {"made_images": settings.made_images, "steps": settings.sampling_steps}
     images = functools.cache(
         functools.partial(images_of, pipeline=setup.teacher, real=setup.train, **makes)
     )

@@ -80,7 +80,7 @@ class RankOneFisher:
     def penalty(self, parameters: Iterable[Tensor]) -> Tensor:
         """What holds these weights: those that `learn` saw, in the same order."""
         moved = _flat(parameters) - self.anchor
-        return sum(
+        return sum(  # type: ignore[return-value]
             0.5 * c * (m * moved).sum().square()  # a product of matrices would be in bf16
             for c, m in zip(self.scales, self.directions, strict=True)
         )
@@ -99,7 +99,7 @@ class RankOneFisher:
         size = mean.square().sum().clamp_min(1e-30)
         along = sum((gradient(i) @ mean).square() for i in range(samples)) / samples
         self.anchor = _flat(parameters).detach().clone()
-        self.directions.append(mean)
+        self.directions.append(mean)  # type: ignore[arg-type]
         self.scales.append((along / size**2).item())
 
     @property

@@ -24,7 +24,7 @@ from studies.mini.grades import balanced_prompts
 
 TINY = study.Settings(
     seeds=(0, 1), steps=1, batch_size=2, images=16, test_images=64, copies=0, unseen_copies=0,
-    sampling_steps=1, made=1,
+    sampling_steps=1, made_images=1,
 )  # fmt: skip
 
 
@@ -95,7 +95,9 @@ def test_swapped_captions_and_made_images_reach_the_combinations_never_trained(s
     with pytest.MonkeyPatch.context() as patch:
         some = balanced_prompts(1, held_out=True)[:3]
         patch.setattr(recipe_table, "every_combination", lambda: some)
-        made = recipe_table.images_of("teacher-made", setup.teacher, setup.train, made=1, steps=1)
+        made = recipe_table.images_of(
+            "teacher-made", setup.teacher, setup.train, made_images=1, steps=1
+        )
     assert set(made.captions) == {worlds.caption(a) for a in some} and set(made.captions) < rare
     assert made.mean.shape == (3, 4, 16, 16) and not made.std.any()
 
