@@ -20,7 +20,6 @@ import kdc
 from kdc.data.latents import LatentDataset
 from kdc.pipelines import with_unet
 from kdc.unet.layouts import sd_unet
-from studies.slimming.full_size import 
 
 PLAN = "kdc"
 

@@ -236,6 +236,7 @@ class ReplayBuffer:
             return
         self._allocate(header["shapes"]["latent"], header["shapes"]["embedding"])
         self.held = header["held"]
+        assert self._rows is not None  # which `_allocate` made
         self._rows.write(torch.arange(self.held), part(state, "items"))
         self._policy.load_state_dict(part(state, "policy"))
         uses = state["items.caption"].bincount(minlength=len(header["texts"]))
