@@ -13,7 +13,7 @@
 # the U-Net does nearly all the work: it is called once for every denoising step, twice with
 # guidance. KDC-Diff ([arXiv 2505.06995](https://arxiv.org/abs/2505.06995)) removes 44 % of its
 # parameters and then *distils* the rest: the big network, the **teacher**, shows the small one, the
-# **student**, what it would have predicted. Does the student still draw what you ask for, and what
+# **student**, what it would have predicted. Does the student still generate what you ask for, and what
 # does it save?
 #
 # **The claim.** From the same prompt and the same starting noise, the distilled student draws

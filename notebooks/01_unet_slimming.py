@@ -10,19 +10,19 @@
 # # Slimming the U-Net
 #
 # **The question.** Stable Diffusion's U-Net has 859,520,964 parameters. KDC-Diff keeps 482,346,884
-# of them, cut by hand. What does each block cost, what is each worth, and is there a better plan
+# of them, cut by hand. What does each block cost, how important is each, and is there a better plan
 # for the same budget?
 #
 # **The claims**, each checked by a cell below.
 #
-# 1. The published parameter counts follow from diffusers' own configuration: the plans of
+# 1. The paper's parameter counts follow from diffusers' own configuration: the plans of
 #    `kdc.PLANS` reproduce every one exactly. *Counted here, on a U-Net without memory.*
 # 2. A cut changes nothing but what it removes, and copied weights start nearer to the teacher than
 #    random ones. *Measured here.*
 # 3. Parameters, multiply-accumulates and time lie in different blocks, so the three do not fall by
 #    the same share. *`results/sd_blocks.json` and `results/latency.json`, at full size.*
-# 4. What parts are worth differs by orders of magnitude, and by the question: under guidance the
-#    caption's parts are worth more, and after recovery many are worth nothing.
+# 4. The importance of parts differs by orders of magnitude, and by the question: under guidance the
+#    caption's parts are more important, and after recovery many have no importance.
 #    *`results/importance.json`, a small version here.*
 # 5. At the `kdc` plan's parameters, and at its multiply-accumulates, the plan that a search finds
 #    is better than `kdc` after the same recovery, and better than random plans of that budget.
@@ -93,7 +93,7 @@ setup = Setup(pipeline, data, data, Extent(), [], [], None)
 # out**. Self-attention compares every pixel with every other, $(HW)^2 C$ multiplications, so it is
 # dearest outside.
 #
-# The figure is drawn from PyTorch's *meta* device, where tensors have a shape and no memory. Every
+# The counts come from PyTorch's *meta* device, where tensors have a shape and no memory. Every
 # square is a block, its area what the block costs; the blocks of a student are put where they were
 # in the teacher, and what the plan leaves out is an outline.
 
@@ -123,7 +123,7 @@ except ValueError as error:
     print("refused:", error)
 
 # %% [markdown]
-# ### Claim 1: the published counts
+# ### Claim 1: the counts of the papers
 
 # %%
 published = {
@@ -197,17 +197,17 @@ figures.image_grid(images, prompts).savefig(output / "after_the_cut.png", dpi=15
 plt.show()
 
 # %% [markdown]
-# ## What each part is worth
+# ## The importance of each part
 #
 # Twelve parts can be left out: of every stage its second layer, with the middle one of its way up
 # (`layer 0` is the outermost stage's); the transformer blocks of a stage's way down or up; the
-# mid-block; and the innermost stage. A part's **worth** is the output error of the teacher
-# without it. It is measured in several draws, each with images, captions and noise of its own.
+# mid-block; and the innermost stage. A part's **importance** is the output error of the teacher
+# without it. It is measured several times, each with images, captions and noise of its own.
 #
-# The sampler does not follow that output, though. It calls the network with and without the caption
-# and goes further in the caption's direction,
-# $\hat{u} = u(\varnothing) + w\,(u(c) - u(\varnothing))$, with a guidance of $w = 7.5$. If leaving a
-# part out changes the two predictions by $d_c$ and $d_\varnothing$, the sampler's changes by
+# The sampler does not follow that output, though. It calls the network with and without the caption and
+# goes further in the caption's direction, $\hat{u} = u(\varnothing) + w\,(u(c) - u(\varnothing))$, with
+# a guidance of $w = 7.5$. If leaving a part out changes the two predictions by $d_c$ and
+# $d_\varnothing$, the sampler's changes by
 #
 # $$ \hat{d} = w\, d_c - (w - 1)\, d_\varnothing . $$
 #
@@ -233,9 +233,9 @@ plt.savefig(output / "worth.png", dpi=150)
 plt.show()
 
 # %% [markdown]
-# Black lines reach from the least to the largest draw. Bars called *this run* were measured just now
-# on a few images, the others are stored: six draws of 32 images at eight timesteps. With
-# `budget="full"` or a teacher of your own, all are measured here.
+# Black lines reach from the smallest to the largest measurement. Bars called *this run* were measured
+# just now on a few images, the others are stored: six measurements of 32 images at eight timesteps.
+# With `budget="full"` or a teacher of your own, all are measured here.
 #
 # ### At which noise level
 #
@@ -274,7 +274,7 @@ pd.DataFrame(centres | columns).loc[order[::-1]]
 #
 # ## Searching
 #
-# If worths $E_p$ add up, the best plan leaves out the set of parts $S$ that solves a knapsack,
+# If the importances $E_p$ add up, the best plan leaves out the set of parts $S$ that solves a knapsack,
 #
 # $$ \min_{S \subseteq P}\ \sum_{p \in S} E_p \quad\text{subject to}\quad
 #    \mathrm{cost}(\text{teacher without } S) \le B . $$
@@ -296,10 +296,10 @@ for name, limit in budgets.items():
 
 # %% [markdown]
 # But errors do not add up exactly, and the lowest error right after the cut does not decide: what
-# counts is what training can mend ([TinyFusion](https://arxiv.org/abs/2412.01199)). So the knapsack
-# only says who enters. `kdc.search_plan` lets the best plans **recover** by a short distillation
-# each, in halving rounds: many for a few steps, the best of them afresh for more, and the one that a *judge*
-# likes best wins. The judge is any function of a student; here, how far its drawings are from the
+# counts is what training can recover ([TinyFusion](https://arxiv.org/abs/2412.01199)). So the knapsack
+# only says who enters. `kdc.search_plan` lets the best plans **recover** by a short distillation each,
+# in halving rounds: many for a few steps, the best of them afresh for more, and the one that a *judge*
+# likes best wins. The judge is any function of a student; here, how far its images are from the
 # teacher's, from the same noise. With a toy's settings, to show how it is called:
 
 # %%
@@ -314,13 +314,13 @@ finalists[["score", "after_cut", "recovered"]]
 # ### Three searches
 #
 # The search was made three times. The first, *unguided*, scored parts and judged plans by the plain
-# output error. What it found for the multiply-accumulates has a low error and draws the wrong
-# species (below). The second, *guided*, did both at the sampler's guidance and let more plans
-# recover; for that budget it found the same plan again, so it was not followed further. Two things
-# were still missing. A plan was scored by what its cut breaks, not by what the rest can learn. And
-# the error of single predictions, averaged over timesteps, hardly counts the noisiest ones, where
-# the network's answer is easy and the species is decided. The third search, *found*, scores parts
-# after recovery and judges by drawings, which are what all timesteps come to.
+# output error. What it found for the multiply-accumulates has a low error and generates the wrong
+# species (below). The second, *guided*, did both at the sampler's guidance and let more plans recover;
+# for that budget it found the same plan again, so it was not followed further. Two things were still
+# missing. A plan was scored by what its cut breaks, not by what the rest can learn. And the error of
+# single predictions, averaged over timesteps, hardly counts the noisiest ones, where the network's
+# answer is easy and the species is decided. The third search, *found*, scores parts after recovery and
+# judges by generated images, the result of all timesteps.
 #
 # The later two were thought of after the first had been measured, so what the last one found is
 # measured with seeds that had not been used by then, and `kdc` beside it with both. Budgets
@@ -348,7 +348,7 @@ report.last_rounds(results.searched).map("{:.3g}".format)
 # parts, and the inner parts hold the parameters: the plan leaves out the mid-block, the innermost
 # stage and one set of transformers, and keeps every other layer. For the multiply-accumulates they
 # part. The first two give up the transformers of both middle stages, down and up. The last gives up
-# second layers of those stages instead, which recovery mends, and keeps the transformers of the two
+# second layers of those stages instead, which recovery repairs, and keeps the transformers of the two
 # outer stages on the way up, which it does not.
 #
 # ## The frontier
@@ -394,11 +394,11 @@ pd.concat(verdicts).map(lambda x: f"{x:.3g}" if isinstance(x, float) else x)
 #
 # Stored, the last search's plans are better than `kdc` in everything that has a verdict. The one for
 # the parameters is nearly the teacher again, and buys that with multiplications that `kdc` does not
-# spend. The one for the multiply-accumulates has no more of them than `kdc`, nor more
-# parameters, and takes as long within the spread: it is the fair winner. The first search's plan for them shows what a wrong judge does: nearer to the
-# teacher in error and Fréchet distance, and worse at drawing what was asked for. Against chance the
-# case is not closed. Five random plans a budget differ so much among themselves that several
-# intervals hold 0; where they do not, the search is ahead.
+# spend. The one for the multiply-accumulates has no more of them than `kdc`, nor more parameters, and
+# takes as long within the spread: it is the fair winner. The first search's plan for them shows what a
+# wrong judge does: nearer to the teacher in error and Fréchet distance, and worse at generating what
+# was asked for. Against chance the case is not closed. Five random plans a budget differ so much among
+# themselves that several intervals hold 0; where they do not, the search is ahead.
 #
 # ## Full size
 #
@@ -437,7 +437,7 @@ per_mac.rename("share of seconds / share of multiply-accumulates").round(2).to_f
 # pixels, memory traffic that no count of multiplications shows. So leaving out outer attention saves
 # more time than multiplications. Parameters say least about time.
 #
-# The found plans, drawn by what they hold and how long it takes:
+# The found plans, by parameters and seconds:
 
 # %%
 second = {n: one for n, one in results.followed.items() if n.startswith("found")}
@@ -453,7 +453,7 @@ plt.show()
 # %% [markdown]
 # ## Cut it yourself
 #
-# In JupyterLab the next cell shows a panel. The slider leaves out the parts that are worth least,
+# In JupyterLab the next cell shows a panel. The slider leaves out the least important parts,
 # one after the other; the boxes can be ticked one by one. The time is predicted for Stable
 # Diffusion: the sum of the measured seconds of the blocks that stay. The figure below it is the
 # slider's path.
@@ -497,7 +497,7 @@ for name in [n for n in results.followed if n.endswith("time")]:
 # teacher's call in about half the time (`results/sd_blocks.json`, `results/latency.json`). If only
 # arithmetic became slower, leaving out attention saves less than it did; that is the likely reason,
 # and was not measured. What a plan saves depends on the machine: search on yours, with
-# `python -m kdc slimming blocks search`.
+# `python -m studies slimming importance search`.
 #
 # ## What would have shown the claims false
 #

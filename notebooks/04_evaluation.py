@@ -17,10 +17,11 @@
 #
 # **The claim**, written down before it was measured: the shipped student, at its best number of steps,
 # is **at least five times faster** end to end than the teacher at 50 steps, **within 5 %** of its
-# attribute accuracy, and **not distinguishable** from it by CLIP score. *`results/evaluation_steps.json`,
-# times in `evaluation_timing.json`; `python -m kdc evaluation` measures them again.*
+# attribute accuracy, and **not distinguishable** from it by CLIP score.
+# *`results/evaluation_steps.json`, times in `evaluation_timing.json`; `python -m studies evaluation`
+# measures them again.*
 #
-# Whether the scores themselves deserve trust is the question of the chapter *The metrics on trial*.
+# Appendix A2 tests the scores themselves.
 
 # %% tags=["parameters"]
 budget: str = "quick"  # "quick", "standard" or "full"
@@ -50,7 +51,13 @@ from studies.evaluation import report, study
 started = time.perf_counter()
 large = {"seeds": [0, 1, 2], "generated": 144, "rounds": 7, "schedulers": ("dpm++", "ddim"),
          "sweep": (4, 6, 8, 12, 16, 25, 50)}  # fmt: skip
-small = {"seeds": [0, 1], "generated": 24, "rounds": 2, "schedulers": ("dpm++",), "sweep": (4, 8, 50)}
+small = {
+    "seeds": [0, 1],
+    "generated": 24,
+    "rounds": 2,
+    "schedulers": ("dpm++",),
+    "sweep": (4, 8, 50),
+}
 table = {
     "quick": {"steps": 10, **small},
     "standard": {"steps": 10, **large},
@@ -97,10 +104,10 @@ plt.show()
 # %% [markdown]
 # ## The table, here
 #
-# `kdc.evaluate` draws every prompt with every seed and scores the images. Before it draws anything it
-# refuses what cannot be computed: the Fréchet distance of too few images for the width of the
-# features, a score without its reference, a network in training mode. Where a score was not asked for
-# by name, its row says why it is empty.
+# `kdc.evaluate` generates every prompt with every seed and scores the images. Before it generates
+# anything it refuses what cannot be computed: the Fréchet distance of too few images for the width of
+# the features, a score without its reference, a network in training mode. Where a score was not asked
+# for by name, its row says why it is empty.
 
 # %%
 scores = {}
@@ -123,18 +130,18 @@ pd.concat({name: found.table["value"].round(3) for name, found in scores.items()
 
 # %% [markdown]
 # *Accuracy* is the share of images that show the asked-for colour, kind and background; *clip* the
-# alignment with the caption; *fid* and *kid* distances to real renderings; *precision* how many drawn
-# images look real, *recall* how much of what is real is drawn; *lpips_to_teacher* the perceptual
-# distance to the teacher's image from the same noise; *diversity* the distance of two images of one
-# prompt. Is the student different from the teacher at all? Images are paired by prompt and noise, and
-# a permutation test swaps the members of random pairs:
+# alignment with the caption; *fd* and *kid* distances to real renderings; *precision* how many
+# generated images look real, *recall* how much of the real variety is generated; *lpips_to_teacher* the
+# perceptual distance to the teacher's image from the same noise; *diversity* the distance of two images
+# of one prompt. Is the student different from the teacher at all? Images are paired by prompt and
+# noise, and a permutation test swaps the members of random pairs:
 
 # %%
 kdc.compare(scores["student"], scores["teacher"], permutations=100)
 
 # %% [markdown]
 # This is about *these* two networks. Another training of the same recipe would be another network. How
-# much of a score is the luck of training, and how much the luck of drawing, `kdc.retraining` tells
+# much of a score is the luck of training, and how much the luck of sampling, `kdc.retraining` tells
 # apart; its table stands further down.
 #
 # ## Time
@@ -158,11 +165,11 @@ calls[["pipeline", "batch_size", "median", "low", "high", "ratio"]].round(4)
 # %% [markdown]
 # ## How few steps do?
 #
-# Every setting of steps and sampler draws the same prompts, from one seed. *Good enough* is an accuracy
-# within 5 % of the teacher's at 50 steps. Two settings of each network are chosen: the *fastest* that is
-# good enough, and of those that are also five times as fast as the teacher the *best* by CLIP score.
-# What is reported of them is drawn from other seeds, so that the choice does not flatter the report.
-# At `quick`, everything from here on is stored.
+# Every setting of steps and sampler generates from the same prompts, with one seed. *Good enough* is an
+# accuracy within 5 % of the teacher's at 50 steps. Two settings of each network are chosen: the
+# *fastest* that is good enough, and of those that are also five times as fast as the teacher the *best*
+# by CLIP score. Their reported scores come from other seeds, so that the choice does not flatter the
+# report. At `quick`, everything from here on is stored.
 
 # %%
 own = budget != "quick" or teacher != "mini" or not known
@@ -191,16 +198,17 @@ if known:
     display(report.headline_table(found).fillna(""))
 
 # %% [markdown]
-# The claim holds, for the *best* setting. With 16 steps of DPM-Solver++ the student takes less than a fifth
-# of the teacher's time, shows what was asked for as often, and its CLIP score is 0.2 lower, which 432
-# pairs of images cannot tell from chance. They can tell its Fréchet distance and KID, which are a little
-# worse. Not distinguishable by one score is not the same as equal.
+# The claim holds, for the *best* setting. With 16 steps of DPM-Solver++ the student takes less than a
+# fifth of the teacher's time, shows what was asked for as often, and its CLIP score is 0.2 lower, which
+# 432 pairs of images cannot tell from chance. They can tell its Fréchet distance and KID, which are a
+# little worse. Not distinguishable by one score is not the same as equal.
 #
-# The *fastest* setting misses the third part. Six steps of DDIM keep 97 % of the accuracy and lose seven
-# points of CLIP: accuracy asks only whether the flower is a red rose, not whether it is a good one. And
-# most of that speed needs no student. The teacher itself, at eight steps of DDIM, is 6.7 times as fast as
-# at 50, with the accuracy kept and four points of CLIP lost. At equal steps the student takes between half
-# and seven tenths of the teacher's time; that is the part of the gain that slimming can claim.
+# The *fastest* setting misses the third part. Six steps of DDIM keep 97 % of the accuracy and lose
+# seven points of CLIP: accuracy asks only whether the flower is a red rose, not whether it is a good
+# one. And most of that speed needs no student. The teacher itself, at eight steps of DDIM, is 6.7 times
+# as fast as at 50, with the accuracy kept and four points of CLIP lost. At equal steps the student
+# takes between half and seven tenths of the teacher's time; that is the part of the gain that slimming
+# can claim.
 #
 # ## After equal steps, over trainings
 #
@@ -216,13 +224,15 @@ report.equal_steps(equal)
 report.verdicts(equal)
 
 # %% [markdown]
-# The table separates all three. After 200 steps the best recipe is well above the published one and well
-# below the teacher, in accuracy, CLIP score, both distances and recall. Precision sees no difference at
-# all: a student that shows what was asked for in a quarter of its images gets the same .97 as its
-# teacher, because its images look like *some* real image. (A 0 before the comma means that trainings
-# differ no more than their sampling explains.) The published recipe depends more on the luck of training
-# than on that of drawing, so that one training of it would say little. At 10 steps the shipped student is
-# near its teacher, and 432 pairs still tell them apart in CLIP score, both distances and recall.
+# The table separates all three. After 200 steps the best recipe is well above the authors' terms and
+# well below the teacher, in accuracy, CLIP score, both distances and recall. Precision sees no
+# difference at all: a student that shows what was asked for in a quarter of its images gets the same
+# .97 as its teacher, because its images look like *some* real image. (If the first number is 0, two
+# training runs differ no more than two samplings of one run.) The recipe with the authors' terms
+# depends more on the
+# luck of training than on that of sampling, so that one training of it would say little. At 10 steps
+# the shipped student is near its teacher, and 432 pairs still tell them apart in CLIP score, both
+# distances and recall.
 #
 # The distance to the teacher's images from the same noise falls with all of that: 1.7, 0.7, 0.3.
 #

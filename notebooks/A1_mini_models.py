@@ -68,7 +68,7 @@ output.mkdir(parents=True, exist_ok=True)
 # species or patterns, seven colours and four backgrounds make 168 combinations in each world.
 #
 # Six (colour, kind) pairs of each world are **held out**: no generator of this book is ever trained
-# on them, on any background. What a model draws when asked for one shows whether it has understood
+# on them, on any background. What a model generates when asked for one shows whether it has understood
 # that colour and shape are different things.
 
 # %%
@@ -115,8 +115,8 @@ plt.show()
 # %% [markdown]
 # ## How they were trained
 #
-# Each stage ran on the one training loop, `kdc.training.loop.train`, and left a log. Those that were
-# kept are shipped beside the weights and drawn here.
+# Each stage ran on the one training loop, `kdc.training.loop.train`, and left a log. The logs that were
+# stored are shipped beside the weights and plotted here.
 
 # %%
 logs = {p.stem: pd.read_csv(p) for p in sorted((pipelines.ASSETS / "logs").glob("*.csv"))}
@@ -209,9 +209,9 @@ grades.report(ledger.read("mini_grades"))
 
 # %% [markdown]
 # One goal is missed, and the next table tells why. It divides the Fréchet distance by its floor for
-# real renderings that only passed the autoencoder, and for the teacher's images at several
-# guidances (stored by `python -m kdc frechet`, at half the count of the grades, so that the floor is
-# higher and the ratios are lower). The autoencoder is not to blame, nor is what the teacher has
+# real renderings that only passed the autoencoder, and for the teacher's images at several guidances
+# (stored by `python -m studies mini fd`, at half the count of the grades, so that the floor is higher
+# and the ratios are lower). The autoencoder is not to blame, nor is what the teacher has
 # learnt: it is guidance, which makes an image show what was asked for by making all images of a
 # caption alike. Attribute accuracy does not see that. A distance between distributions does.
 
@@ -227,7 +227,7 @@ pd.Series(why["ratios"], name=f"distance / floor, {why['samples']} images").roun
 #
 # ## Exercises
 #
-# 1. Add a species to `kdc/drawing.py`. Which of the six networks have to be trained again?
+# 1. Add a species to `kdc/data/drawing.py`. Which of the six networks have to be trained again?
 # 2. Give a folder of your photographs as `dataset`. Where does the autoencoder lose most?
 # 3. The classifier always answers. What does it say to a photograph, and what follows for the use
 #    of attribute accuracy outside the worlds?

@@ -7,18 +7,18 @@
 # ---
 
 # %% [markdown]
-# # The metrics on trial
+# # Metrics under test
 #
 # **The question.** Every chapter of this book believes its scores. What do they see, and what do they
-# miss? Here images are spoilt on purpose, in known ways and by known doses, and every score has to
-# say how bad it is. A score that stays calm when half of the species are never drawn, or when every
-# image is a copy of a training image, must not be trusted to tell you that all is well.
+# miss? Here images are spoilt on purpose, in known ways and by known doses, and every score has to say
+# how bad it is. A score that does not change when half of the species are never generated, or when
+# every image is a copy of a training image, must not be trusted to tell you that all is well.
 #
-# **The claims**, each written down before it was measured (`kdc.studies.trial.NOTICED`): for each of
-# eight faults, which of eight scores notice it at the largest dose. And one that has a closed form:
+# **The claims**, each written down before it was measured (`studies.metrics.study.NOTICED`): for each
+# of eight faults, which of eight scores notice it at the largest dose. And one that has a closed form:
 #
 # - The Fréchet distance of **few samples is too large**, and KID is not. *Gaussians whose true
-#   distance is known, twenty draws of each; `results/metrics_trial.json`.*
+#   distance is known, twenty samples of each; `results/metrics_trial.json`.*
 
 # %% tags=["parameters"]
 budget: str = "quick"  # "quick", "standard" or "full"
@@ -73,7 +73,7 @@ figures.image_grid({"no fault": shown.images, **rows}, captions).savefig(output 
 plt.show()
 
 # %% [markdown]
-# ## The trial, small
+# ## The test, small
 #
 # Two of the faults that no single image shows, judged here and now.
 
@@ -82,12 +82,12 @@ here = study.hold(run.faults, run.count, run.seeds)
 here.groupby(["fault", "dose"], sort=False)[list(study.SCORES)].mean().round(3)
 
 # %% [markdown]
-# ## The whole trial
+# ## The whole test
 #
-# All faults, 192 images, three seeds: `python -m kdc trial` holds it again. The curves are means over
-# seeds with their range, and every score is drawn so that **down is worse**: distances are drawn as
-# their negative. Each is scaled to what it ranges over in the whole trial, so 0 is the worst that was
-# ever seen.
+# All faults, 192 images, three seeds: `python -m studies metrics` measures it again. The curves are
+# means over seeds with their range, and every score is plotted so that **down is worse**: distances are
+# plotted as their negative. Each is scaled to what it ranges over in the whole test, so 0 is the worst
+# that was ever seen.
 
 # %%
 stored = ledger.read("metrics_trial")
@@ -109,17 +109,17 @@ wide.loc[rows["fault"].unique(), list(study.SCORES)]
 # - *Wrong captions* do not exist for Fréchet distance, KID, precision and recall: they never read a
 #   prompt. A model that ignores what is asked can lead a table of Fréchet distances.
 # - *Memorised copies* make the Fréchet distance **better**, the more of them the better, and only
-#   *leakage*, which asks whose neighbour an image is, falls. (LPIPS moves too, but here it is paired with
-#   the unspoilt image, so it notices every exchange and says nothing of why.)
-# - *Mode dropping* is invisible to accuracy and CLIP score, because each drawn image is right. Recall
-#   and the distances catch it; precision stays at 1.
+#   *leakage*, which asks whose neighbour an image is, falls. (LPIPS moves too, but here it is paired
+#   with the unspoilt image, so it notices every exchange and says nothing of why.)
+# - *Mode dropping* is invisible to accuracy and CLIP score, because each generated image is right.
+#   Recall and the distances catch it; precision stays at 1.
 # - Precision forgives almost everything: it is 1 when all images are one, and hardly moves under the
 #   strongest JPEG, where it was expected to. That is the one expectation of a catch that failed.
 # - The scores caught more than was expected of them: recall, CLIP score and accuracy also notice strong
 #   blur, resizing and JPEG, because details vanish that tell one kind from another.
 #
 # The KID of unspoilt images is below 0. Both sets show the same prompts, so they are more alike than
-# two independent draws, and an estimate without bias for those must say so.
+# two independent samples, and an estimate without bias for those must say so.
 #
 # ## Too few samples
 #
@@ -128,7 +128,7 @@ wide.loc[rows["fault"].unique(), list(study.SCORES)]
 # they were differences: it is too large, the more so the fewer the samples, and never too small on
 # average. KID estimates a squared distance without bias, and so lies around 0 for equal sets, below it
 # half of the time. Two Gaussians in 16 dimensions show it, because their distance is known: equal ones
-# have 0, and where the means are 1 apart the Fréchet distance is 1. `study.bias` draws them again.
+# have 0, and where the means are 1 apart the Fréchet distance is 1. `study.bias` samples them again.
 
 # %%
 gaussians = pd.DataFrame(stored["gaussians"])
@@ -191,7 +191,7 @@ pd.DataFrame(baselines).T.rename_axis("real against real, images")
 # 1. Spoil images by a fault of your own: a function of an `Exhibit`, a dose and a generator. Does any
 #    score notice a watermark in one corner?
 # 2. Which fault would let a model win a contest that is judged by Fréchet distance alone?
-# 3. Hold the trial with 64 images (`study.hold(count=64)`). Which scores are refused, and why?
+# 3. Run the test with 64 images (`study.hold(count=64)`). Which scores are refused, and why?
 #
 # ## Provenance
 

@@ -14,15 +14,16 @@
 #
 # Only the abstract of the paper could be read, so this appendix is about the *code*: the repository
 # `naimurborno/Latent-Based-Continual-Learning-with-Dual-Layered-Distillation-...`, file
-# `src/kd_train_text_to_image.py`, a fork of BK-SDM's training script (Kim et al., arXiv 2305.15798). Each
-# statement names the commit it was read at. All code below is our own.
+# `src/kd_train_text_to_image.py`, a fork of BK-SDM's training script (Kim et al., arXiv 2305.15798).
+# Each statement names the commit it was read at. All code below is our own.
 #
 # :::{admonition} Findings
 # 1. The **output term has no gradient** since commit 6901ef2: it is logged and teaches nothing. *First
 #    section.*
-# 2. The **softened KL sums over pixels** and does not see an error that all channels share. *Second section.*
-# 3. The **feature term sums eight raw errors**. In the authors' log, features are 0.45 of the KL. On the
-#    mini teacher the same arithmetic gives the ratio in the table of the last section.
+# 2. The **softened KL sums over pixels** and does not see an error that all channels share. *Second
+#    section.*
+# 3. The **feature term sums eight raw errors**. In the authors' log, features are 0.45 of the KL. On
+#    the mini teacher the same arithmetic gives the ratio in the table of the last section.
 # 4. The **replay is one image of the step before**. There are no tasks and there is no buffer. *Fourth
 #    section.*
 # 5. `kdc.LossWeights.as_published()` computes the same terms to the digit. *Fifth section.*
@@ -70,10 +71,10 @@ output.mkdir(parents=True, exist_ok=True)
 # %% [markdown]
 # ## A batch, two predictions
 #
-# Their step encodes a batch with the autoencoder, draws noise $\epsilon$ and one uniform timestep $t$ for
-# each image, and mixes both into $x_t$. Student $s$ and teacher $u$ predict from the same $x_t$ and the
-# same prompt embeddings. The target $y$ is the noise, or the velocity where the teacher was trained on it.
-# That part is the usual one, and is the same here.
+# Their step encodes a batch with the autoencoder, draws noise $\epsilon$ and one uniform timestep $t$
+# for each image, and mixes both into $x_t$. Student $s$ and teacher $u$ predict from the same $x_t$ and
+# the same prompt embeddings. The target $y$ is the noise, or the velocity where the teacher was trained
+# on it. That part is the usual one, and is the same here.
 
 # %%
 pipeline = kdc.load_teacher(teacher)
@@ -96,8 +97,8 @@ noise = noise.to(pipeline.device)
 # $$\mathcal{L}_\text{task} = \operatorname{mean}\,(s - y)^2, \qquad
 #   \mathcal{L}_\text{output} = \operatorname{mean}\,(s - u)^2. \tag{1}$$
 #
-# Commit 05aa8f9 computed both with a gradient. Commit 6901ef2 moved the second into the block that switches
-# gradients off for the teacher. Its value is still added to the loss and logged.
+# Commit 05aa8f9 computed both with a gradient. Commit 6901ef2 moved the second into the block that
+# switches gradients off for the teacher. Its value is still added to the loss and logged.
 
 # %%
 predicted = student(*inputs).sample
@@ -120,8 +121,8 @@ print(f"output {output_term.item():.4f}, has a gradient: {output_term.requires_g
 #   \operatorname{KL}\bigl(\operatorname{softmax}(u / T) \,\|\, \operatorname{softmax}(s / T)\bigr),
 #   \qquad T = 2. \tag{2}$$
 #
-# The softmax runs over the four latent channels of a pixel, as if they were classes. The reduction divides
-# by the batch alone, so all pixels are summed: 64 x 64 = 4,096 on Stable Diffusion. A weight
+# The softmax runs over the four latent channels of a pixel, as if they were classes. The reduction
+# divides by the batch alone, so all pixels are summed: 64 x 64 = 4,096 on Stable Diffusion. A weight
 # $\alpha = 1$ multiplies it, and $1 - \alpha = 0$ a cross-entropy that therefore vanishes.
 
 # %%
@@ -135,24 +136,27 @@ print(f"softened KL {soft.item():.3f}, a pixel's mean {soft.item() / pixels:.5f}
 
 shift = torch.randn(len(predicted), 1, *predicted.shape[-2:], generator=draw).to(predicted.device)
 moved = F.log_softmax((predicted + shift) / T, dim=1)
-print(f"changed by an error that all channels share: {(moved - log_student).abs().max().item():.1e}")
+print(
+    f"changed by an error that all channels share: {(moved - log_student).abs().max().item():.1e}"
+)
 
 # %% [markdown]
-# **What follows.** The number of pixels sets the weight of the term. An error that all channels share costs
-# nothing. **Corrected:** the mean over pixels with a weight of its own, beside a live output term, which
-# sees every error.
+# **What follows.** The number of pixels sets the weight of the term. An error that all channels share
+# costs nothing. **Corrected:** the mean over pixels with a weight of its own, beside a live output
+# term, which sees every error.
 #
 # ## The feature term sums eight raw errors
 #
 # $$\mathcal{L}_\text{feature} = \sum_{b=1}^{8} \operatorname{mean}\,(f^s_b - f^u_b)^2 \tag{3}$$
 #
-# over the outputs of the four up blocks and the four down blocks. (The plan `kdc` has no mid-block.) Commit
-# 685bce4, the newest training script, comments the term out. It also drops the copying of the teacher's
-# weights and trains the 420M configuration from random ones.
+# over the outputs of the four up blocks and the four down blocks. (The plan `kdc` has no mid-block.)
+# Commit 685bce4, the newest training script, comments the term out. It also drops the copying of the
+# teacher's weights and trains the 420M configuration from random ones.
 
 # %%
 pairs = feature_pairs(student, pipeline.unet)
-hooks = [FeatureHooks(u, n) for u, n in zip((student, pipeline.unet), zip(*pairs), strict=True)]
+names = zip(*pairs, strict=True)
+hooks = [FeatureHooks(u, n) for u, n in zip((student, pipeline.unet), names, strict=True)]
 predicted = student(*inputs).sample
 with torch.no_grad():
     taught = pipeline.unet(*inputs).sample
@@ -172,16 +176,16 @@ print(f"sum {feature.item():.3f}, mean {feature.item() / len(errors):.3f}")
 
 # %% [markdown]
 # **What follows.** Blocks with large activations rule the sum. Earlier versions of this book took the
-# *mean* of these errors and called it "as published": features eight times too weak. **Corrected:** each
-# error divided by the mean square of the teacher's features, then the mean over blocks.
+# *mean* of these errors and called it "as published": features eight times too weak. **Corrected:**
+# each error divided by the mean square of the teacher's features, then the mean over blocks.
 #
 # ## Replay is one image of the step before
 #
 # Commit 05aa8f9 ("added continual learning") let the data set grow by every image seen. Commit ac33650
-# comments that out. From then on a variable holds one image and its caption. It is filled at each optimiser
-# step, and joins every forward pass until the next. At their batch size of 1, with 4 accumulation steps,
-# the image is that of the fourth pass, and it makes up half of each of the next four batches. There are no
-# tasks, so forgetting cannot be measured.
+# comments that out. From then on a variable holds one image and its caption. It is filled at each
+# optimiser step, and joins every forward pass until the next. At their batch size of 1, with 4
+# accumulation steps, the image is that of the fourth pass, and it makes up half of each of the next
+# four batches. There are no tasks, so forgetting cannot be measured.
 
 # %%
 stored, passes = None, []
@@ -198,7 +202,8 @@ pd.DataFrame({"forward pass": range(12), "images in its batch": passes}).set_ind
 #
 # As in `scripts/kd_train.sh` and the script's defaults. Three of them differ from what a reader of the
 # command line expects. The option for averaged weights is inverted, so that asking for it switches the
-# average *off*. The transformation in use crops and does not flip. AdamW runs with a weight decay of 0.01.
+# average *off*. The transformation in use crops and does not flip. AdamW runs with a weight decay of
+# 0.01.
 
 # %%
 theirs_settings = dict(AUTHORS["as in the authors' code"].training)
@@ -230,11 +235,12 @@ both.round(4)
 # %% [markdown]
 # ## Features against KL: the mini teacher beside their log
 #
-# Their shipped log has one line of losses: 178 in all, of which 0.47 task, 0.09 output and 55.1 features.
-# What is left, 122.3, is the KL, so features / KL = 0.45. The table has the same ratio on the mini teacher:
-# here for this student, and as stored for eight seeds of a freshly cut one (`results/authors_ratio.json`,
-# `python -m studies distillation authors-ratio`). It shows how sizes compare, not how well anything is
-# learnt: their number comes after 40 steps of training on Stable Diffusion, ours before any.
+# Their shipped log has one line of losses: 178 in all, of which 0.47 task, 0.09 output and 55.1
+# features. What is left, 122.3, is the KL, so features / KL = 0.45. The table has the same ratio on the
+# mini teacher: here for this student, and as stored for eight seeds of a freshly cut one
+# (`results/authors_ratio.json`, `python -m studies distillation authors-ratio`). It shows how sizes
+# compare, not how well anything is learnt: their number comes after 40 steps of training on Stable
+# Diffusion, ours before any.
 
 # %%
 distillation_step = DistillationStep(student, pipeline.unet, process, LossWeights.as_published())
@@ -273,29 +279,29 @@ rows.groupby("candidate", sort=False)[measures].mean().round(3)
 # %% [markdown]
 # ## What this does not show
 #
-# The authors ran Stable Diffusion on photographs, with a teacher that they had fine-tuned for 20,000 steps.
-# Nothing here repeats that. At their rate of 5e-5 and 200 updates a mini student has hardly moved, so the
-# table above compares *settings at equal updates*, not what each could reach. Their printed FID, 255.8,
-# compares 5 generated with 11 real images of one class and cannot be compared with anything here.
+# The authors ran Stable Diffusion on photographs, with a teacher that they had fine-tuned for 20,000
+# steps. Nothing here repeats that. At their rate of 5e-5 and 200 updates a mini student has hardly
+# moved, so the table above compares *settings at equal updates*, not what each could reach. Their
+# printed FID, 255.8, compares 5 generated with 11 real images of one class and cannot be compared with
+# anything here.
 #
 # ## Exercises
 #
 # 1. Give the output term its gradient (`LossWeights.as_published().replace(output_gradient=True)`). How
 #    much of the whole gradient is it? `kdc.diagnose` tells.
 #
-# ```{dropdown} Solution
-# `kdc.diagnose(student, pipeline, data, LossWeights.as_published().replace(output_gradient=True)).terms`.
-# The column `share` has it: a few per cent at most, because the summed KL is so large.
-# ```
+# ```{dropdown} Solution `kdc.diagnose(student, pipeline, data,
+# LossWeights.as_published().replace(output_gradient=True)).terms`. The column `share` has it: a few per
+# cent at most, because the summed KL is so large. ```
 #
 # 2. At which number of pixels would the softened KL weigh as much as the task term?
 #
-# **Summary.** The authors' loss is a sum of four terms, one of which has no gradient. Two others are sums, over
-# pixels and over blocks, so that the sizes of networks and images set their weights. Their replay is one
-# image that joins the next batches.
+# **Summary.** The authors' loss is a sum of four terms, one of which has no gradient. Two others are
+# sums, over pixels and over blocks, so that the sizes of networks and images set their weights. Their
+# replay is one image that joins the next batches.
 #
-# **Further reading.** Kim et al., *BK-SDM*, arXiv 2305.15798; Hinton et al., *Distilling the Knowledge in a
-# Neural Network*, arXiv 1503.02531; Romero et al., *FitNets*, arXiv 1412.6550.
+# **Further reading.** Kim et al., *BK-SDM*, arXiv 2305.15798; Hinton et al., *Distilling the Knowledge
+# in a Neural Network*, arXiv 1503.02531; Romero et al., *FitNets*, arXiv 1412.6550.
 #
 # ## Provenance
 
