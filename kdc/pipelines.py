@@ -20,6 +20,7 @@ from kdc.unet.plans import SlimPlan
 
 ASSETS = Path(__file__).parent / "assets"
 MINI_TEACHER = ASSETS / "mini-teacher"
+TEACHERS = {"mini": MINI_TEACHER}  # short names of diffusers folders, for `load_teacher`
 MINI_STUDENT = ASSETS / "mini-student"
 
 
@@ -33,11 +34,11 @@ def load_teacher(
 ) -> StableDiffusionPipeline:
     """The text-to-image pipeline that teaches: "mini", a hub id, or a diffusers folder.
 
-    "mini" is embedded in the package and needs no network. Only safetensors are read. Raises
-    `FileNotFoundError` for a folder that is none, and `ValueError` where a hub id cannot be had or
-    weights are damaged; both say what to do.
+    "mini" is embedded in the package and needs no network; `TEACHERS` holds such names. Only
+    safetensors are read. Raises `FileNotFoundError` for a folder that is none, and `ValueError`
+    where a hub id cannot be had or weights are damaged; both say what to do.
     """
-    path = MINI_TEACHER if str(source) == "mini" else Path(source).expanduser()
+    path = TEACHERS.get(str(source)) or Path(source).expanduser()
     if not path.is_dir() and (path.is_absolute() or str(source).startswith((".", "~"))):
         raise FileNotFoundError(f"no folder {path}: give 'mini', a hub id or a diffusers folder")
     if path.is_dir() and not (path / "model_index.json").is_file():

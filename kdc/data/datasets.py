@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -55,6 +57,39 @@ class WorldDataset(Dataset):
         }
 
 
+def _world_names(source: str | Path) -> list[str]:
+    """The worlds that a name stands for; none for any other name."""
+    if source == "worlds":
+        return list(worlds.WORLDS)
+    return [str(source)] if str(source) in worlds.WORLDS else []
+
+
+def _read_worlds(source, split, size, *, count, seed, held_out) -> WorldDataset:
+    return WorldDataset(_world_names(source), split, size, count, seed, held_out)
+
+
+def _read_folder(source, split, size, **of_worlds) -> FolderDataset:
+    return read_folder(Path(source).expanduser(), split, size)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One entry of `DATASETS`."""
+
+    # Whether this kind reads what was given, a name or a path.
+    knows: Callable[[str | Path], bool]
+    # Called as read(source, split, size, count=, seed=, held_out=). Its items are dictionaries with
+    # "image" (3, size, size) in [-1, 1] and "caption", and it has a method `caption(index)`.
+    read: Callable[..., Any]
+
+
+# The first kind that knows a source reads it.
+DATASETS: dict[str, Kind] = {
+    "worlds": Kind(lambda source: bool(_world_names(source)), _read_worlds),
+    "folder": Kind(lambda source: Path(source).expanduser().is_dir(), _read_folder),
+}
+
+
 def load_dataset(
     name_or_folder: str | Path,
     split: str = "train",
@@ -66,6 +101,7 @@ def load_dataset(
 ) -> WorldDataset | FolderDataset:
     """A captioned data set: "flora", "lepidoptera", "worlds" (both), or a folder of images.
 
+    Which kinds there are stands in `DATASETS`.
     `count`, `seed` and `held_out` concern the worlds. A folder may hold `train/` and `test/`; where
     it does not, one image in five, chosen by the hash of its name, is for testing. Every file is
     opened once: those that are no readable image are left out and named in a warning. Raises
@@ -73,13 +109,10 @@ def load_dataset(
     """
     if split not in FOLDER_SPLITS:
         raise ValueError(f"unknown split {split!r}; the splits are train and test")
-    names = list(worlds.WORLDS) if name_or_folder == "worlds" else [str(name_or_folder)]
-    if all(name in worlds.WORLDS for name in names):
-        return WorldDataset(names, split, size, count, seed, held_out)
-    folder = Path(name_or_folder).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no data set {str(name_or_folder)!r}: neither a folder nor one of "
-            f"{', '.join(worlds.WORLDS)}, worlds"
-        )
-    return read_folder(folder, split, size)
+    for kind in DATASETS.values():
+        if kind.knows(name_or_folder):
+            return kind.read(name_or_folder, split, size, count=count, seed=seed, held_out=held_out)
+    raise FileNotFoundError(
+        f"no data set {str(name_or_folder)!r}: neither a folder nor one of "
+        f"{', '.join(worlds.WORLDS)}, worlds"
+    )
