@@ -19,6 +19,7 @@ ALLOWED = {
     "kdc.continual": "io unet pipelines data training distillation replay",
     "kdc.evaluation": "io unet pipelines data distillation",
     "kdc.search": "unet data distillation",
+    "kdc.commands": "io unet pipelines data training distillation replay continual evaluation",
 }
 STUDIES = {
     "studies.figures": "",
