@@ -19,8 +19,8 @@ ALLOWED = {
     "kdc.continual": "io unet pipelines data training distillation replay",
     "kdc.evaluation": "io unet pipelines data distillation",
     "kdc.search": "unet data distillation",
-    "kdc.commands": "io unet pipelines data training distillation replay continual evaluation",
 }
+ABOVE = {"kdc.commands"}  # the command line uses all of the library, and nothing imports it
 STUDIES = {
     "studies.figures": "",
     "studies.common": "",
@@ -75,7 +75,7 @@ def test_the_tables_name_every_package(table, root):
         if not path.name.startswith(("_", ".")) and path.name != "assets"
         and (path.suffix == ".py" or any(path.glob("*.py")))
     }  # fmt: skip
-    assert there == set(table)
+    assert there - ABOVE == set(table)
 
 
 def test_the_tests_mirror_the_packages():
