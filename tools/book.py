@@ -163,7 +163,7 @@ def stage(source: Path = EXECUTED) -> None:
     """Lay out everything the book needs in a folder of its own, so that nothing else gets in."""
     shutil.rmtree(STAGE, ignore_errors=True)
     (STAGE / "notebooks").mkdir(parents=True)
-    for name in ("_toc.yml", "_config.yml", "README.md"):
+    for name in ("_toc.yml", "_config.yml", "README.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, STAGE / name)
     copy_linked((ROOT / "README.md").read_text("utf-8"), ROOT)
     for path in notebooks():
