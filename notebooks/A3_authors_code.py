@@ -22,11 +22,12 @@
 #    section.*
 # 2. The **softened KL sums over pixels** and does not see an error that all channels share. *Second
 #    section.*
-# 3. The **feature term sums eight raw errors**. In the authors' log, features are 0.45 of the KL. On
-#    the mini teacher the same arithmetic gives the ratio in the table of the last section.
-# 4. The **replay is one image of the step before**. There are no tasks and there is no buffer. *Fourth
-#    section.*
-# 5. `kdc.LossWeights.as_published()` computes the same terms to the digit. *Fifth section.*
+# 3. The **feature term sums eight raw errors**. In the authors' log, features are 0.47 of the KL at the
+#    first update. On the mini teacher the same arithmetic gives the ratio in the table of *Features
+#    against KL*.
+# 4. The **replay is one image of the update before**, half of the next gradient. There are no tasks and
+#    there is no buffer. *Fourth section.*
+# 5. `kdc.LossWeights.as_published()` computes the same terms to the digit. *The library does the same.*
 # :::
 
 # %% tags=["parameters"]
@@ -179,13 +180,18 @@ print(f"sum {feature.item():.3f}, mean {feature.item() / len(errors):.3f}")
 # *mean* of these errors and called it "as published": features eight times too weak. **Corrected:**
 # each error divided by the mean square of the teacher's features, then the mean over blocks.
 #
-# ## Replay is one image of the step before
+# ## Replay is one image of the update before
 #
-# Commit 05aa8f9 ("added continual learning") let the data set grow by every image seen. Commit ac33650
-# comments that out. From then on a variable holds one image and its caption. It is filled at each
-# optimiser step, and joins every forward pass until the next. At their batch size of 1, with 4
-# accumulation steps, the image is that of the fourth pass, and it makes up half of each of the next
-# four batches. There are no tasks, so forgetting cannot be measured.
+# Commit 8791c14 tries EWC, with a call of the U-Net that raises an error. Commit 05aa8f9 ("added
+# continual learning") lets the data set grow by the images it has seen; edfbe87 takes that out, 6901ef2
+# brings it back, ac33650 comments it out. Nothing ever reads the images added: the sampler has fixed
+# the order of an epoch before.
+#
+# From ac33650 on, a variable holds one image, in pixels, and its caption. It is filled at each
+# optimiser step and joins every forward pass until the next. At their batch size of 1, with 4
+# accumulation steps, it is the image of the fourth pass, and it makes up half of each of the next four
+# batches. So half of the next gradient comes from one image, and the batch of 4 is worth
+# $1 / (4 \cdot (1/8)^2 + (1/2)^2) = 3.2$ images. There are no tasks, so forgetting cannot be measured.
 
 # %%
 stored, passes = None, []
@@ -201,9 +207,9 @@ pd.DataFrame({"forward pass": range(12), "images in its batch": passes}).set_ind
 # ## The other settings
 #
 # As in `scripts/kd_train.sh` and the script's defaults. Three of them differ from what a reader of the
-# command line expects. The option for averaged weights is inverted, so that asking for it switches the
-# average *off*. The transformation in use crops and does not flip. AdamW runs with a weight decay of
-# 0.01.
+# command line expects. The option for averaged weights is inverted since commit 743712b, so that asking
+# for it switches the average *off*. The option for flips is not read since 1f27503: images are cropped
+# and not flipped. AdamW runs with a weight decay of 0.01, and the gradient is clipped at a norm of 1.
 
 # %%
 theirs_settings = dict(AUTHORS["as in the authors' code"].training)
@@ -213,7 +219,8 @@ pd.DataFrame({"as in the authors' code": theirs_settings, "our default": ours_se
 # %% [markdown]
 # ## The library does the same
 #
-# `LossWeights.as_published()` is the sum of (1), (2) and (3). Both columns must agree.
+# `LossWeights.as_published()` is the sum of (1), (2) and (3). Both columns must agree. (They do for plans
+# without a mid-block. For `bk-base` the library compares the mid-block too, as a ninth.)
 
 # %%
 parts = (predicted, noise, taught, ours, theirs)
@@ -235,12 +242,11 @@ both.round(4)
 # %% [markdown]
 # ## Features against KL: the mini teacher beside their log
 #
-# Their shipped log has one line of losses: 178 in all, of which 0.47 task, 0.09 output and 55.1
-# features. What is left, 122.3, is the KL, so features / KL = 0.45. The table has the same ratio on the
-# mini teacher: here for this student, and as stored for eight seeds of a freshly cut one
-# (`results/authors_ratio.json`, `python -m studies distillation authors-ratio`). It shows how sizes
-# compare, not how well anything is learnt: their number comes after 40 steps of training on Stable
-# Diffusion, ours before any.
+# Their shipped log keeps two lines of losses, each of one forward pass: the first update, before any
+# change of the weights, and the last of 40. The KL itself is not logged. It is what the other terms
+# leave of the total. The table has the same figures for a freshly cut student of the mini teacher, the
+# mean over eight seeds (`results/authors_ratio.json`, `python -m studies distillation
+# authors-ratio`), and the ratio here, for this notebook's seeds.
 
 # %%
 distillation_step = DistillationStep(student, pipeline.unet, process, LossWeights.as_published())
@@ -251,18 +257,27 @@ with contextlib.closing(distillation_step), torch.no_grad():
         found = distillation_step(student, *data.draw(run.batch, generator, 0.0), generator)
         ratios[seed] = (found["feature"] / found["soft"]).item()
 stored_rows, notes = stages.stored_ratio()
+terms = ["task", "output", "feature", "soft"]
+sources = {f"authors' log, {line}": (found, 4096) for line, found in notes["theirs"].items()}
+sources["mini teacher, stored"] = (stored_rows[terms].mean().to_dict(), notes["pixels"])
+log = pd.DataFrame({name: found for name, (found, _) in sources.items()}).loc[terms].T
+log["feature / soft"] = log["feature"] / log["soft"]
+size = pd.Series({name: each for name, (_, each) in sources.items()})
+log["soft / (output x pixels)"] = log["soft"] / log["output"] / size
+display(log.round(3))
 ratio = stored_rows["ratio"]
-display(
-    pd.Series(
-        {
-            "authors' log": f"{notes['theirs']:.2f}",
-            "mini teacher, here": ", ".join(f"{value:.2f}" for value in ratios.values()),
-            "mini teacher, stored": f"{ratio.mean():.2f} ± {ratio.std():.2f}",
-            "... with features averaged": f"{ratio.mean() / 8:.2f}",
-        },
-        name="features / KL",
-    ).to_frame()
-)
+print(f"feature / soft, stored seeds: {ratio.mean():.3f}, standard deviation {ratio.std():.3f}")
+print("here:", ", ".join(f"seed {seed}: {value:.2f}" for seed, value in ratios.items()))
+print(f"with the mean over the eight blocks instead: {ratio.mean() / 8:.3f}")
+
+# %% [markdown]
+# **The KL's sum over pixels shows in the log.** The KL of a pixel is about a third of the squared error
+# of the predictions, in both lines and on the mini teacher. With a mean over pixels it would be 4,096
+# times smaller.
+#
+# **The features' sum over blocks does not.** The ratio on the mini teacher is near the first line's, but
+# two differences cancel there: the mini latents have a sixteenth of the pixels, and its features have
+# smaller errors by nearly as much. That features are summed is known from the code.
 
 # %% [markdown]
 # ## What a student learns by it
@@ -290,9 +305,10 @@ rows.groupby("candidate", sort=False)[measures].mean().round(3)
 # 1. Give the output term its gradient (`LossWeights.as_published().replace(output_gradient=True)`). How
 #    much of the whole gradient is it? `kdc.diagnose` tells.
 #
-# ```{dropdown} Solution `kdc.diagnose(student, pipeline, data,
-# LossWeights.as_published().replace(output_gradient=True)).terms`. The column `share` has it: a few per
-# cent at most, because the summed KL is so large. ```
+# :::{dropdown} Solution
+# `kdc.diagnose(student, pipeline, data, LossWeights.as_published().replace(output_gradient=True)).terms`.
+# The column `share` has it: a few per cent at most, because the summed KL is so large.
+# :::
 #
 # 2. At which number of pixels would the softened KL weigh as much as the task term?
 #

@@ -233,6 +233,9 @@ class LossWeights:
         The output term has no gradient (since commit 6901ef2), the soft term sums over the pixels
         and the feature term over the eight blocks' raw errors. The newest training script (685bce4)
         leaves the feature term out.
+
+        Exact for students without a mid-block, such as those of the plan "kdc". Where a student
+        keeps it, `feature_pairs` adds it as a ninth, which the authors' code does not.
         """
         weights = dict.fromkeys(TERMS, 0.0) | {"task": 1.0, "output": 1.0, "soft": 1.0}
         return cls(

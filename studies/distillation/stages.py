@@ -16,7 +16,14 @@ from studies.common import ledger
 from studies.common.protocol import Setup, prepare, score, slug, strip
 from studies.common.recipes import AUTHORS, RECIPES, Recipe
 from studies.common.runner import Context, Stage
-from studies.distillation.study import SHOWN, Settings, authors_ratio, fixed_of, study
+from studies.distillation.study import (
+    AUTHORS_LOG,
+    SHOWN,
+    Settings,
+    authors_ratio,
+    fixed_of,
+    study,
+)
 
 
 def _setup(context: Context) -> tuple[Setup, Settings]:
@@ -59,12 +66,12 @@ def _authors_ratio(context: Context) -> list[Path]:
     setup, _ = _setup(context)
     rows = authors_ratio(setup)
     pixels = setup.train.mean.shape[-2] * setup.train.mean.shape[-1]
-    values = {"rows": rows.to_dict("records"), "pixels": pixels, "theirs": 55.1 / 122.3}
+    values = {"rows": rows.to_dict("records"), "pixels": pixels, "theirs": AUTHORS_LOG}
     return [ledger.write("authors_ratio", values, context.results)]
 
 
 def stored_ratio(results: str | Path | None = None) -> tuple[pd.DataFrame, dict]:
-    """What the stage `authors-ratio` measured: a row a seed; and pixels and the authors' ratio."""
+    """What the stage `authors-ratio` measured: a row a seed; and `pixels` and `theirs`."""
     values = ledger.read("authors_ratio", results)
     return pd.DataFrame(values.pop("rows")), values
 

@@ -14,9 +14,12 @@ FILE, FORMAT, VERSION = "last_sample.safetensors", "kdc-last-sample", "1"
 
 
 class LastSample(Mechanism):
-    """The last new image of a step joins every forward pass of the next, also across tasks.
+    """The last new image of an update joins every forward pass of the next, also across tasks.
 
-    There is no buffer and nothing is said of tasks: an image is seen once more and forgotten.
+    There is no buffer and nothing is said of tasks: an image is seen in one more update and
+    forgotten. At a batch of 1 it is half of every pass, so with `accumulation` 4 half of the
+    update's gradient comes from it. With larger batches the authors' code picks one of the pass's
+    images at random; here it is always the last.
     """
 
     own_first_task = True
