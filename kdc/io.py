@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+def as_path(path: str | os.PathLike, name: str = "the path") -> Path:
+    """`path` with `~` as the home folder; every path that a caller gives goes through here once.
+
+    Raises `TypeError` for what is no path, a number for instance, and `ValueError` for an empty
+    text (which would mean the current folder) and for what no file system can name.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{name} must be a text or a Path, not {path!r}")
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a text or a Path, not {path!r}")
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"{name} is {text!r}: give the name of a file or folder, '.' for this one")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name} {text!r}: {error}") from error
 
 
 def fingerprint(*tensors: Tensor) -> str:
