@@ -6,10 +6,13 @@ so that a reader never sees half of it. Formats are JSON and safetensors, never 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,34 @@ def as_path(path: str | os.PathLike, name: str = "the path") -> Path:
         raise ValueError(f"{name} {text!r}: {error}") from error
 
 
+def try_writing(folder: str | os.PathLike, files: Iterable[str], name: str = "output_dir") -> Path:
+    """The folder as `as_path` gives it, where all these files could be written; nothing is made.
+
+    `files` are relative to it. Raises `NotADirectoryError` or `IsADirectoryError` where something
+    of the other kind has such a name, and `PermissionError` or another `OSError` where nothing can
+    be written; each says which path.
+    """
+    folder = as_path(folder, name)
+    tried = set()
+    for file in (folder / each for each in files):
+        parent = file.parent
+        while not os.path.lexists(parent):
+            parent = parent.parent
+        if not parent.is_dir():
+            raise NotADirectoryError(f"{name} {folder}: {parent} is a file, a folder is needed")
+        if file.is_dir():
+            raise IsADirectoryError(f"{name} {folder}: {file} is a folder, a file is to go there")
+        if parent not in tried:
+            try:
+                with tempfile.TemporaryFile(dir=parent):
+                    tried.add(parent)
+            except OSError as error:
+                raise type(error)(
+                    error.errno, f"{name} {folder}: nothing can be written there", str(parent)
+                ) from error
+    return folder
+
+
 def fingerprint(*tensors: Tensor) -> str:
     """A short hash of the tensors' bytes, by which a run knows its data and teacher again."""
     digest = hashlib.sha256()
@@ -51,13 +82,119 @@ def plain(values: Any) -> Any:
     return json.loads(json.dumps(values))
 
 
+def beside(file: Path) -> Path:
+    """The folder in which `file` is written before it is renamed.
+
+    A folder, because safetensors writes through a file of a random name beside the one it is given.
+    """
+    return file.with_name(file.name + ".partial")
+
+
+def forget_partial(*files: Path) -> None:
+    """Remove what a stopped process left of these files while it wrote them."""
+    for file in files:
+        shutil.rmtree(beside(file), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing(file: str | Path) -> Iterator[Path]:
+    """A place to write to, which takes the place of `file` at the end, all of it or nothing.
+
+    The folder is made. What was written is on the disk before the old file goes, so that a crash
+    leaves one of the two. Where writing fails nothing is left behind.
+    """
+    file = Path(file)
+    folder = beside(file)
+    forget_partial(file)
+    folder.mkdir(parents=True)
+    try:
+        yield folder / file.name
+        sync(folder / file.name)
+        (folder / file.name).replace(file)
+    finally:
+        forget_partial(file)
+    sync(file.parent)
+
+
+def sync(path: str | Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if os.name == "nt" and Path(path).is_dir():
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checksum(file: str | Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+MANIFEST = "manifest.json"
+
+
+def seal(folder: Path, kind: str, files: Iterable[Path] | None = None) -> None:
+    """Bring a folder's files to the disk, and list them with their checksums in a manifest.
+
+    `files` are all below it unless given; a manifest of none says whose the folder is while it is
+    being filled, and is not whole.
+    """
+    if files is None:
+        files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
+    sums = {}
+    for file in files:
+        sync(file)
+        sums[file.relative_to(folder).as_posix()] = checksum(file)
+    write_json(folder / MANIFEST, {"format": kind, "version": 1, "files": sums})
+
+
+def check_sealed(folder: Path, kind: str) -> None:
+    """Raise `ValueError` where a folder is not as it was sealed, naming what is wrong."""
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} is damaged, or was written by an earlier version: it has no {MANIFEST}"
+        )
+    note = read_json(folder / MANIFEST)
+    sums = note.get("files")
+    if note.get("format") != kind or not isinstance(sums, dict) or not sums:
+        raise ValueError(f"{folder} is damaged: {MANIFEST} lists no files of a {kind}")
+    for name, expected in sums.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is damaged: {name} is missing")
+        if checksum(folder / name) != expected:
+            raise ValueError(f"{folder} is damaged: {name} is not what was written")
+
+
+def is_sealed_as(folder: Path, kind: str) -> bool:
+    """Whether a folder is one of that kind, filled or not; only such folders are ever deleted."""
+    try:
+        return read_json(folder / MANIFEST).get("format") == kind
+    except (OSError, ValueError):
+        return False
+
+
 def write_text(file: str | Path, text: str) -> Path:
     """Write a text beside its place and rename it; the folder is made."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    return partial.replace(file)
+    with replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return Path(file)
+
+
+def read_json(file: str | Path) -> dict:
+    """The dictionary that `write_json` wrote.
+
+    Raises `FileNotFoundError`, and `ValueError` naming a file that is damaged or holds none.
+    """
+    try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is damaged: it holds {type(values).__name__}, not names")
+    return values
 
 
 def write_json(
@@ -99,7 +236,7 @@ def make_once(file: Path, made_with: dict, make: Callable[[], dict]) -> dict:
     Raises `ValueError` where `file` was made with other settings.
     """
     if file.is_file():
-        note = json.loads(file.read_text())
+        note = read_json(file)
         refuse_other_settings(
             file, note["made_with"], made_with, "use another folder, or delete it"
         )
@@ -112,11 +249,9 @@ def make_once(file: Path, made_with: dict, make: Callable[[], dict]) -> dict:
 
 def write_tensors(file: str | Path, state: dict[str, Tensor], kind: str, version: str) -> Path:
     """Write tensors as safetensors that name their format, beside and then renamed."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    save_file(state, partial, {"format": kind, "version": version})
-    return partial.replace(file)
+    with replacing(file) as partial:
+        save_file(state, partial, {"format": kind, "version": version})
+    return Path(file)
 
 
 def read_tensors(file: str | Path, kind: str, version: str) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
+import importlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,13 +16,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kdc.io import write_json
+from kdc.io import as_path, read_json, sync, write_json
 from kdc.unet.plans import SlimPlan
 
 ASSETS = Path(__file__).parent / "assets"
 MINI_TEACHER = ASSETS / "mini-teacher"
 TEACHERS = {"mini": MINI_TEACHER}  # short names of diffusers folders, for `load_teacher`
 MINI_STUDENT = ASSETS / "mini-student"
+LIBRARIES = ("diffusers", "transformers")  # whose networks can be parts of a teacher
+PREVIOUS = "unet.previous"  # an older student, while a new one takes its place
+STUDENT_FILES = ("unet/config.json", "kdc.json")  # what `save_student` writes
 
 
 def pick_device() -> torch.device:
@@ -30,33 +34,137 @@ def pick_device() -> torch.device:
 
 
 def load_teacher(
-    source: str | Path = "mini", dtype: torch.dtype = torch.float32, device=None
+    source: str | Path = "mini",
+    dtype: torch.dtype = torch.float32,
+    device=None,
+    *,
+    variant: str | None = None,
 ) -> StableDiffusionPipeline:
     """The text-to-image pipeline that teaches: "mini", a hub id, or a diffusers folder.
 
     "mini" is embedded in the package and needs no network; `TEACHERS` holds such names. Only
-    safetensors are read. Raises `FileNotFoundError` for a folder that is none, and `ValueError`
-    where a hub id cannot be had or weights are damaged; both say what to do.
+    safetensors are read, and they must hold the networks' tensors, all of them and no others.
+    `variant` "fp16" reads the files of that name; a folder that has no others needs no variant.
+
+    Raises `FileNotFoundError` for a folder that is none or lacks a part, and `ValueError` where a
+    hub id cannot be had, weights are damaged, or tensors are missing or too many (by name); each
+    says what to do.
     """
-    path = TEACHERS.get(str(source)) or Path(source).expanduser()
-    if not path.is_dir() and (path.is_absolute() or str(source).startswith((".", "~"))):
-        raise FileNotFoundError(f"no folder {path}: give 'mini', a hub id or a diffusers folder")
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise FileNotFoundError(f"{path} holds no model_index.json: not a diffusers pipeline")
+    folder = _folder_of(source, variant)
+    index = read_json(folder / "model_index.json")
+    parts: dict[str, torch.nn.Module] = {}
+    for name, (library, kind) in _networks(index).items():
+        if not (folder / name / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has no {name}/config.json: a part is missing")
+        module = importlib.import_module(library)
+        parts[name] = _load_part(getattr(module, kind), folder, name, dtype, variant)
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
-            str(path) if path.is_dir() else str(source),
+            str(folder),
+            **parts,
             dtype=dtype,
-            use_safetensors=True,
             safety_checker=None,
             requires_safety_checker=False,
         )
-        return pipeline.to(device or pick_device())
-    except (OSError, SafetensorError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is no Stable Diffusion pipeline: {error}") from error
+    return pipeline.to(device or pick_device())
+
+
+def _folder_of(source: str | Path, variant: str | None) -> Path:
+    """The folder of a teacher: embedded, on disk, or what the hub's cache holds of an id."""
+    path = TEACHERS.get(str(source)) or as_path(source, "the teacher")
+    if not path.is_dir() and (path.is_absolute() or str(source).startswith((".", "~"))):
+        raise FileNotFoundError(f"no folder {path}: give 'mini', a hub id or a diffusers folder")
+    if not path.is_dir():
+        try:
+            path = Path(
+                StableDiffusionPipeline.download(
+                    str(source), use_safetensors=True, variant=variant, safety_checker=None
+                )
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"could not load {str(source)!r}: {error}\nIf it is a hub id, the network or the"
+                " hub's cache must have it; if it is a folder, there is none of that name here."
+            ) from error
+    if not (path / "model_index.json").is_file():
+        raise FileNotFoundError(f"{path} holds no model_index.json: not a diffusers pipeline")
+    return path
+
+
+def _networks(index: dict) -> dict[str, tuple[str, str]]:
+    """Library and class of the networks that a `model_index.json` names."""
+    found = {}
+    for name in ("unet", "vae", "text_encoder"):
+        entry = index.get(name)
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in LIBRARIES):
+            raise ValueError(
+                f"model_index.json gives {entry!r} for the {name}: only Stable Diffusion 1.x and"
+                f" 2.x can teach, whose parts are of {' and '.join(LIBRARIES)}"
+            )
+        found[name] = (entry[0], entry[1])
+    return found
+
+
+def _load_part(cls, folder: Path, name: str, dtype: torch.dtype, variant: str | None = None):
+    """A network of diffusers or transformers from `folder/name`, every tensor of it from a file.
+
+    Both libraries draw at random what a file lacks, and warn at most. Raises `ValueError` for
+    tensors that are missing, unexpected or of another shape, and for damaged files.
+    """
+    files = [f.name for f in (folder / name).glob("*.safetensors")]
+    if not files:
+        others = sorted(f.name for f in (folder / name).glob("*.bin"))
+        also = f" (only {', '.join(others)}, and pickles are not read)" if others else ""
+        raise FileNotFoundError(f"{folder / name} holds no *.safetensors{also}")
+    if variant is None and all(".fp16." in file for file in files):
+        variant = "fp16"
+    try:
+        network, report = cls.from_pretrained(
+            str(folder),
+            subfolder=name,
+            dtype=dtype,
+            use_safetensors=True,
+            variant=variant,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError, RuntimeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"the weights in {folder / name} are damaged: {error}") from error
+    wrong = []
+    for kind, keys in report.items():
+        names = sorted(str(key) for key in keys or () if "position_ids" not in str(key))
+        if names and kind != "error_msgs":
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+            wrong.append(f"{kind.removesuffix('_keys')}: {shown}")
+    if wrong:
         raise ValueError(
-            f"could not load {source!r}: {error}\nIf it is a hub id, the network or the hub's cache"
-            " must have it; if it is a folder, its safetensors may be damaged or incomplete."
-        ) from error
+            f"the weights in {folder / name} are not its network's. {'; '.join(wrong)}"
+        )
+    return network.eval()
+
+
+def load_unet(folder: str | Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """The U-Net in `folder/unet`, with its plan where `folder/kdc.json` records one.
+
+    Raises as `load_teacher`, and `ValueError` for a plan that is not that network's.
+    """
+    folder = as_path(folder)
+    unet = _load_part(UNet2DConditionModel, folder, "unet", dtype)
+    if plan := read_plan(folder):
+        config = unet.config
+        kept = [len(layers) for layers in plan.down if layers]
+        layers = config.layers_per_block
+        found = [layers] * len(config.down_block_types) if isinstance(layers, int) else list(layers)
+        if found != kept or (config.mid_block_type is not None) != plan.mid:
+            raise ValueError(
+                f"{folder / 'kdc.json'} says that the student was cut by {plan}, but the network"
+                f" beside it has {found} layers a stage and"
+                f" {'a' if config.mid_block_type else 'no'} mid-block: the files do not belong"
+                " together"
+            )
+        unet.slim_plan = plan
+    return unet
 
 
 def load_student(
@@ -65,25 +173,67 @@ def load_student(
     dtype: torch.dtype = torch.float32,
     device=None,
 ) -> StableDiffusionPipeline:
-    """A distilled student as a pipeline: "mini", or a folder that `save_student` wrote.
+    """A distilled student as a pipeline: "mini", a folder that `save_student` wrote, or a hub id.
 
     A folder that holds only a U-Net borrows the other parts from `teacher` (default: the mini
-    teacher); they are shared, not copied.
+    teacher); they are shared, not copied. A hub id must be that of a whole pipeline. Raises as
+    `load_teacher`, and `ValueError` where a U-Net does not fit the parts it is to borrow.
     """
-    path = MINI_STUDENT if str(source) == "mini" else Path(source)
+    path = MINI_STUDENT if str(source) == "mini" else as_path(source, "the student")
+    is_hub_id = not path.exists() and not path.is_absolute() and str(source).count("/") == 1
+    if is_hub_id and not str(source).startswith((".", "~")):
+        return load_teacher(source, dtype, device)
     if (path / "model_index.json").is_file():
-        return load_teacher(path, dtype, device)
+        pipeline = load_teacher(path, dtype, device)
+        if plan := read_plan(path):
+            pipeline.unet.slim_plan = plan
+        return pipeline
     if not (path / "unet" / "config.json").is_file():
+        if (path / PREVIOUS).is_dir():
+            raise FileNotFoundError(
+                f"{path} holds no unet/, but {PREVIOUS}/: writing a new student was broken off."
+                f" Rename {path / PREVIOUS} to unet to have the old one back"
+            )
         raise FileNotFoundError(f"{path} holds no student: neither model_index.json nor unet/")
-    try:
-        unet = UNet2DConditionModel.from_pretrained(
-            path, subfolder="unet", dtype=dtype, use_safetensors=True
+    unet = load_unet(path, dtype)
+    pipeline = teacher or load_teacher("mini", dtype, device)
+    width = pipeline.unet.config.cross_attention_dim
+    if unet.config.cross_attention_dim != width:
+        raise ValueError(
+            f"the student in {path} reads prompts of width {unet.config.cross_attention_dim}, its"
+            f" teacher writes {width}: give the teacher that it was distilled from"
         )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"the student in {path} cannot be read: {error}") from error
-    if plan := read_plan(path):
-        unet.slim_plan = plan
-    return with_unet(teacher or load_teacher("mini", dtype, device), unet)
+    return with_unet(pipeline, unet)
+
+
+def check_teacher(pipeline: StableDiffusionPipeline) -> None:
+    """Raise `ValueError` for what cannot teach: only Stable Diffusion 1.x and 2.x can."""
+    unet, vae = pipeline.unet.config, pipeline.vae.config
+    if unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
+        raise ValueError(
+            f"the teacher's U-Net has {unet.in_channels} input and {unet.out_channels} output"
+            f" channels, its autoencoder {vae.latent_channels}: a model for inpainting or editing"
+            " cannot teach, take the text-to-image one"
+        )
+    for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
+        if unet.get(name) is not None:
+            raise ValueError(
+                f"the teacher's U-Net has {name}={unet[name]!r}, as in SDXL: only Stable Diffusion"
+                " 1.x and 2.x can teach"
+            )
+    refuse_adapters(pipeline.unet, "the teacher")
+
+
+def refuse_adapters(unet: torch.nn.Module, whose: str) -> None:
+    """Raise `ValueError` where adapters (LoRA) hang in a network: they would be lost."""
+    found = [
+        name for name, _ in unet.named_parameters() if ".base_layer." in name or "lora" in name
+    ]
+    if found or getattr(unet, "peft_config", None):
+        raise ValueError(
+            f"{whose} has adapters{': ' + found[0] if found else ''}: merge them first, with"
+            " pipeline.fuse_lora() and pipeline.unload_lora_weights()"
+        )
 
 
 def with_unet(
@@ -109,20 +259,47 @@ def in_pipeline(
 
 
 def save_student(unet: UNet2DConditionModel, folder: str | Path, **notes) -> Path:
-    """Write a student as `folder/unet`; its plan and `notes` (loss, steps) in `kdc.json`."""
-    folder = Path(folder)
+    """Write a student as `folder/unet`; its plan and `notes` (loss, steps) in `kdc.json`.
+
+    A student that is there already is replaced once the new one is on the disk. Raises `ValueError`
+    for one with adapters, and `FloatingPointError` for weights that are not finite.
+    """
+    folder = as_path(folder)
+    refuse_adapters(unet, "the student")
+    for name, parameter in unet.named_parameters():
+        if not parameter.isfinite().all():
+            raise FloatingPointError(f"the student's {name} is not finite: nothing was written")
     if plan := getattr(unet, "slim_plan", None):
         notes = {"plan": plan.to_dict()} | notes
-    unet.save_pretrained(folder / "unet", safe_serialization=True)
+    new, previous, final = folder / "unet.partial", folder / PREVIOUS, folder / "unet"
+    for left in (new, previous):
+        if final.exists() or left == new:
+            shutil.rmtree(left, ignore_errors=True)
+    unet.save_pretrained(new, safe_serialization=True)
+    for file in new.iterdir():
+        sync(file)
+    if final.exists():
+        final.rename(previous)
+    new.rename(final)
+    sync(folder)
+    shutil.rmtree(previous, ignore_errors=True)
     write_json(folder / "kdc.json", notes, default=str)
     return folder
 
 
 def read_plan(folder: str | Path) -> SlimPlan | None:
-    """The plan by which the student in that folder was cut; None where none is recorded."""
-    note = Path(folder) / "kdc.json"
-    plan = json.loads(note.read_text()).get("plan") if note.is_file() else None
-    return SlimPlan.from_dict(plan) if plan else None
+    """The plan by which the student in that folder was cut; None where none is recorded.
+
+    Raises `ValueError` naming a `kdc.json` that is damaged or holds no plan that can be.
+    """
+    note = as_path(folder) / "kdc.json"
+    if not note.is_file():
+        return None
+    plan = read_json(note).get("plan")
+    try:
+        return SlimPlan.from_dict(plan) if plan else None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{note} holds no slimming plan: {error}") from error
 
 
 def as_prompts(prompts: str | Sequence[str]) -> list[str]:

@@ -100,7 +100,8 @@ class Learner:
                 log = train(
                     student,
                     loss,
-                    dataclasses.replace(settings, seed=run.seed_of(t)),
+                    # The state of the last step would go with the other checkpoints, see `finish`.
+                    dataclasses.replace(settings, seed=run.seed_of(t), keep_state=False),
                     folder,
                     resume=folder is not None,
                     companion=progress,

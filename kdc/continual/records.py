@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -14,8 +14,25 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from kdc.continual.mechanisms.base import Counts, Mechanism
-from kdc.io import part, plain, refuse_other_settings, write_json
-from kdc.pipelines import save_student
+from kdc.io import (
+    MANIFEST,
+    check_sealed,
+    forget_partial,
+    part,
+    plain,
+    read_json,
+    refuse_other_settings,
+    replacing,
+    seal,
+    write_json,
+)
+from kdc.pipelines import load_unet, save_student
+from kdc.training.checkpoints import REMEDY, clean, forget_checkpoints
+
+FILE, PREVIOUS = "sequence.json", "sequence.previous.json"
+KIND = "kdc-task"
+# What a sequence writes, beside what `train` and `save_student` write in each task's folder.
+SEQUENCE_FILES = (FILE, PREVIOUS, "start/kdc.json", "task-0/log.csv", "task-0/unet/config.json")
 
 
 class Progress:
@@ -47,17 +64,18 @@ class Records:
 
     Without a folder everything is remembered and nothing written. `learnt` is the number of tasks
     that are through; their students, and what the mechanism stored after them, lie in `task-<t>`,
-    and how it all began in `start`.
+    and how it all began in `start`, each with checksums. What is damaged is learnt again from the
+    task before.
     """
 
     def __init__(
         self,
-        output_dir: str | Path | None,
+        root: Path | None,
         identity: dict,
         student: UNet2DConditionModel,
         mechanism: Mechanism,
     ):
-        self.root = Path(output_dir) if output_dir else None
+        self.root = root
         self.identity = plain(identity)
         self.student, self.mechanism = student, mechanism
         self.learnt = 0
@@ -68,28 +86,58 @@ class Records:
     def begin(self, resume: bool) -> None:
         """Start the folder, or go back to where the sequence in it was after its last task.
 
-        Raises `ValueError` where a start finds something left of another sequence, and where the
-        folder is of another experiment, `FileExistsError` for an earlier one without `resume`.
+        Raises `ValueError` where the folder is of another experiment and where all that lies there
+        is damaged, `FileExistsError` for an earlier one without `resume`.
         """
-        file = self.root / "sequence.json" if self.root else None
-        if not (file and file.is_file()):
-            self.mechanism.begin_sequence()
-            if file:
-                self._save("start")
-                self._write()
+        if self.root is None:
+            return
+        if not is_begun(self.root):
+            self._save("start")
+            self._write()
             return
         if not resume:
-            raise FileExistsError(
-                f"{file} is of an earlier sequence: go on with resume=True, or give another "
-                "output_dir"
-            )
-        note = json.loads(file.read_text())
-        remedy = "use the same, or another output_dir"
-        refuse_other_settings(file, note["identity"], self.identity, remedy)
+            refuse_begun(self.root)
+        note = self._note()
+        refuse_other_settings(self.root / FILE, note["identity"], self.identity, REMEDY)
         self.learnt, self.counts = note["learnt"], note["counts"]
         self.scores = {(t, k): scores for t, k, scores in note["scores"]}
+        self._go_back()
         self.logs = [self._read_log(t) for t in range(self.learnt)]
-        self._load(f"task-{self.learnt - 1}" if self.learnt else "start")
+        self._clean()
+
+    def _note(self) -> dict:
+        """What `sequence.json` holds, or its last version but one where it is damaged."""
+        try:
+            return check_note(self.root / FILE)
+        except (OSError, ValueError) as error:
+            note = check_note(self.root / PREVIOUS)  # which raises, by name, if it is no better
+            warnings.warn(f"{error}. Going on from {self.root / PREVIOUS} instead", stacklevel=4)
+            return note
+
+    def _go_back(self) -> None:
+        """Load the last state that is whole; what came after it will be learnt again."""
+        while True:
+            name = f"task-{self.learnt - 1}" if self.learnt else "start"
+            try:
+                check_sealed(self.root / name, KIND)
+                break
+            except ValueError as error:
+                if not self.learnt:
+                    raise
+                warnings.warn(f"{error}. Learning that task again", stacklevel=4)
+                shutil.rmtree(self.root / name)
+                self.learnt -= 1
+        self.counts = self.counts[: self.learnt]
+        self.scores = {(t, k): scores for (t, k), scores in self.scores.items() if t < self.learnt}
+        self.student.load_state_dict(load_unet(self.root / name).state_dict())
+        self.mechanism.load(self.root / name)
+
+    def _clean(self) -> None:
+        """Remove what a stopped process left: half files, and checkpoints of learnt tasks."""
+        forget_partial(self.root / FILE, self.root / PREVIOUS)
+        for t in range(self.learnt):
+            clean(self.folder(t))
+            forget_checkpoints(self.folder(t))
 
     def folder(self, t: int) -> Path | None:
         """Where task t writes, or None."""
@@ -104,8 +152,7 @@ class Records:
             return
         self._save(f"task-{t}")
         self._write()
-        for checkpoint in self.folder(t).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        forget_checkpoints(self.folder(t))
 
     def has_score(self, t: int, k: int) -> bool:
         """Whether task k was scored after task t."""
@@ -122,20 +169,44 @@ class Records:
         return pd.read_csv(file) if file.is_file() else pd.DataFrame()
 
     def _write(self) -> None:
+        if (self.root / FILE).is_file():
+            with replacing(self.root / PREVIOUS) as place:
+                shutil.copyfile(self.root / FILE, place)
         note = {
             "identity": self.identity,
             "learnt": self.learnt,
             "scores": [[t, k, scores] for (t, k), scores in self.scores.items()],
             "counts": self.counts,
         }
-        write_json(self.root / "sequence.json", note, indent=1)
+        write_json(self.root / FILE, note, indent=1)
 
     def _save(self, name: str) -> None:
-        save_student(self.student, self.root / name, strategy=self.identity["strategy"]["name"])
-        self.mechanism.save(self.root / name)
-
-    def _load(self, name: str) -> None:
         folder = self.root / name
-        saved = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
-        self.student.load_state_dict(saved.state_dict())
-        self.mechanism.load(folder)
+        save_student(self.student, folder, strategy=self.identity["strategy"]["name"])
+        self.mechanism.save(folder)
+        own = [f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST]
+        kept = [f for f in own if not f.relative_to(folder).parts[0].startswith("checkpoint-")]
+        seal(folder, KIND, sorted(kept))
+
+
+def is_begun(root: Path) -> bool:
+    """Whether a sequence left its notes there."""
+    return (root / FILE).is_file() or (root / PREVIOUS).is_file()
+
+
+def refuse_begun(root: Path) -> None:
+    """Raise `FileExistsError` for a folder with an earlier sequence."""
+    raise FileExistsError(
+        f"{root / FILE} is of an earlier sequence: go on with resume=True, or give another "
+        "output_dir"
+    )
+
+
+def check_note(file: Path) -> dict:
+    """What a `sequence.json` holds. Raises `ValueError` naming one that is damaged."""
+    note = read_json(file)
+    kinds = {"identity": dict, "learnt": int, "scores": list, "counts": list}
+    for name, kind in kinds.items():
+        if not isinstance(note.get(name), kind):
+            raise ValueError(f"{file} is damaged: it has no {name}")
+    return note

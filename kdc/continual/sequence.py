@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +15,17 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from kdc.continual.learner import Learner, Learnt
 from kdc.continual.matrix import ScoreMatrix
 from kdc.continual.mechanisms.base import Counts, Run
-from kdc.continual.records import Records
+from kdc.continual.records import SEQUENCE_FILES, Records, is_begun, refuse_begun
 from kdc.continual.strategies import Strategy, find_strategy
 from kdc.continual.tasks import Task
-from kdc.distillation.distill import LAYOUT, check_fit
+from kdc.distillation.distill import check_fit, identity_of, identity_of_data
 from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import forward_process
 from kdc.io import fingerprint
 from kdc.pipelines import in_pipeline
 from kdc.replay.buffer import ReplayBuffer
 from kdc.training.efficiency import refuse_unusable
+from kdc.training.loop import check_run, locked, precision_on
 from kdc.training.settings import TrainSettings
 
 Evaluate = Callable[[StableDiffusionPipeline, Task], Mapping[str, float]]
@@ -85,9 +86,11 @@ def run_sequence(
     ends with the same weights and the same matrix, bit for bit. The student after each task stays
     there as `task-<t>/unet`.
 
-    Raises `TypeError` for an unknown setting and `ValueError` for what cannot be run, both before
-    any work, `ValueError` where `resume` finds another experiment, and `FileExistsError` where a
-    new sequence would mix with an earlier one.
+    Raises, before any work, `TypeError` for an unknown setting, `ValueError` for what cannot be run
+    and where `resume` finds another experiment, `FileExistsError` where a new sequence would mix
+    with an earlier one, another `OSError` where nothing can be written, and `RuntimeError` where
+    another process writes there. A task whose files are damaged is learnt again from the one
+    before, with a warning; `ValueError` where none is whole.
     """
     settings = TrainSettings.given(settings, changes)
     strategy, weights = find_strategy(strategy), weights or LossWeights.only("task")
@@ -95,6 +98,7 @@ def run_sequence(
     _check(every, strategy, student, teacher, weights, buffer, higher_is_better)
     if first and strategy.mechanism.own_first_task:
         raise ValueError(f"{strategy.name} learns the first task in its own way: leave first out")
+    folder = check_run(output_dir, resume, settings, SEQUENCE_FILES)
     device = PartialState().device
     refuse_unusable(settings.compile, settings.gradient_checkpointing, device)
     teacher.to(device)
@@ -111,37 +115,47 @@ def run_sequence(
         ratio=strategy.ratio,
     )
     mechanism = strategy.mechanism(run, **strategy.options)
-    identity = dataclasses.asdict(settings) | {
+    identity = settings.identity() | {
+        "steps": settings.steps,
+        "precision": precision_on(device, settings.precision),
         "strategy": strategy.to_dict(),
         "tasks": [task.name for task in every],
-        "data": [
-            fingerprint(d.mean, d.embeddings, d.caption_index) for d in (t.train for t in every)
-        ],
+        "labels": [_hash(task.labels) for task in tasks],
+        "data": [identity_of_data(task.train) for task in every],
         "weights": weights.to_dict(),
-        "student": {name: str(student.config[name]) for name in LAYOUT},
-        "teacher": fingerprint(*teacher.unet.state_dict().values()),
+        "frozen": [name for name, p in student.named_parameters() if not p.requires_grad],
         "buffer": None if buffer is None else buffer.settings(),
         "higher_is_better": dict(higher_is_better),
         "ahead": ahead,
         "first": fingerprint(*first.weights.values()) if first else None,
     }
-    records = Records(output_dir, identity, student, mechanism)
-    records.begin(resume)
-    learner = Learner(run, strategy, mechanism, first)
-    for t in range(-1 if ahead or reference else 0, len(tasks)):
-        if t >= records.learnt:
-            records.finish(t, *learner.learn(t, records))
-        asked = range(len(tasks)) if ahead else range(t + 1)
-        for k in [*asked, *([len(tasks)] if reference else [])]:
-            if not records.has_score(t, k):
-                scores = dict(evaluate(in_pipeline(teacher, student), every[k]))
-                if set(scores) != set(higher_is_better):
-                    raise ValueError(
-                        f"evaluate gave {sorted(scores)}, but higher_is_better names "
-                        f"{sorted(higher_is_better)}"
-                    )
-                records.add_score(t, k, scores)
+    identity |= identity_of(student, teacher, forward_process(teacher))
+    if not (folder and is_begun(folder)):
+        mechanism.begin_sequence()
+    elif not resume:
+        refuse_begun(folder)
+    with locked(folder):
+        records = Records(folder, identity, student, mechanism)
+        records.begin(resume)
+        learner = Learner(run, strategy, mechanism, first)
+        for t in range(-1 if ahead or reference else 0, len(tasks)):
+            if t >= records.learnt:
+                records.finish(t, *learner.learn(t, records))
+            asked = range(len(tasks)) if ahead else range(t + 1)
+            for k in [*asked, *([len(tasks)] if reference else [])]:
+                if not records.has_score(t, k):
+                    scores = dict(evaluate(in_pipeline(teacher, student), every[k]))
+                    if set(scores) != set(higher_is_better):
+                        raise ValueError(
+                            f"evaluate gave {sorted(scores)}, but higher_is_better names "
+                            f"{sorted(higher_is_better)}"
+                        )
+                    records.add_score(t, k, scores)
     return _result(records, tasks, higher_is_better, reference)
+
+
+def _hash(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def learn_first(
@@ -167,7 +181,7 @@ def learn_first(
 
 
 def _check(every, strategy, student, teacher, weights, buffer, higher_is_better) -> None:
-    check_fit(student, teacher.unet, forward_process(teacher), weights)
+    check_fit(student, teacher, forward_process(teacher), weights)
     if PartialState().num_processes > 1:
         raise ValueError("a sequence runs in one process: launch it without several")
     names = [task.name for task in every]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -12,12 +13,14 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch.utils.data import Dataset
 
 from kdc.data.latents import LatentDataset, cache_latents
+from kdc.distillation.features import feature_pairs
 from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import DistillationStep, forward_process
-from kdc.io import fingerprint
-from kdc.pipelines import save_student
+from kdc.io import fingerprint, plain, read_json, refuse_other_settings
+from kdc.pipelines import STUDENT_FILES, check_teacher, load_unet, refuse_adapters, save_student
+from kdc.training.checkpoints import checkpoints, forget_checkpoints
 from kdc.training.efficiency import quickened, reduced, refuse_unusable
-from kdc.training.loop import has_bf16, train
+from kdc.training.loop import check_run, locked, make_accelerator, precision_on, train
 from kdc.training.settings import TrainSettings
 
 LAYOUT = ("down_block_types", "mid_block_type", "up_block_types", "layers_per_block")
@@ -41,84 +44,168 @@ def distill(
     learning_rate=1e-4, seed=1, ... `dataset` is encoded with the teacher's autoencoder and text
     encoder unless it is a `LatentDataset` already. With `LossWeights.only("task")` the teacher's
     U-Net is never called: that is plain fine-tuning, and `student` may then be `teacher.unet`
-    itself. With an `output_dir` the run leaves checkpoints there (see `training.loop.train` for
-    `resume`), and at the end the student as `output_dir/unet`, a plain diffusers folder. The same
-    seed gives the same weights, bit for bit, on one CPU with the same number of threads. Teacher
-    and student are moved to the device that Accelerate chose, each process's own.
+    itself. The same seed gives the same weights, bit for bit, on one CPU with the same number of
+    threads. Teacher and student are moved to the device that Accelerate chose, each process's own.
+
+    With an `output_dir` the run leaves checkpoints there (see `training.loop.train` for when), and
+    at the end the student as `output_dir/unet`, a plain diffusers folder. A run that was stopped
+    goes on with `resume=True`; one that is through is given more steps by `resume=True` and larger
+    `steps`, from the checkpoint that `keep_state` leaves beside the student.
 
     With bf16 a teacher in float32 is copied to bf16 once. `compile` runs both networks through
     `torch.compile` (minutes before the first step on a CPU, then steps are shorter and take less
     memory), `gradient_checkpointing` trades time for memory: see `training.efficiency.quickened`. A
     compiled run rounds differently, so it is resumed only by a compiled one.
 
-    Raises `TypeError` for an unknown setting, `ValueError` for a student whose inputs or outputs do
-    not fit the teacher's, whose weights are of half precision, or that is its own teacher, and for
-    a run that would resume from a checkpoint of other data, teacher, student, loss or settings.
+    Everything is looked at before the first image is encoded. Raises `TypeError` for an unknown
+    setting; `ValueError` for a student whose inputs or outputs do not fit the teacher's, whose
+    weights are of half precision or all frozen, that is its own teacher or has adapters, for a
+    teacher of another kind than Stable Diffusion 1.x and 2.x, and for a run that would resume from
+    a checkpoint of other data, teacher, student, loss or settings; `FileExistsError` where a new
+    run would mix with an earlier one or write over its student; and another `OSError` where nothing
+    can be written. `FloatingPointError` ends a run whose loss or weights are not finite.
     """
     settings = TrainSettings.given(settings, changes)
     weights = weights or LossWeights()
     process = forward_process(teacher)
-    check_fit(student, teacher.unet, process, weights)
-    if output_dir:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    check_fit(student, teacher, process, weights)
     device = PartialState().device
     options = {
         "compile": settings.compile,
         "gradient_checkpointing": settings.gradient_checkpointing,
     }
     refuse_unusable(**options, device=device)
-    teacher.to(device)
-    data = dataset if isinstance(dataset, LatentDataset) else cache_latents(teacher, dataset)
-    identity = {
-        "weights": weights.to_dict(),
-        "student": {name: str(student.config[name]) for name in LAYOUT},
-        "data": fingerprint(data.mean, data.embeddings, data.caption_index),
-        "teacher": fingerprint(*teacher.unet.state_dict().values()),
-    }
-    followed = teacher.unet
-    in_bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(device))
-    if weights.needs_teacher and in_bf16:
-        followed = reduced(followed, torch.bfloat16)
-    distillation_step = DistillationStep(student, followed, process, weights, settings.seed)
+    identity = {"weights": weights.to_dict()} | identity_of(student, teacher, process)
+    folder = check_run(output_dir, resume, settings, STUDENT_FILES, identity)
+    check_finished(folder, resume, settings, identity)
+    accelerator = make_accelerator(settings.precision, find_unused=weights.leaves_output_out)
+    with locked(folder):
+        teacher.to(device)
+        data = dataset if isinstance(dataset, LatentDataset) else cache_latents(teacher, dataset)
+        identity["data"] = identity_of_data(data)
+        if folder and resume and is_finished(folder) and not checkpoints(folder):
+            return _finished(student, folder, settings, identity)
+        followed = teacher.unet
+        if weights.needs_teacher and precision_on(device, settings.precision) == "bf16":
+            followed = reduced(followed, torch.bfloat16)
+        distillation_step = DistillationStep(student, followed, process, weights, settings.seed)
 
-    def loss(model, generator):
-        batch = data.draw(settings.batch_size, generator, settings.caption_dropout)
-        return distillation_step(model, *batch, generator)
+        def loss(model, generator):
+            batch = data.draw(settings.batch_size, generator, settings.caption_dropout)
+            return distillation_step(model, *batch, generator)
 
-    try:
-        with quickened(student, followed, distillation_step.hooks, **options):
-            log = train(
-                student,
-                loss,
-                settings,
-                output_dir,
-                resume=resume,
-                identity=identity,
-                label=label,
-            )
-    finally:
-        distillation_step.close()
-    if output_dir and PartialState().is_main_process:
-        notes = {"weights": weights.to_dict(), "training": dataclasses.asdict(settings)}
-        save_student(student, output_dir, **notes)
+        try:
+            with quickened(student, followed, distillation_step.hooks, **options):
+                log = train(
+                    student,
+                    loss,
+                    settings,
+                    folder,
+                    resume=resume,
+                    identity=identity,
+                    accelerator=accelerator,
+                    label=label,
+                )
+        finally:
+            distillation_step.close()
+            student.eval()
+        if folder and accelerator.is_main_process:
+            notes = {"weights": weights.to_dict(), "training": dataclasses.asdict(settings)}
+            save_student(student, folder, **notes, made_with=settings.identity() | identity)
+            if not settings.keep_state:
+                forget_checkpoints(folder)
     return log
+
+
+def identity_of(
+    student: UNet2DConditionModel, teacher: StableDiffusionPipeline, process: DDPMScheduler
+) -> dict[str, Any]:
+    """What of the networks a run that resumes must share, in plain values."""
+    return plain(
+        {
+            "student": {name: str(student.config[name]) for name in LAYOUT},
+            "teacher": fingerprint(*teacher.unet.state_dict().values()),
+            "noise": {
+                name: str(process.config.get(name))
+                for name in ("prediction_type", "num_train_timesteps", "rescale_betas_zero_snr")
+            }
+            | {"alphas": fingerprint(process.alphas_cumprod)},
+        }
+    )
+
+
+def identity_of_data(data: LatentDataset) -> str:
+    """A fingerprint of all that training draws from."""
+    return fingerprint(data.mean, data.std, data.embeddings, data.caption_index, data.empty)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run left its student there."""
+    return (folder / "unet" / "config.json").is_file()
+
+
+def check_finished(
+    folder: Path | None, resume: bool, settings: TrainSettings, identity: dict[str, Any]
+) -> None:
+    """Refuse to write over a student; raises as `distill` does."""
+    if folder is None or not is_finished(folder):
+        return
+    if not resume:
+        raise FileExistsError(
+            f"{folder} holds a student already: go on with resume=True, or give another output_dir"
+        )
+    if checkpoints(folder):
+        return
+    note = read_json(folder / "kdc.json") if (folder / "kdc.json").is_file() else {}
+    steps = note.get("training", {}).get("steps")
+    if steps != settings.steps:
+        raise ValueError(
+            f"the run in {folder} is through after {steps} steps and left no checkpoint to go on "
+            f"from, now steps={settings.steps}: give another output_dir, and begin from its student"
+        )
+    _check_note(folder, note, settings.identity() | identity)
+
+
+def _check_note(folder: Path, note: dict, made_with: dict[str, Any]) -> None:
+    before = note.get("made_with", {})
+    known = {name: before.get(name) for name in made_with}
+    refuse_other_settings(folder, known, made_with, "use the same, or another output_dir")
+
+
+def _finished(
+    student: UNet2DConditionModel, folder: Path, settings: TrainSettings, identity: dict[str, Any]
+) -> pd.DataFrame:
+    """The student takes the weights that the run left, which is all that there is left to do."""
+    _check_note(folder, read_json(folder / "kdc.json"), settings.identity() | identity)
+    student.load_state_dict(load_unet(folder).state_dict())
+    student.eval()
+    return pd.read_csv(folder / "log.csv")
 
 
 def check_fit(
     student: UNet2DConditionModel,
-    teacher: UNet2DConditionModel,
+    pipeline: StableDiffusionPipeline,
     process: DDPMScheduler,
     weights: LossWeights,
 ) -> None:
     """Raise `ValueError` where a student cannot be trained beside that teacher; see `distill`."""
+    check_teacher(pipeline)
+    teacher = pipeline.unet
+    refuse_adapters(student, "the student")
     for name in ("in_channels", "out_channels", "cross_attention_dim", "sample_size"):
         ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if ours != theirs:
             raise ValueError(f"student and teacher differ in {name}: {ours} and {theirs}")
     if student.dtype != torch.float32:
         raise ValueError(f"weights are trained in float32, not {student.dtype}: student.float()")
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ValueError(
+            "nothing to train: all weights of the student are frozen, see student.requires_grad_()"
+        )
     if student is teacher and weights.needs_teacher:
         raise ValueError("the student is its own teacher: cut one with kdc.slim, or train the task")
     prediction = process.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"prediction type {prediction!r}: only epsilon and v_prediction are known")
+    if weights.needs("features"):
+        feature_pairs(student, teacher, weights.features_at)

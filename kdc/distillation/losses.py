@@ -256,6 +256,12 @@ class LossWeights:
         return any(what in TERMS[name].needs for name in self.enabled)
 
     @property
+    def leaves_output_out(self) -> bool:
+        """Whether the student's last layers may get no gradient from any enabled term."""
+        of_features = all("features" in TERMS[name].needs for name in self.enabled)
+        return of_features or not self.output_gradient
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the teacher's U-Net must be called at all."""
         return self.needs("teacher") or self.needs("features")

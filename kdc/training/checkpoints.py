@@ -1,24 +1,44 @@
-"""What a training run needs to go on, in folders of safetensors and JSON.
+"""What a training run needs to go on, in folders of safetensors and JSON with checksums.
 
-`checkpoint-<step>` is written beside and then renamed, so that none is ever half there; the newest
-two stay.
+`checkpoint-<step>` is written beside, brought to the disk and then renamed, so that none is ever
+half there; the newest two stay. One that was damaged afterwards is known by its checksums, and the
+one before it is used instead. Folders of such names that hold no `manifest.json` of ours are
+somebody else's, and stay as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
+import re
 import shutil
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kdc.io import refuse_other_settings, write_json
+from kdc.io import (
+    check_sealed,
+    is_sealed_as,
+    plain,
+    read_json,
+    refuse_other_settings,
+    seal,
+    sync,
+    write_json,
+)
+
+KIND = "kdc-checkpoint"
+NAME = re.compile(r"checkpoint-(\d{7,})")
+PARTIAL = re.compile(NAME.pattern + r"\.partial")
+REMEDY = "use the same, or another output_dir"
 
 Terms = dict[str, Tensor]
 
@@ -31,14 +51,98 @@ class Companion(Protocol):
     def load_state_dict(self, state: Terms) -> None: ...
 
 
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders named `checkpoint-<step>` below `output_dir`, by step, whole or damaged."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(p.name)]
+    return sorted((p for p in found if p.is_dir()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The folder of the last complete checkpoint below `output_dir`, or None."""
-    found = _checkpoints(Path(output_dir))
-    return found[-1] if found else None
+    """The last whole checkpoint below `output_dir`, or None where there is none at all.
+
+    One that is damaged is passed over with a warning that says what is wrong with it. Raises
+    `ValueError` where there are checkpoints and none is whole.
+    """
+    wrong = []
+    for checkpoint in reversed(checkpoints(output_dir)):
+        try:
+            check_sealed(checkpoint, KIND)
+        except ValueError as error:
+            wrong.append(str(error))
+            continue
+        for reason in wrong:
+            warnings.warn(f"{reason}. Going on from {checkpoint} instead", stacklevel=2)
+        return checkpoint
+    if wrong:
+        raise ValueError(
+            "no checkpoint can be used:\n  "
+            + "\n  ".join(wrong)
+            + "\nDelete them to begin anew, or give another output_dir"
+        )
+    return None
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("checkpoint-*") if p.suffix != ".partial")
+def check_earlier_run(
+    output_dir: str | Path, resume: bool, made_with: Mapping[str, Any], steps: int
+) -> None:
+    """Look at what an earlier run left, before any costly step; nothing is hashed or loaded.
+
+    `made_with` are settings that the run will have, not necessarily all. Raises `FileExistsError`
+    where there is a run that is not to be resumed, `ValueError` where it was made with something
+    else or has gone further than `steps`.
+    """
+    found = checkpoints(output_dir)
+    if not found:
+        return
+    if not resume:
+        raise FileExistsError(
+            f"{found[-1]} is of an earlier run: go on with resume=True, or give another output_dir"
+        )
+    try:
+        note = read_json(found[-1] / "state.json")
+    except (OSError, ValueError):
+        return  # damaged: an older one may do, which is seen when it is loaded
+    _check_note(found[-1], note, made_with, steps)
+
+
+def _check_note(checkpoint: Path, note: dict, made_with: Mapping[str, Any], steps: int) -> None:
+    before = note.get("made_with", {})
+    known = {name: before.get(name) for name in made_with}
+    refuse_other_settings(checkpoint, known, made_with, REMEDY)
+    if note.get("step", 0) > steps:
+        raise ValueError(
+            f"{checkpoint} has {note['step']} steps behind it, now steps={steps}: give at least as "
+            "many, or another output_dir"
+        )
+
+
+def clean(output_dir: str | Path) -> None:
+    """Remove what a run that was killed while it wrote a checkpoint left behind."""
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        if PARTIAL.fullmatch(folder.name) and folder.is_dir() and is_sealed_as(folder, KIND):
+            shutil.rmtree(folder)
+
+
+def forget_checkpoints(output_dir: str | Path, but_newest: int = 0) -> None:
+    """Delete the checkpoints that a run wrote below `output_dir`, `but_newest` of them not."""
+    own = [p for p in checkpoints(output_dir) if is_sealed_as(p, KIND)]
+    for old in own[: len(own) - but_newest]:
+        shutil.rmtree(old)
+
+
+def refuse_infinite_weights(named: Mapping[str, Tensor], when: str) -> None:
+    """Raise `FloatingPointError` naming the first of these tensors that is not finite."""
+    floats = {name: x for name, x in named.items() if x.is_floating_point()}
+    if not floats:
+        return
+    norms = torch.stack([x.detach().abs().max().float() for x in floats.values() if x.numel()])
+    if not norms.isfinite().all():
+        first = [name for name, x in floats.items() if x.numel() and not x.isfinite().all()][0]
+        raise FloatingPointError(f"{when}: the weights {first} are not finite")
 
 
 @dataclasses.dataclass
@@ -50,75 +154,147 @@ class TrainingState:
     schedule: torch.optim.lr_scheduler.LambdaLR
     ema: EMAModel | None
     generator: torch.Generator
+    # Whatever the next step depends on, in plain values.
     made_with: dict
     companion: Companion | None
+
+    def __post_init__(self):
+        # Moments and averages are filed by these names, in the optimiser's order.
+        self.trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        layout = [(n, list(x.shape)) for n, x in self.model.state_dict().items()]
+        digest = hashlib.sha256(repr((layout, self.trained)).encode()).hexdigest()[:12]
+        said = f"{len(self.trained)} of {len(layout)} tensors trained ({digest})"
+        self.made_with = plain(self.made_with | {"parameters": said})
 
     def save(self, output_dir: Path, step: int, rows: list[dict], accelerator: Accelerator) -> None:
         """Write `output_dir/checkpoint-<step>`, with the log's `rows`; the newest two stay.
 
-        Every process calls it, for its own generator.
+        Every process calls it, for its own generator. Raises `FloatingPointError` before weights
+        that are not finite would be stored, and `OSError` where the disk is full; nothing is left
+        of this checkpoint then, and the ones before it stay.
         """
+        refuse_infinite_weights(dict(self.model.named_parameters()), f"step {step}")
         final = output_dir / f"checkpoint-{step:07d}"
-        partial = final.with_suffix(".partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        own = {"generator": self.generator.get_state()}
-        save_file(own, partial / f"generator-{accelerator.process_index}.safetensors")
-        if accelerator.is_main_process:
-            weights = {k: v.contiguous() for k, v in self.model.state_dict().items()}
-            save_file(weights, partial / "model.safetensors")
-            moments = {
-                f"{index}.{name}": value.contiguous()
-                for index, entry in self.optimizer.state_dict()["state"].items()
-                for name, value in entry.items()
-            }
-            save_file(moments, partial / "optimizer.safetensors")
-            if self.ema:
-                shadow = {str(i): p.contiguous() for i, p in enumerate(self.ema.shadow_params)}
-                save_file(shadow, partial / "ema.safetensors")
-            if self.companion:
-                save_file(self.companion.state_dict(), partial / "companion.safetensors")
-            note = {
-                "step": step,
-                "made_with": self.made_with,
-                "schedule": self.schedule.state_dict(),
-                "ema_steps": self.ema.optimization_step if self.ema else 0,
-                "rows": rows,
-            }
-            write_json(partial / "state.json", note, indent=None)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            partial.rename(final)
-            for old in _checkpoints(output_dir)[:-2]:
-                shutil.rmtree(old)
+        partial = final.with_name(final.name + ".partial")
+        main = accelerator.is_main_process
+        try:
+            if main:
+                clean(output_dir)
+                partial.mkdir(parents=True)
+                seal(partial, KIND, ())  # from now on it is known to be ours
+            accelerator.wait_for_everyone()
+            own = {"generator": self.generator.get_state()}
+            save_file(own, partial / f"generator-{accelerator.process_index}.safetensors")
+            if main:
+                self._write(partial, step, rows)
+            accelerator.wait_for_everyone()
+            if main:
+                seal(partial, KIND)
+                _put_in_place(partial, final)
+        except OSError as error:
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise type(error)(
+                error.errno,
+                f"the checkpoint of step {step} could not be written ({error}); the ones before it "
+                "are whole: make room and go on with resume=True",
+                str(final),
+            ) from error
+        if main:
+            for later in checkpoints(output_dir):
+                if _step(later) > step and is_sealed_as(later, KIND):
+                    shutil.rmtree(later)  # damaged, and passed over when this run began
+            forget_checkpoints(output_dir, but_newest=2)
 
-    def load(self, checkpoint: Path, accelerator: Accelerator) -> tuple[int, list[dict]]:
-        """Become what `save` wrote there; the step and the log's rows.
+    def _write(self, folder: Path, step: int, rows: list[dict]) -> None:
+        weights = {k: v.contiguous() for k, v in self.model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+        moments = {
+            f"{name}/{self.trained[index]}": value.contiguous()
+            for index, entry in self.optimizer.state_dict()["state"].items()
+            for name, value in entry.items()
+        }
+        save_file(moments, folder / "optimizer.safetensors")
+        if self.ema:
+            shadow = zip(self.trained, self.ema.shadow_params, strict=True)
+            save_file({n: p.contiguous() for n, p in shadow}, folder / "ema.safetensors")
+        if self.companion:
+            save_file(self.companion.state_dict(), folder / "companion.safetensors")
+        note = {
+            "step": step,
+            "made_with": self.made_with,
+            "schedule": {"last_epoch": self.schedule.last_epoch},
+            "ema_steps": self.ema.optimization_step if self.ema else 0,
+            "rows": rows,
+        }
+        write_json(folder / "state.json", note, indent=None)
 
-        Raises `ValueError` where that was `made_with` something else.
+    def resume(
+        self, output_dir: Path, steps: int, accelerator: Accelerator
+    ) -> tuple[int, list[dict]]:
+        """Become what the newest whole checkpoint holds; its step and the log's rows.
+
+        (0, []) where there is none. Raises `ValueError` where it was `made_with` something else or
+        has gone further than `steps`, and where there are checkpoints and none is whole.
         """
-        note = json.loads((checkpoint / "state.json").read_text())
-        refuse_other_settings(
-            checkpoint, note.get("made_with", {}), self.made_with, "use the same, or another folder"
-        )
-        self.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        found: list[Path | str | None] = [None]
+        if accelerator.is_main_process:
+            try:
+                found = [newest_checkpoint(output_dir)]
+            except ValueError as error:
+                found = [str(error)]
+        if accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        checkpoint = found[0]
+        if isinstance(checkpoint, str):
+            raise ValueError(checkpoint)
+        if checkpoint is None:
+            return 0, []
+        note = read_json(checkpoint / "state.json")
+        names = dict.fromkeys([*note.get("made_with", {}), *self.made_with])
+        made_with = {name: self.made_with.get(name) for name in names}
+        _check_note(checkpoint, note, made_with, steps)
+        self._read(checkpoint, note, accelerator)
+        return note["step"], note["rows"]
+
+    def _read(self, folder: Path, note: dict, accelerator: Accelerator) -> None:
+        self.model.load_state_dict(load_file(folder / "model.safetensors"))
+        place = {name: index for index, name in enumerate(self.trained)}
         saved: dict[int, dict] = {}
-        for key, value in load_file(checkpoint / "optimizer.safetensors").items():
-            index, name = key.split(".", 1)
-            saved.setdefault(int(index), {})[name] = value
+        for key, value in load_file(folder / "optimizer.safetensors").items():
+            name, parameter = key.split("/", 1)
+            saved.setdefault(place[parameter], {})[name] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
-        self.schedule.load_state_dict(note["schedule"])
-        rates = note["schedule"]["_last_lr"]
+        # The rate of the next step follows this run's schedule, which may be a longer one.
+        self.schedule.last_epoch = note["schedule"]["last_epoch"]
+        rates = [
+            base * rate(self.schedule.last_epoch)
+            for base, rate in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        ]
+        self.schedule._last_lr = rates
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if self.ema:
-            shadow = load_file(checkpoint / "ema.safetensors")
-            self.ema.shadow_params = [
-                shadow[str(i)].to(accelerator.device) for i in range(len(shadow))
-            ]
+            shadow = load_file(folder / "ema.safetensors")
+            self.ema.shadow_params = [shadow[n].to(accelerator.device) for n in self.trained]
             self.ema.optimization_step = note["ema_steps"]
-        own = load_file(checkpoint / f"generator-{accelerator.process_index}.safetensors")
+        own = load_file(folder / f"generator-{accelerator.process_index}.safetensors")
         self.generator.set_state(own["generator"])
         if self.companion:
-            self.companion.load_state_dict(load_file(checkpoint / "companion.safetensors"))
-        return note["step"], note["rows"]
+            self.companion.load_state_dict(load_file(folder / "companion.safetensors"))
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Rename a checkpoint that is on the disk; what has its name already goes or moves aside."""
+    if final.exists():
+        if final.is_dir() and (is_sealed_as(final, KIND) or not any(final.iterdir())):
+            shutil.rmtree(final)
+        else:
+            number = 1
+            while (aside := final.with_name(f"{final.name}.aside-{number}")).exists():
+                number += 1
+            final.rename(aside)
+            warnings.warn(f"{final} was no checkpoint of this run: it is now {aside}", stacklevel=3)
+    partial.rename(final)
+    sync(final.parent)

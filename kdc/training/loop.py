@@ -8,25 +8,40 @@ EMA, a log, and checkpoints from which a stopped run goes on exactly where it wa
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kdc.io import write_text
-from kdc.training.checkpoints import Companion, Terms, TrainingState, newest_checkpoint
+from kdc.io import try_writing, write_text
+from kdc.training.checkpoints import (
+    Companion,
+    Terms,
+    TrainingState,
+    check_earlier_run,
+    clean,
+    forget_checkpoints,
+    refuse_infinite_weights,
+)
 from kdc.training.efficiency import average, refuse_infinite
+from kdc.training.interrupt import Stop
 from kdc.training.settings import TrainSettings
 
 LossFunction = Callable[[nn.Module, torch.Generator], Terms]
+FILES = ("log.csv", "checkpoint-0000000/state.json")  # what `train` writes
+SAVE_SECONDS = 15 * 60  # a checkpoint at least so often, whatever the settings say
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -36,17 +51,85 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
-def make_accelerator(precision: str = "auto") -> Accelerator:
-    """An Accelerator whose mixed precision suits the device it found."""
+def precision_on(device: torch.device, precision: str) -> str:
+    """What `precision` means on that device: "bf16" or "no"."""
     if precision == "auto":
-        precision = "bf16" if has_bf16(PartialState().device) else "no"
+        return "bf16" if has_bf16(device) else "no"
+    return precision
+
+
+def make_accelerator(precision: str = "auto", find_unused: bool = False) -> Accelerator:
+    """An Accelerator whose mixed precision suits the device it found.
+
+    `find_unused` is for losses that do not reach all parameters, with several processes. Raises
+    `RuntimeError` where a launcher started several processes that do not know of each other.
+    """
+    state = PartialState()
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > 1 and state.num_processes == 1:
+        raise RuntimeError(
+            f"{launched} processes were launched, but Accelerate sees this one alone, and each "
+            "would train for itself: use `accelerate launch` (with --cpu on CPUs), or set "
+            "ACCELERATE_USE_CPU=true for torchrun"
+        )
+    precision = precision_on(state.device, precision)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # the state of an earlier run in this process
-    accelerator = Accelerator(mixed_precision=precision)
+    unused = [DistributedDataParallelKwargs(find_unused_parameters=True)] if find_unused else []
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=unused)
     # The environment can set this, and every gradient would then be divided by it. `train`
     # accumulates by itself, as its settings say.
     accelerator.gradient_accumulation_steps = 1
     return accelerator
+
+
+@contextlib.contextmanager
+def locked(output_dir: Path | None) -> Iterator[None]:
+    """Within it, no other process can train into that folder, which is made; None: nothing.
+
+    May be entered again by the process that holds it. The lock goes with the process, however that
+    ends. Raises `RuntimeError` where another process holds it.
+    """
+    if output_dir is None or not PartialState().is_main_process:
+        yield
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output_dir.resolve() / ".lock", timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RuntimeError(
+            f"another process trains into {output_dir}: wait for it, or give another output_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_run(
+    output_dir: str | Path | None,
+    resume: bool,
+    settings: TrainSettings,
+    files: tuple[str, ...] = (),
+    identity: dict[str, Any] | None = None,
+) -> Path | None:
+    """All that can be known of a run before its first costly step; its folder, with `~` resolved.
+
+    `files` are what the run will write beside `FILES`, `identity` what is known of it so far.
+    Raises as `try_writing` and `check_earlier_run` do.
+    """
+    if not isinstance(resume, bool):
+        raise TypeError(f"resume must be True or False, not {resume!r}")
+    if output_dir is None:
+        if resume:
+            raise ValueError("resume=True needs the output_dir of the run that is to go on")
+        return None
+    folder = try_writing(output_dir, (*FILES, *files))
+    made_with = settings.identity() | (identity or {})
+    made_with["precision"] = precision_on(PartialState().device, settings.precision)
+    check_earlier_run(folder, resume, made_with, settings.steps)
+    return folder
 
 
 def train(
@@ -66,116 +149,204 @@ def train(
 
     `compute_loss(model, generator)` draws everything random from `generator` (on the CPU, so that
     a seed means the same on every device) and returns scalar terms; `terms["loss"]` is minimised
-    and all of them are logged. With `settings.accumulation` above 1 it is called so often for one
-    step, and the gradients and logged terms are the means. `before_step()` may look at and change
-    the gradients, after they are complete and before they are clipped. At the end the model holds
-    the averaged weights.
+    and all of them are logged, as means over processes. With `settings.accumulation` above 1 it is
+    called so often for one step, and the gradients and logged terms are the means. `before_step()`
+    may look at and change the gradients, after they are complete and before they are clipped. At
+    the end the model holds the averaged weights; however the run ends, it is in evaluation mode, as
+    it was otherwise, and holds no gradients.
 
-    With an `output_dir`, checkpoints go to `output_dir/checkpoint-<step>`, written beside and then
-    renamed; `resume` goes on from the newest one and gives, on one device, bit for bit the weights
-    of a run that was never stopped. `identity` says what else must not have changed, such as the
-    data or the loss, in plain values. What `compute_loss` changes besides is a `companion`, whose
-    state goes into the checkpoints with the rest. Raises `ValueError` if that checkpoint was made
-    with other settings or another identity, `FileExistsError` where a new run would mix its
-    checkpoints with those of an earlier one, and `FloatingPointError` on a loss that is not finite,
-    on an accelerator up to `log_every` steps late.
+    With an `output_dir`, checkpoints go to `output_dir/checkpoint-<step>`, every
+    `settings.saves_after` steps, at least every 15 minutes, and at the end (the last one stays
+    where `settings.keep_state` is set). Ctrl-C and SIGTERM write one after the step they meet, and
+    then stop the run. `resume` goes on from the newest whole one and gives, on one device, bit for
+    bit the weights of a run that was never stopped. It may be given more `steps`, also when the run
+    was through: from there on the learning rate is that of the longer run. `identity` says what
+    else must not have changed, such as the data or the loss, in plain values. What `compute_loss`
+    changes besides is a `companion`, whose state goes into the checkpoints with the rest.
+
+    Raises, before the first step, `ValueError` if that checkpoint was made with other settings or
+    another identity, where none of several is whole, and where nothing is to be trained;
+    `FileExistsError` where a new run would mix its checkpoints with those of an earlier one;
+    another `OSError` where nothing can be written, and `RuntimeError` where another process writes
+    there. Raises `FloatingPointError` on a loss or weights that are not finite, on an accelerator
+    up to `log_every` steps late; they are never stored.
     """
-    accelerator = accelerator or make_accelerator(settings.precision)
-    checkpoint = newest_checkpoint(output_dir) if output_dir else None
-    if checkpoint and not resume:
-        raise FileExistsError(
-            f"{checkpoint} is of an earlier run: go on with resume=True, or give another output_dir"
-        )
-    if output_dir:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(settings.seed * 1009 + accelerator.process_index)
+    folder = check_run(output_dir, resume, settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        settings.learning_rate,
-        settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    schedule = get_scheduler(
-        settings.schedule,
-        optimizer,
-        num_warmup_steps=min(settings.warmup, settings.steps),
-        num_training_steps=settings.steps,
-    )
-    model.to(accelerator.device)
-    ema = None
-    if settings.ema_decay:
-        ema = EMAModel(
+    if not parameters:
+        raise ValueError("nothing to train: no parameter requires a gradient")
+    accelerator = accelerator or make_accelerator(settings.precision)
+    with locked(folder):
+        if folder and accelerator.is_main_process:
+            clean(folder)
+        run = _Run(model, parameters, settings, folder, accelerator, identity, companion, label)
+        if folder and resume:
+            run.resume()
+        try:
+            with Stop(active=folder is not None) as stop:
+                run.go(compute_loss, before_step, stop)
+        finally:
+            run.close()
+        return run.finish()
+
+
+class _Run:
+    """One call of `train`: what it holds, step by step."""
+
+    def __init__(
+        self, model, parameters, settings, folder, accelerator, identity, companion, label
+    ):
+        self.model, self.parameters = model, parameters
+        self.settings, self.folder, self.accelerator = settings, folder, accelerator
+        self.label = label
+        generator = torch.Generator().manual_seed(settings.seed * 1009 + accelerator.process_index)
+        self.optimizer = torch.optim.AdamW(
             parameters,
-            decay=settings.ema_decay,
-            use_ema_warmup=True,
-            inv_gamma=10.0,
-            power=0.9,
-            foreach=True,
+            settings.learning_rate,
+            settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
-    made_with = dataclasses.asdict(settings) | (identity or {})
-    state = TrainingState(model, optimizer, schedule, ema, generator, made_with, companion)
-    rows: list[dict] = []
-    start = 0
-    if checkpoint:
-        start, rows = state.load(checkpoint, accelerator)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+        self.schedule = get_scheduler(
+            settings.schedule,
+            self.optimizer,
+            num_warmup_steps=min(settings.warmup, settings.steps),
+            num_training_steps=settings.steps,
+        )
+        model.to(accelerator.device)
+        self.ema = None
+        if settings.ema_decay:
+            self.ema = EMAModel(
+                parameters,
+                decay=settings.ema_decay,
+                use_ema_warmup=True,
+                inv_gamma=10.0,
+                power=0.9,
+                foreach=True,
+            )
+        made_with = settings.identity() | (identity or {})
+        made_with["precision"] = accelerator.mixed_precision
+        made_with["processes"] = accelerator.num_processes
+        self.state = TrainingState(
+            model, self.optimizer, self.schedule, self.ema, generator, made_with, companion
+        )
+        self.generator = generator
+        self.rows: list[dict] = []
+        self.start = self.done = self.saved = 0
+        self.prepared: nn.Module | None = None
 
-    prepared.train()
-    bar = tqdm(
-        range(start, settings.steps),
-        initial=start,
-        total=settings.steps,
-        desc=label,
-        disable=not accelerator.is_main_process,
-        mininterval=2.0,
-    )
-    unseen: list[tuple[int, Tensor]] = []
-    for step in bar:
-        done = step + 1
-        logs = done % settings.log_every == 0 or done == settings.steps or step == 0
-        saves = bool(output_dir) and done % settings.save_every == 0 and done < settings.steps
-        parts: list[Terms] = []
-        for number in range(1, settings.accumulation + 1):
-            last = number == settings.accumulation
-            with contextlib.nullcontext() if last else accelerator.no_sync(prepared):
-                with accelerator.autocast():
-                    terms = compute_loss(prepared, generator)
-                unseen.append((step, terms["loss"].detach()))
-                if (last and (logs or saves)) or accelerator.device.type == "cpu":
-                    refuse_infinite(unseen, label)
-                accelerator.backward(terms["loss"] / settings.accumulation)
-            parts.append({name: value.detach() for name, value in terms.items()})
-        if before_step:
-            before_step()
-        norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if ema:
-            average(ema, parameters)
-        if logs:
-            row = {"step": done} | _means(parts)
-            row |= {"grad_norm": float(norm), "learning_rate": schedule.get_last_lr()[0]}
-            rows.append(row)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-        if saves:
-            state.save(Path(output_dir), done, rows, accelerator)
-    if ema:
-        ema.copy_to(parameters)
-    # Takes the wrapper for mixed precision off again, so that the model computes as it did before.
-    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False).eval()
-    if accelerator.is_main_process and output_dir:
-        write_text(Path(output_dir) / "log.csv", pd.DataFrame(rows).to_csv(index=False))
-    return pd.DataFrame(rows)
+    def resume(self) -> None:
+        """Go back to the newest whole checkpoint, if there is one."""
+        found = self.state.resume(self.folder, self.settings.steps, self.accelerator)
+        self.start, self.rows = found
+        self.done = self.saved = self.start
 
+    def go(self, compute_loss: LossFunction, before_step, stop: Stop) -> None:
+        """All steps that are left."""
+        settings, accelerator = self.settings, self.accelerator
+        self.prepared, optimizer = accelerator.prepare(self.model, self.optimizer)
+        self.prepared.train()
+        bar = tqdm(
+            range(self.start, settings.steps),
+            initial=self.start,
+            total=settings.steps,
+            desc=self.label,
+            disable=not accelerator.is_main_process,
+            mininterval=2.0,
+        )
+        unseen: list[tuple[int, Tensor]] = []
+        last_saved = time.monotonic()
+        with contextlib.closing(bar):
+            for step in bar:
+                done = step + 1
+                logs = done % settings.log_every == 0 or done == settings.steps or step == 0
+                saves = bool(self.folder) and done % settings.saves_after == 0
+                parts: list[Terms] = []
+                for number in range(1, settings.accumulation + 1):
+                    last = number == settings.accumulation
+                    with contextlib.nullcontext() if last else accelerator.no_sync(self.prepared):
+                        with accelerator.autocast():
+                            terms = compute_loss(self.prepared, self.generator)
+                        unseen.append((step, terms["loss"].detach()))
+                        if (last and (logs or saves)) or accelerator.device.type == "cpu":
+                            refuse_infinite(unseen, self.label)
+                        accelerator.backward(terms["loss"] / settings.accumulation)
+                    parts.append({name: value.detach() for name, value in terms.items()})
+                if before_step:
+                    before_step()
+                norm = accelerator.clip_grad_norm_(self.parameters, settings.max_grad_norm)
+                optimizer.step()
+                self.schedule.step()
+                optimizer.zero_grad()
+                if self.ema:
+                    average(self.ema, self.parameters)
+                self.done = done
+                if logs:
+                    row = {"step": done} | self._means(parts)
+                    row |= {
+                        "grad_norm": float(norm),
+                        "learning_rate": self.schedule.get_last_lr()[0],
+                    }
+                    self.rows.append(row)
+                    bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                if not self.folder:
+                    continue
+                late = time.monotonic() - last_saved > SAVE_SECONDS
+                stops, late = self._agreed(stop.asked is not None, late, logs)
+                if stops or late or (saves and done < settings.steps):
+                    if unseen:
+                        refuse_infinite(unseen, self.label)
+                    self._save()
+                    last_saved = time.monotonic()
+                if stops:
+                    stop.leave(
+                        f"stopped after step {done}, and saved in {self.folder}: go on with "
+                        "resume=True"
+                    )
 
-def _means(parts: list[Terms]) -> dict[str, float]:
-    """The mean of each term over the micro-batches of a step that have it."""
-    names = dict.fromkeys(name for terms in parts for name in terms)
-    means = {}
-    for name in names:
-        values = [terms[name].item() for terms in parts if name in terms]
-        means[name] = sum(values) / len(values)
-    return means
+    def _agreed(self, stops: bool, late: bool, logs: bool) -> tuple[bool, bool]:
+        """Whether any process wants to stop or save; several ask each other where they log."""
+        if self.accelerator.num_processes == 1:
+            return stops, late
+        if not logs:
+            return False, False
+        asked = torch.tensor([float(stops), float(late)], device=self.accelerator.device)
+        stops, late = (self.accelerator.reduce(asked, "sum") > 0).tolist()
+        return stops, late
+
+    def _save(self) -> None:
+        self.state.save(self.folder, self.done, self.rows, self.accelerator)
+        self.saved = self.done
+
+    def _means(self, parts: list[Terms]) -> dict[str, float]:
+        """The mean of each term over the micro-batches that have it, and over processes."""
+        names = dict.fromkeys(name for terms in parts for name in terms)
+        means = {}
+        for name in names:
+            values = torch.stack([t[name].double().mean() for t in parts if name in t]).mean()
+            means[name] = self.accelerator.reduce(values, "mean").item()
+        return means
+
+    def close(self) -> None:
+        """Take off what training put on, however it ended."""
+        if self.prepared is None:
+            return
+        # The wrapper for mixed precision, so that the model computes as it did before.
+        self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False).eval()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def finish(self) -> pd.DataFrame:
+        """The averaged weights, looked at; the last checkpoint; the log."""
+        log = pd.DataFrame(self.rows)
+        refuse_infinite_weights(dict(self.model.named_parameters()), f"{self.label}, at its end")
+        if self.folder and self.settings.keep_state:
+            if self.saved < self.settings.steps:
+                self._save()
+        if self.ema:
+            self.ema.copy_to(self.parameters)
+        if self.folder and self.accelerator.is_main_process:
+            write_text(self.folder / "log.csv", log.to_csv(index=False))
+            if self.settings.keep_state:
+                forget_checkpoints(self.folder, but_newest=1)
+        return log

@@ -43,11 +43,16 @@ class TrainSettings:
     compile: Annotated[bool, "run the networks through torch.compile"] = False
     gradient_checkpointing: Annotated[bool, "recompute activations: less memory, more time"] = False
     log_every: Annotated[int, "updates between two rows of the log"] = 10
-    save_every: Annotated[int, "updates between two checkpoints"] = 500
+    save_every: Annotated[
+        int | None, "updates between two checkpoints; None: a tenth of the run, at least 20"
+    ] = None
+    keep_state: Annotated[bool, "leave the last checkpoint, so that the run can be extended"] = True
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulation", "log_every", "save_every"):
+        for name in ("steps", "batch_size", "accumulation", "log_every"):
             _whole(name, getattr(self, name), 1)
+        if self.save_every is not None:
+            _whole("save_every", self.save_every, 1)
         for name in ("warmup", "seed"):
             _whole(name, getattr(self, name), 0)
         for name in ("learning_rate", "max_grad_norm"):
@@ -71,9 +76,22 @@ class TrainSettings:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
                 )
-        for name in ("compile", "gradient_checkpointing"):
+        for name in ("compile", "gradient_checkpointing", "keep_state"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+
+    @property
+    def saves_after(self) -> int:
+        """Updates between two checkpoints."""
+        return self.save_every or max(20, math.ceil(self.steps / 10))
+
+    def identity(self) -> dict[str, Any]:
+        """What the next step depends on: a run that resumes must share it.
+
+        How long the run goes on and what it writes on its way may change.
+        """
+        free = ("steps", "log_every", "save_every", "keep_state")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
     @classmethod
     def given(cls, settings: TrainSettings | None, changes: Mapping[str, Any]) -> TrainSettings:

@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -94,22 +95,129 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
     shutil.copytree(pipelines.MINI_STUDENT, tmp_path / "student")
     file = next((tmp_path / "student" / "unet").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:100_000])
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="student/unet are damaged"):
         kdc.load_student(tmp_path / "student")
     for part in ("unet", "vae", "text_encoder"):
         folder = tmp_path / part
         shutil.copytree(pipelines.MINI_TEACHER, folder)
         file = next((folder / part).glob("*.safetensors"))
         file.write_bytes(file.read_bytes()[:-1000])
-        with pytest.raises(ValueError, match="damaged or incomplete"):
+        with pytest.raises(ValueError, match=f"weights in .*{part} are damaged"):
             kdc.load_teacher(folder)
     weights = load_file(pipelines.MINI_TEACHER / "unet" / "diffusion_pytorch_model.safetensors")
     weights.pop("conv_out.weight")
     shutil.rmtree(tmp_path / "unet" / "unet")
     shutil.copytree(pipelines.MINI_TEACHER / "unet", tmp_path / "unet" / "unet")
     save_file(weights, tmp_path / "unet" / "unet" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match="damaged or incomplete"):
+    with pytest.raises(ValueError, match="missing: conv_out.weight"):
         kdc.load_teacher(tmp_path / "unet")
+
+
+def changed(tmp_path, part, change, name="model"):
+    """The mini teacher with the tensors of one part changed."""
+    folder = tmp_path / f"changed-{part}-{name}"
+    shutil.copytree(pipelines.MINI_TEACHER, folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_every_tensor_of_a_teacher_comes_from_its_files(tmp_path, part):
+    """diffusers and transformers would draw a missing one at random, another at each load."""
+
+    def drop(tensors):
+        del tensors[min(tensors)]
+
+    def add(tensors):
+        tensors["nobody.knows"] = torch.zeros(3)
+
+    def reshape(tensors):
+        tensors[min(tensors)] = torch.zeros(2, 3, 5)
+
+    first = min(load_file(next((pipelines.MINI_TEACHER / part).glob("*.safetensors"))))
+    for change, said in ((drop, f"missing: .*{first.split('.')[-1]}"),
+                         (add, "unexpected: nobody.knows"), (reshape, "")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{part} are (not its network's|damaged).*{said}"):
+            kdc.load_teacher(changed(tmp_path, part, change, change.__name__))
+
+
+def test_half_precision_files_are_found_by_themselves_and_by_name(tmp_path, teacher):
+    folder = tmp_path / "half"
+    shutil.copytree(pipelines.MINI_TEACHER, folder)
+    for part in ("unet", "vae", "text_encoder"):
+        (file,) = (folder / part).glob("*.safetensors")
+        halved = {name: x.half() for name, x in load_file(file).items()}
+        save_file(halved, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
+        file.unlink()
+    expected = teacher.unet.state_dict()
+    for settings in ({}, {"variant": "fp16"}):
+        found = kdc.load_teacher(folder, **settings).unet.state_dict()
+        assert all(torch.equal(found[n], x.half().float()) for n, x in expected.items())
+
+
+def test_pickles_are_not_read(tmp_path):
+    shutil.copytree(pipelines.MINI_STUDENT, tmp_path / "student")
+    (file,) = (tmp_path / "student" / "unet").glob("*.safetensors")
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="pickles are not read"):
+        kdc.load_student(tmp_path / "student")
+
+
+def test_a_plan_that_is_not_the_networks_is_refused(tmp_path, teacher):
+    kdc.save_student(kdc.slim(teacher.unet, "kdc"), tmp_path)
+    note = json.loads((tmp_path / "kdc.json").read_text())
+    note["plan"] = kdc.PLANS["bk-base"].to_dict()
+    (tmp_path / "kdc.json").write_text(json.dumps(note))
+    with pytest.raises(ValueError, match="do not belong together"):
+        kdc.load_student(tmp_path, teacher)
+    for damage, said in (("{", "kdc.json is damaged"), ("[]", "it holds list"),
+                         ('{"plan": {"name": 3}}', "holds no slimming plan"),
+                         ('{"plan": "kdc"}', "holds no slimming plan")):  # fmt: skip
+        (tmp_path / "kdc.json").write_text(damage)
+        with pytest.raises(ValueError, match=said):
+            kdc.load_student(tmp_path, teacher)
+
+
+def test_students_are_found_in_the_home_folder(tmp_path, teacher, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    kdc.save_student(kdc.slim(teacher.unet, "kdc"), "~/mine")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["mine"]
+    assert kdc.load_student("~/mine", teacher).unet.slim_plan == kdc.PLANS["kdc"]
+
+
+def test_a_student_is_replaced_only_once_the_new_one_is_there(tmp_path, teacher, monkeypatch):
+    old = kdc.slim(teacher.unet, "kdc")
+    kdc.save_student(old, tmp_path)
+    new = kdc.slim(teacher.unet, "bk-tiny")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(new), "save_pretrained", full)
+        with pytest.raises(OSError, match="No space"):
+            kdc.save_student(new, tmp_path)
+    assert torch.equal(kdc.load_student(tmp_path, teacher).unet.conv_in.weight, old.conv_in.weight)
+    kdc.save_student(new, tmp_path)
+    assert kdc.load_student(tmp_path, teacher).unet.slim_plan == kdc.PLANS["bk-tiny"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["kdc.json", "unet"]
+    (tmp_path / "unet").rename(tmp_path / "unet.previous")
+    with pytest.raises(FileNotFoundError, match="Rename .*unet.previous to unet"):
+        kdc.load_student(tmp_path, teacher)
+
+
+def test_a_student_that_is_not_finite_is_not_stored(tmp_path, teacher):
+    student = kdc.slim(teacher.unet, "kdc")
+    with torch.no_grad():
+        student.conv_out.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="conv_out.bias"):
+        kdc.save_student(student, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_unreachable_hub_id_says_so(monkeypatch):

@@ -581,8 +581,8 @@ def test_a_new_sequence_refuses_a_buffer_that_holds_items_and_resume_takes_it(
             run(tasks[:2], name, narrow, buffer=used, output_dir=tmp_path / "kept")
     held = used.state_dict()
     assert len(used)
-    for fresh in ({}, {"resume": True}, {"output_dir": tmp_path / "new"},
-                  {"output_dir": tmp_path / "new", "resume": True}):  # fmt: skip
+    new = {"output_dir": tmp_path / "new"}
+    for fresh in ({}, new, new | {"resume": True}):
         with pytest.raises(ValueError, match="already holds .* give it a new one"):
             run(tasks[:2], name, narrow, buffer=used, evaluate=never, **fresh)
     assert not (tmp_path / "new").exists()
