@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from kdc.io import as_path, read_json, sync, write_json
 from kdc.unet.plans import SlimPlan
+from kdc.unet.slimming import refuse_adapters
 
 ASSETS = Path(__file__).parent / "assets"
 MINI_TEACHER = ASSETS / "mini-teacher"
@@ -222,18 +223,6 @@ def check_teacher(pipeline: StableDiffusionPipeline) -> None:
                 " 1.x and 2.x can teach"
             )
     refuse_adapters(pipeline.unet, "the teacher")
-
-
-def refuse_adapters(unet: torch.nn.Module, whose: str) -> None:
-    """Raise `ValueError` where adapters (LoRA) hang in a network: they would be lost."""
-    found = [
-        name for name, _ in unet.named_parameters() if ".base_layer." in name or "lora" in name
-    ]
-    if found or getattr(unet, "peft_config", None):
-        raise ValueError(
-            f"{whose} has adapters{': ' + found[0] if found else ''}: merge them first, with"
-            " pipeline.fuse_lora() and pipeline.unload_lora_weights()"
-        )
 
 
 def with_unet(

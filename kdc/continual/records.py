@@ -6,7 +6,9 @@ import dataclasses
 import shutil
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -95,24 +97,13 @@ class Records:
             self._save("start")
             self._write()
             return
-        if not resume:
-            refuse_begun(self.root)
-        note = self._note()
-        refuse_other_settings(self.root / FILE, note["identity"], self.identity, REMEDY)
+        check_begun(self.root, resume, self.identity)
+        note = read_notes(self.root)
         self.learnt, self.counts = note["learnt"], note["counts"]
         self.scores = {(t, k): scores for t, k, scores in note["scores"]}
         self._go_back()
         self.logs = [self._read_log(t) for t in range(self.learnt)]
         self._clean()
-
-    def _note(self) -> dict:
-        """What `sequence.json` holds, or its last version but one where it is damaged."""
-        try:
-            return check_note(self.root / FILE)
-        except (OSError, ValueError) as error:
-            note = check_note(self.root / PREVIOUS)  # which raises, by name, if it is no better
-            warnings.warn(f"{error}. Going on from {self.root / PREVIOUS} instead", stacklevel=4)
-            return note
 
     def _go_back(self) -> None:
         """Load the last state that is whole; what came after it will be learnt again."""
@@ -125,7 +116,6 @@ class Records:
                 if not self.learnt:
                     raise
                 warnings.warn(f"{error}. Learning that task again", stacklevel=4)
-                shutil.rmtree(self.root / name)
                 self.learnt -= 1
         self.counts = self.counts[: self.learnt]
         self.scores = {(t, k): scores for (t, k), scores in self.scores.items() if t < self.learnt}
@@ -194,16 +184,38 @@ def is_begun(root: Path) -> bool:
     return (root / FILE).is_file() or (root / PREVIOUS).is_file()
 
 
-def refuse_begun(root: Path) -> None:
-    """Raise `FileExistsError` for a folder with an earlier sequence."""
-    raise FileExistsError(
-        f"{root / FILE} is of an earlier sequence: go on with resume=True, or give another "
-        "output_dir"
-    )
+def check_begun(root: Path, resume: bool, identity: Mapping[str, Any]) -> None:
+    """Look at an earlier sequence's notes before any costly step.
+
+    `identity` is what is known so far. Raises `FileExistsError` where it is not to be resumed, and
+    `ValueError` where it was another experiment.
+    """
+    if not resume:
+        raise FileExistsError(
+            f"{root / FILE} is of an earlier sequence: go on with resume=True, or give another "
+            "output_dir"
+        )
+    before = read_notes(root)["identity"]
+    known = {name: before.get(name) for name in identity}
+    refuse_other_settings(root / FILE, known, identity, REMEDY)
 
 
-def check_note(file: Path) -> dict:
-    """What a `sequence.json` holds. Raises `ValueError` naming one that is damaged."""
+def read_notes(root: Path) -> dict:
+    """What `sequence.json` holds, or its version before where it is damaged, with a warning.
+
+    Raises `ValueError` naming what is damaged where that is no better.
+    """
+    try:
+        return _check_notes(root / FILE)
+    except (OSError, ValueError) as error:
+        if not (root / PREVIOUS).is_file():
+            raise ValueError(str(error)) from error
+        note = _check_notes(root / PREVIOUS)
+        warnings.warn(f"{error}. Going on from {root / PREVIOUS} instead", stacklevel=3)
+        return note
+
+
+def _check_notes(file: Path) -> dict:
     note = read_json(file)
     kinds = {"identity": dict, "learnt": int, "scores": list, "counts": list}
     for name, kind in kinds.items():

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,13 +16,13 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from kdc.continual.learner import Learner, Learnt
 from kdc.continual.matrix import ScoreMatrix
 from kdc.continual.mechanisms.base import Counts, Run
-from kdc.continual.records import SEQUENCE_FILES, Records, is_begun, refuse_begun
+from kdc.continual.records import SEQUENCE_FILES, Records, check_begun, is_begun
 from kdc.continual.strategies import Strategy, find_strategy
 from kdc.continual.tasks import Task
 from kdc.distillation.distill import check_fit, identity_of, identity_of_data
 from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import forward_process
-from kdc.io import fingerprint
+from kdc.io import fingerprint, plain
 from kdc.pipelines import in_pipeline
 from kdc.replay.buffer import ReplayBuffer
 from kdc.training.efficiency import refuse_unusable
@@ -94,13 +95,21 @@ def run_sequence(
     """
     settings = TrainSettings.given(settings, changes)
     strategy, weights = find_strategy(strategy), weights or LossWeights.only("task")
+    folder, identity = check_sequence(
+        strategy,
+        student,
+        teacher,
+        buffer=buffer,
+        settings=settings,
+        weights=weights,
+        output_dir=output_dir,
+        resume=resume,
+    )
     every = [*tasks] + ([reference] if reference else [])
-    _check(every, strategy, student, teacher, weights, buffer, higher_is_better)
+    _check_tasks(every, teacher, higher_is_better)
     if first and strategy.mechanism.own_first_task:
         raise ValueError(f"{strategy.name} learns the first task in its own way: leave first out")
-    folder = check_run(output_dir, resume, settings, SEQUENCE_FILES)
     device = PartialState().device
-    refuse_unusable(settings.compile, settings.gradient_checkpointing, device)
     teacher.to(device)
     student.to(device).eval()
     labels = dict.fromkeys(label for task in tasks for label in task.labels)
@@ -115,25 +124,16 @@ def run_sequence(
         ratio=strategy.ratio,
     )
     mechanism = strategy.mechanism(run, **strategy.options)
-    identity = settings.identity() | {
-        "steps": settings.steps,
-        "precision": precision_on(device, settings.precision),
-        "strategy": strategy.to_dict(),
+    identity |= {
         "tasks": [task.name for task in every],
         "labels": [_hash(task.labels) for task in tasks],
         "data": [identity_of_data(task.train) for task in every],
-        "weights": weights.to_dict(),
-        "frozen": [name for name, p in student.named_parameters() if not p.requires_grad],
-        "buffer": None if buffer is None else buffer.settings(),
         "higher_is_better": dict(higher_is_better),
         "ahead": ahead,
         "first": fingerprint(*first.weights.values()) if first else None,
     }
-    identity |= identity_of(student, teacher, forward_process(teacher))
     if not (folder and is_begun(folder)):
         mechanism.begin_sequence()
-    elif not resume:
-        refuse_begun(folder)
     with locked(folder):
         records = Records(folder, identity, student, mechanism)
         records.begin(resume)
@@ -180,10 +180,48 @@ def learn_first(
     return Learnt(weights, counts, result.logs[0])
 
 
-def _check(every, strategy, student, teacher, weights, buffer, higher_is_better) -> None:
-    check_fit(student, teacher, forward_process(teacher), weights)
+def check_sequence(
+    strategy: Strategy,
+    student: UNet2DConditionModel,
+    teacher: StableDiffusionPipeline,
+    *,
+    buffer: ReplayBuffer | None,
+    settings: TrainSettings,
+    weights: LossWeights,
+    output_dir: str | Path | None,
+    resume: bool,
+) -> tuple[Path | None, dict[str, Any]]:
+    """All that can be known of a sequence before its images are encoded; raises as `run_sequence`.
+
+    Returns the folder, `~` resolved, and what is known so far of what a run that resumes must
+    share, in plain values.
+    """
+    process = forward_process(teacher)
+    check_fit(student, teacher, process, weights)
     if PartialState().num_processes > 1:
         raise ValueError("a sequence runs in one process: launch it without several")
+    if strategy.mechanism.uses_buffer and buffer is None:
+        raise ValueError(f"{strategy.name} needs a buffer: buffer=kdc.ReplayBuffer(...)")
+    if buffer is not None and not strategy.mechanism.uses_buffer:
+        raise ValueError(f"{strategy.name} uses no buffer: leave it out")
+    device = PartialState().device
+    refuse_unusable(settings.compile, settings.gradient_checkpointing, device)
+    folder = check_run(output_dir, resume, settings, SEQUENCE_FILES)
+    identity = settings.identity() | {
+        "steps": settings.steps,
+        "precision": precision_on(device, settings.precision),
+        "strategy": strategy.to_dict(),
+        "weights": weights.to_dict(),
+        "frozen": [name for name, p in student.named_parameters() if not p.requires_grad],
+        "buffer": None if buffer is None else buffer.settings(),
+    }
+    identity = plain(identity | identity_of(student, teacher, process))
+    if folder and is_begun(folder):
+        check_begun(folder, resume, identity)
+    return folder, identity
+
+
+def _check_tasks(every, teacher, higher_is_better) -> None:
     names = [task.name for task in every]
     if not every or len(set(names)) < len(names):
         raise ValueError(f"tasks must have names of their own, not {names}")
@@ -191,7 +229,7 @@ def _check(every, strategy, student, teacher, weights, buffer, higher_is_better)
         raise ValueError(
             f"higher_is_better must say True or False for each metric: {dict(higher_is_better)}"
         )
-    unet = student.config
+    unet = teacher.unet.config
     shape = (unet.in_channels, unet.sample_size, unet.sample_size)
     for task in every:
         if task.train.mean.shape[1:] != shape:
@@ -199,10 +237,6 @@ def _check(every, strategy, student, teacher, weights, buffer, higher_is_better)
                 f"{task.name!r} has latents of {tuple(task.train.mean.shape[1:])}, the student "
                 f"takes {shape}"
             )
-    if strategy.mechanism.uses_buffer and buffer is None:
-        raise ValueError(f"{strategy.name} needs a buffer: buffer=kdc.ReplayBuffer(...)")
-    if buffer is not None and not strategy.mechanism.uses_buffer:
-        raise ValueError(f"{strategy.name} uses no buffer: leave it out")
 
 
 def _result(records: Records, tasks, higher_is_better, reference) -> SequenceResult:

@@ -17,11 +17,12 @@ from kdc.distillation.features import feature_pairs
 from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import DistillationStep, forward_process
 from kdc.io import fingerprint, plain, read_json, refuse_other_settings
-from kdc.pipelines import STUDENT_FILES, check_teacher, load_unet, refuse_adapters, save_student
+from kdc.pipelines import STUDENT_FILES, check_teacher, load_unet, save_student
 from kdc.training.checkpoints import checkpoints, forget_checkpoints
 from kdc.training.efficiency import quickened, reduced, refuse_unusable
 from kdc.training.loop import check_run, locked, make_accelerator, precision_on, train
 from kdc.training.settings import TrainSettings
+from kdc.unet.slimming import refuse_adapters
 
 LAYOUT = ("down_block_types", "mid_block_type", "up_block_types", "layers_per_block")
 

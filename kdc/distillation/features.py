@@ -72,6 +72,8 @@ def feature_pairs(
         return pairs
     theirs = dict(teacher.named_modules())
     ours = [name for name, _ in student.named_modules() if name.endswith(".attn1")]
+    if len(student.down_blocks) < len(teacher.down_blocks):  # it lies at another resolution then
+        ours = [name for name in ours if not name.startswith("mid_block.")]
     if _layers(student) == _layers(teacher):  # as where a student follows its older self
         sources = [(name, name) for name in ours]
     elif plan := getattr(student, "slim_plan", None):

@@ -6,6 +6,8 @@ Kept layers keep the teacher's weights, tensor by tensor, as BK-SDM does it (Kim
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from diffusers import UNet2DConditionModel
 
@@ -39,6 +41,17 @@ def check_layout(unet: UNet2DConditionModel) -> None:
             raise ValueError(
                 f"not the layout of Stable Diffusion 1.x or 2.x: {name} is {found}, not {wanted}"
             )
+
+
+def refuse_adapters(unet: torch.nn.Module, whose: str) -> None:
+    """Raise `ValueError` where adapters (LoRA) hang in a network: they would be lost."""
+    names = [name for name, _ in unet.named_parameters()]
+    found = [name for name in names if ".base_layer." in name or "lora" in name.lower()]
+    if found or getattr(unet, "peft_config", None):
+        raise ValueError(
+            f"{whose} has adapters{': ' + found[0] if found else ''}: merge them first, with"
+            " pipeline.fuse_lora() and pipeline.unload_lora_weights()"
+        )
 
 
 def student_config(unet: UNet2DConditionModel, plan: str | SlimPlan) -> dict:
@@ -107,12 +120,22 @@ def slim(
     in the named plans), "random" draws all of them from `seed`. Works on the meta device. The
     student is a plain diffusers model on the teacher's device and in its precision.
 
-    Raises `ValueError` for an unknown plan or init, or a U-Net of another layout.
+    Where a copy lacks tensors, which only a teacher with stages of unlike settings can cause, they
+    are drawn from `seed`, and a warning names them. Raises `ValueError` for an unknown plan or
+    init, for a U-Net of another layout, and for one with adapters.
     """
+    refuse_adapters(unet, "the teacher")
     if init not in ("copy", "random"):
         raise ValueError(f"init must be copy or random, not {init!r}")
     config, sources = student_config(unet, plan), copy_map(unet, plan)
-    if init == "random" or None in sources.values():
+    new = [name for name, source in sources.items() if source is None]
+    if init == "copy" and new:
+        warnings.warn(
+            f"{len(new)} of the student's {len(sources)} tensors have no counterpart in the teacher"
+            f" and are drawn at random, {new[0]} for one",
+            stacklevel=2,
+        )
+    if init == "random" or new:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             student = _build(config, "cpu" if unet.device.type != "meta" else "meta")

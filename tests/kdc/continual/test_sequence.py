@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -656,3 +657,101 @@ def test_a_first_task_of_their_own_is_not_taken_from_elsewhere(tasks, narrow):
     for name in ("joint", "last_sample"):
         with pytest.raises(ValueError, match=f"{name} learns the first task in its own way"):
             run(tasks[:2], name, narrow, first=first)
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+SEQUENCE_DAMAGE = {
+    "the student's weights": lambda f: flip(next((f / "task-1" / "unet").glob("*.safetensors"))),
+    "the buffer": lambda f: flip(f / "task-1" / "buffer.safetensors"),
+    "no manifest": lambda f: (f / "task-1" / "manifest.json").unlink(),
+    "an empty note": lambda f: (f / "task-1" / "kdc.json").write_bytes(b""),
+    "the folder is gone": lambda f: shutil.rmtree(f / "task-1"),
+}
+
+
+def stopped_in_the_third_task(tasks, narrow, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        dying(patch, 4 + 4 + 3)
+        with pytest.raises(Killed):
+            run(tasks, "replay", narrow, output_dir=folder)
+    assert (folder / "task-2" / "checkpoint-0000002").is_dir()
+
+
+@pytest.mark.parametrize("kind", SEQUENCE_DAMAGE)
+def test_a_damaged_task_is_learnt_again_from_the_one_before(
+    kind, tasks, narrow, tmp_path, monkeypatch
+):
+    whole, expected = run(tasks, "replay", narrow)
+    stopped_in_the_third_task(tasks, narrow, tmp_path, monkeypatch)
+    SEQUENCE_DAMAGE[kind](tmp_path)
+    with monkeypatch.context() as patch:
+        calls = dying(patch, None)
+        with pytest.warns(UserWarning, match="task-1.* is damaged.*Learning that task again"):
+            student, result = run(tasks, "replay", narrow, output_dir=tmp_path, resume=True)
+    assert len(calls) == 4 + 2, "task 1 anew, and task 2 from its checkpoint"
+    assert torch.equal(weights(student), weights(whole)) and result.matrices == expected.matrices
+
+
+def test_the_notes_of_a_sequence_fall_back_to_the_version_before(
+    tasks, narrow, tmp_path, monkeypatch
+):
+    whole, expected = run(tasks, "replay", narrow)
+    stopped_in_the_third_task(tasks, narrow, tmp_path, monkeypatch)
+    (tmp_path / "sequence.json").write_text('{"identity": {')
+    with pytest.warns(UserWarning, match="sequence.json is damaged.*sequence.previous.json"):
+        student, result = run(tasks, "replay", narrow, output_dir=tmp_path, resume=True)
+    assert torch.equal(weights(student), weights(whole)) and result.matrices == expected.matrices
+    for name in ("sequence.json", "sequence.previous.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="sequence.previous.json is damaged: it has no identity"):
+        run(tasks, "replay", narrow, output_dir=tmp_path, resume=True)
+
+
+def test_where_nothing_of_a_sequence_is_whole_it_says_so(tasks, narrow, tmp_path, monkeypatch):
+    stopped_in_the_third_task(tasks, narrow, tmp_path, monkeypatch)
+    for name in ("start", "task-0", "task-1"):
+        flip(next((tmp_path / name / "unet").glob("*.safetensors")))
+    with (
+        pytest.warns(UserWarning, match="Learning that task again"),
+        pytest.raises(ValueError, match="start is damaged: unet/.* is not what was written"),
+    ):
+        run(tasks, "replay", narrow, output_dir=tmp_path, resume=True)
+
+
+def test_what_a_kill_left_in_learnt_tasks_is_cleaned(tasks, narrow, tmp_path, monkeypatch):
+    stopped_in_the_third_task(tasks, narrow, tmp_path, monkeypatch)
+    left = tmp_path / "task-0" / "checkpoint-0000002"
+    shutil.copytree(tmp_path / "task-2" / "checkpoint-0000002", left)
+    mine = tmp_path / "task-0" / "checkpoint-0000002-notes"
+    mine.mkdir()
+    (tmp_path / "sequence.json.partial").mkdir()
+    run(tasks, "replay", narrow, output_dir=tmp_path, resume=True)
+    assert mine.is_dir() and not left.exists()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("change", ["std", "empty", "labels", "prediction_type", "frozen"])
+def test_a_sequence_knows_all_that_its_next_step_depends_on(
+    change, tasks, narrow, tmp_path, monkeypatch
+):
+    stopped_in_the_third_task(tasks, narrow, tmp_path, monkeypatch)
+    student, said = None, {"std": "data", "empty": "data", "prediction_type": "noise"}
+    data = tasks[1].train
+    if change in ("std", "empty"):
+        data = dataclasses.replace(data, **{change: getattr(data, change) + 1})
+    labels = list(tasks[1].labels)
+    if change == "labels":
+        labels[0] += " of another kind"
+    tasks = [tasks[0], Task(tasks[1].name, data, labels=labels), tasks[2]]
+    if change == "prediction_type":
+        monkeypatch.setitem(narrow.scheduler.config, "prediction_type", "v_prediction")
+    if change == "frozen":
+        student = copy.deepcopy(narrow.unet)
+        student.conv_in.requires_grad_(False)
+    with pytest.raises(ValueError, match=f"made with .*{said.get(change, change)}="):
+        run(tasks, "replay", narrow, student, output_dir=tmp_path, resume=True)

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 import kdc
 from kdc import LossWeights
 from kdc.data.datasets import WorldDataset
+from kdc.distillation.features import FeatureHooks
 from kdc.distillation.step import DistillationStep, forward_process
 
 
@@ -252,3 +254,201 @@ def test_a_compiled_run_is_not_resumed_by_another(teacher, data, tmp_path, monke
     run(teacher, data, compile=True, **again)
     with pytest.raises(ValueError, match="made with compile=True, now compile=False"):
         run(teacher, data, resume=True, **again)
+
+
+@pytest.fixture
+def encodings(teacher, monkeypatch):
+    """How often the teacher's autoencoder and text encoder are called."""
+    calls = []
+    for part, method in ((teacher.vae, "encode"), (teacher.text_encoder, "forward")):
+        original = getattr(part, method)
+
+        def counting(*args, _original=original, **kwargs):
+            calls.append(1)
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(part, method, counting)
+    return calls
+
+
+FOUND_EARLY = {
+    "fractional steps": (dict(steps=2.5), TypeError, "steps must be a whole number"),
+    "no step": (dict(steps=0), ValueError, "steps must be at least 1"),
+    "no saving": (dict(save_every=0), ValueError, "save_every must be at least 1"),
+    "a rate that is none": (dict(learning_rate=float("nan")), ValueError, "must be finite"),
+    "an infinite rate": (dict(learning_rate=float("inf")), ValueError, "must be finite"),
+    "a misspelt setting": (dict(learing_rate=1e-4), TypeError, "did you mean learning_rate"),
+    "a forgotten resume": (dict(), FileExistsError, "go on with resume=True"),
+    "another seed": (dict(resume=True, seed=3), ValueError, "made with seed=0, now seed=3"),
+    "another loss": (
+        dict(resume=True, weights=LossWeights.only("task")), ValueError, "made with weights=",
+    ),
+    "fewer steps": (dict(resume=True, steps=1), ValueError, "has 4 steps behind it, now steps=1"),
+    "another plan": (dict(resume=True, plan="bk-base"), ValueError, "made with student="),
+    "no folder to resume": (
+        dict(resume=True, output_dir=None), ValueError, "resume=True needs the output_dir",
+    ),
+    "a number for a folder": (dict(output_dir=3), TypeError, "output_dir must be a text"),
+    "an empty folder name": (dict(output_dir=""), ValueError, "output_dir is ''"),
+    "a file for a folder": (dict(output_dir=__file__), NotADirectoryError, "is a file"),
+    "no right to write": (dict(output_dir="/proc/x"), OSError, "nothing can be written there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOUND_EARLY)
+def test_what_can_be_known_is_said_before_the_first_image_is_encoded(
+    kind, teacher, data, tmp_path, encodings
+):
+    run(teacher, data, steps=4, save_every=2, output_dir=tmp_path)
+    settings, error, said = FOUND_EARLY[kind]
+    images = WorldDataset(["flora"], count=4)
+    settings = {"output_dir": tmp_path, "steps": 4, "save_every": 2} | settings
+    encodings.clear()
+    with pytest.raises(error, match=said):
+        run(teacher, images, **settings)
+    assert not encodings
+
+
+def altered(teacher, **config):
+    """The pipeline around a U-Net that says something else of itself."""
+    unet = copy.copy(teacher.unet)
+    unet._internal_dict = type(unet.config)(dict(unet.config) | config)
+    return kdc.pipelines.with_unet(teacher, unet)
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"in_channels": 9}, "9 input and 4 output channels"),
+        ({"addition_embed_type": "text_time"}, "as in SDXL"),
+        ({"class_embed_type": "timestep"}, "as in SDXL"),
+    ],
+)
+def test_a_teacher_of_another_kind_is_refused_early(config, said, teacher, encodings):
+    student = kdc.slim(teacher.unet, "kdc")
+    images = WorldDataset(["flora"], count=4)
+    with pytest.raises(ValueError, match=said):
+        kdc.distill(student, altered(teacher, **config), images, steps=1)
+    assert not encodings
+
+
+def test_a_frozen_student_is_refused_early(teacher, encodings):
+    student = kdc.slim(teacher.unet, "kdc").requires_grad_(False)
+    with pytest.raises(ValueError, match="all weights of the student are frozen"):
+        kdc.distill(student, teacher, WorldDataset(["flora"], count=4), steps=1)
+    assert not encodings
+
+
+def test_adapters_are_refused_by_name(teacher, tmp_path):
+    student = kdc.slim(teacher.unet, "kdc")
+    layer = student.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    layer.lora_A = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="the student has adapters: .*to_q.lora_A.*fuse_lora"):
+        kdc.distill(student, teacher, object(), steps=1)
+    with pytest.raises(ValueError, match="the student has adapters"):
+        kdc.save_student(student, tmp_path)
+    with pytest.raises(ValueError, match="the teacher has adapters"):
+        kdc.slim(student, "kdc")
+
+
+def test_a_run_as_the_readme_shows_it_goes_on_from_a_checkpoint(
+    teacher, data, tmp_path, monkeypatch
+):
+    """Nothing said of saving, killed after half of its steps."""
+    settings = {"steps": 60, "batch_size": 2}
+    whole, _ = run(teacher, data, **settings)
+    original, draws = type(data).draw, []
+
+    def dying(self, *args, **kwargs):
+        draws.append(1)
+        if len(draws) == 31:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(data), "draw", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(teacher, data, output_dir=tmp_path, resume=True, **settings)
+        draws[:] = [1] * 1000
+        resumed, _ = run(teacher, data, output_dir=tmp_path, resume=True, **settings)
+    assert len(draws) == 1040, "it did not go on from step 20"
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_a_finished_distillation_is_extended_and_not_written_over(teacher, data, tmp_path):
+    fixed = {"schedule": "constant", "warmup": 0, "output_dir": tmp_path}
+    whole, _ = run(teacher, data, steps=5, **{k: fixed[k] for k in ("schedule", "warmup")})
+    run(teacher, data, steps=3, **fixed)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-0000003"]
+    with pytest.raises(FileExistsError, match="resume=True"):
+        run(teacher, data, steps=5, **fixed)
+    longer, log = run(teacher, data, steps=5, resume=True, **fixed)
+    assert torch.equal(weights(longer), weights(whole)) and log["step"].iloc[-1] == 5
+    stored = kdc.load_student(tmp_path, teacher).unet
+    assert torch.equal(weights(stored), weights(whole))
+
+
+def test_a_student_without_its_state_is_neither_written_over_nor_extended(teacher, data, tmp_path):
+    settings = {"steps": 3, "keep_state": False, "output_dir": tmp_path}
+    student, log = run(teacher, data, **settings)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    with pytest.raises(FileExistsError, match="holds a student already"):
+        run(teacher, data, **settings)
+    with pytest.raises(ValueError, match="through after 3 steps and left no checkpoint"):
+        run(teacher, data, **settings | {"steps": 5}, resume=True)
+    with pytest.raises(ValueError, match="made with seed=0, now seed=1"):
+        run(teacher, data, **settings, seed=1, resume=True)
+    again, read = run(teacher, data, **settings, resume=True)
+    assert torch.equal(weights(again), weights(student)) and len(read) == len(log)
+
+
+@pytest.mark.parametrize("change", ["std", "empty", "prediction_type"])
+def test_resume_knows_all_that_the_next_step_depends_on(
+    change, teacher, data, tmp_path, monkeypatch
+):
+    run(teacher, data, steps=2, output_dir=tmp_path)
+    other, said = data, "noise" if change == "prediction_type" else "data"
+    if change == "prediction_type":
+        monkeypatch.setitem(teacher.scheduler.config, change, "v_prediction")
+    else:
+        other = dataclasses.replace(data, **{change: getattr(data, change) + 1})
+    with pytest.raises(ValueError, match=f"made with {said}="):
+        run(teacher, other, steps=2, output_dir=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError])
+def test_an_interrupted_student_is_left_as_it_was(error, teacher, data, monkeypatch):
+    student, draws = kdc.slim(teacher.unet, "kdc"), []
+
+    def dying(self, *args, **kwargs):
+        draws.append(1)
+        if len(draws) == 2:
+            raise error("stop")
+        return original(self, *args, **kwargs)
+
+    original = type(data).draw
+    monkeypatch.setattr(type(data), "draw", dying)
+    with pytest.raises(error):
+        kdc.distill(student, teacher, data, steps=3, batch_size=2, precision="bf16")
+    assert not student.training and all(p.grad is None for p in student.parameters())
+    inputs = data.mean[:1], torch.tensor([500]), data.embeddings[:1]
+    with torch.no_grad():
+        exact = type(student).forward(student, *inputs).sample
+        assert torch.equal(student(*inputs).sample, exact), "the wrapper for bf16 is still there"
+    assert not any(m._forward_hooks for m in student.modules())
+
+
+@pytest.mark.parametrize("at", ["blocks", "attention", "both"])
+@pytest.mark.parametrize("plan", ["bk-base", "kdc", "kdc-v2", "bk-tiny"])
+def test_paired_features_are_of_one_size(plan, at, teacher, data):
+    student = kdc.slim(teacher.unet, plan)
+    pairs = kdc.tap_names(student, teacher.unet, at)
+    inputs = data.mean[:1], torch.tensor([500]), data.embeddings[:1]
+    found = []
+    for unet, names in zip((student, teacher.unet), zip(*pairs, strict=True), strict=True):
+        hooks = FeatureHooks(unet, names)
+        with torch.no_grad():
+            unet(*inputs)
+        found.append([x.shape for x in hooks.take()])
+        hooks.close()
+    assert found[0] == found[1]
