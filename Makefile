@@ -22,11 +22,11 @@ help: ## this list
 book: .venv/.ready ## run every notebook at the quick budget and build the HTML book
 	$(BIN)/python tools/book.py all
 
-check: .venv/.ready ## lint, types, and all tests that need no notebook, in minutes
+check: .venv/.ready ## lint, types, and the quick tests that need no notebook, in minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not book"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not book and not long"
 
 test: .venv/.ready ## all of check, every notebook at the quick budget, the strict book build
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from kdc.commands import COMMANDS, CONFIG, Command, settle, write_config
+from kdc.paths import try_writing
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,14 +49,16 @@ def main(argv: list[str] | None = None) -> None:
     name, config, traceback = (given.pop(key) for key in ("command", "config", "traceback"))
     try:
         values = settle(name, given, config)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+        if "output_dir" in values:
+            try_writing(values["output_dir"], (CONFIG, *COMMANDS[name].writes))
+    except (ValueError, TypeError, OSError) as error:
         _stop(name, error, 2, traceback)
     try:
         COMMANDS[name].run(values)
         if "output_dir" in values:
             write_config(name, values, values["output_dir"])
-    except KeyboardInterrupt:
-        print(f"python -m kdc {name}: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"python -m kdc {name}: {str(stopped) or 'stopped'}", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:  # whatever the libraries raise: one line, unless asked for more
         _stop(name, error, 1, traceback)

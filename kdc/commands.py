@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from kdc.paths import as_path
 from kdc.training.settings import TrainSettings, refuse_unknown
 
 CONFIG = "config.yaml"
@@ -48,6 +50,8 @@ class Command:
     help: str
     options: tuple[Option, ...]
     run: Callable[[dict[str, Any]], None]
+    # What it writes into `output_dir`, beside its configuration; tried before anything costly.
+    writes: tuple[str, ...] = ()
 
 
 def _training_options() -> tuple[Option, ...]:
@@ -57,6 +61,8 @@ def _training_options() -> tuple[Option, ...]:
     for field in dataclasses.fields(TrainSettings):
         kind, text = typing.get_args(hints[field.name])
         many = typing.get_origin(kind) is tuple
+        if typing.get_origin(kind) is types.UnionType:  # int | None
+            kind = typing.get_args(kind)[0]
         missing = field.default is dataclasses.MISSING
         options.append(
             Option(
@@ -129,6 +135,7 @@ def _continue(values: dict[str, Any]) -> None:
     import torch
 
     import kdc
+    from kdc.continual.sequence import check_sequence
     from kdc.continual.strategies import find_strategy
     from kdc.evaluation.metrics import METRICS, Evidence
 
@@ -141,6 +148,16 @@ def _continue(values: dict[str, Any]) -> None:
         buffer = kdc.ReplayBuffer(
             values["capacity"], values["policy"], values["dtype"], seed=settings.seed
         )
+    check_sequence(
+        strategy,
+        student,
+        teacher,
+        buffer=buffer,
+        settings=settings,
+        weights=weights or kdc.LossWeights.only("task"),
+        output_dir=values["output_dir"],
+        resume=values["resume"],
+    )
     tasks = _tasks(values["dataset"], teacher, values["images"])
     error = METRICS["output_error"]
 
@@ -163,7 +180,7 @@ def _continue(values: dict[str, Any]) -> None:
         output_dir=values["output_dir"],
         resume=values["resume"],
     )
-    folder = Path(values["output_dir"])
+    folder = as_path(values["output_dir"])
     matrices = {name: matrix.to_dict() for name, matrix in result.matrices.items()}
     _write_json(folder / "scores.json", matrices)
     _write_text(folder / "counts.csv", result.counts.to_csv())
@@ -181,7 +198,7 @@ def _generate(values: dict[str, Any]) -> None:
     pipeline = _pipeline(values["pipeline"], values["teacher"])
     how = {name: values[name] for name in ("seed", "steps", "guidance", "batch_size")}
     images = kdc.generate(pipeline, prompts, **how)
-    folder = Path(values["output_dir"])
+    folder = as_path(values["output_dir"])
     digits = max(3, len(str(len(prompts))))
     for number, image in enumerate(images):
         _save_image(image, folder / f"{number:0{digits}}.png")
@@ -217,7 +234,7 @@ def _evaluate(values: dict[str, Any]) -> None:
         guidance=values["guidance"],
         batch_size=values["batch_size"],
     )
-    folder = Path(values["output_dir"])
+    folder = as_path(values["output_dir"])
     table = scores.table
     plain = table.astype(object).where(table.notna(), None).to_dict("index")
     _write_json(folder / "scores.json", plain)
@@ -251,6 +268,7 @@ COMMANDS: dict[str, Command] = {
         "cut a student from a teacher's U-Net",
         (TEACHER, PLAN, INIT, Option("seed", "of random weights", int, 0), OUTPUT),
         _slim,
+        ("unet/config.json", "kdc.json"),
     ),
     "distill": Command(
         "train a student to generate as its teacher does",
@@ -287,6 +305,7 @@ COMMANDS: dict[str, Command] = {
             RESUME,
         ),
         _continue,
+        ("scores.json", "counts.csv"),
     ),
     "generate": Command(
         "generate images for prompts",
@@ -300,6 +319,7 @@ COMMANDS: dict[str, Command] = {
             OUTPUT,
         ),
         _generate,
+        ("000.png", "grid.png"),
     ),
     "evaluate": Command(
         "score a pipeline's images",
@@ -318,6 +338,7 @@ COMMANDS: dict[str, Command] = {
             OUTPUT,
         ),
         _evaluate,
+        ("scores.json", "scores.csv"),
     ),
     "costs": Command(
         "count parameters and multiply-accumulates of plans",
@@ -352,7 +373,7 @@ def settle(name: str, given: Mapping[str, Any], config: str | Path | None = None
 
 def read_config(name: str, file: str | Path) -> dict[str, Any]:
     """The options that a YAML or JSON file sets, as `write_config` wrote it or by hand."""
-    file = Path(file).expanduser()
+    file = as_path(file, "the configuration")
     if not file.is_file():
         raise FileNotFoundError(f"no configuration file {file}")
     try:
@@ -392,7 +413,7 @@ def write_config(name: str, values: Mapping[str, Any], folder: str | Path) -> Pa
     text = yaml.safe_dump(
         {"command": name, **plain, "made_with": made_with}, sort_keys=False, allow_unicode=True
     )
-    return _write_text(Path(folder) / CONFIG, text)
+    return _write_text(as_path(folder) / CONFIG, text)
 
 
 def _version(package: str) -> str | None:
@@ -433,7 +454,7 @@ def _pipeline(source: str, teacher: str | None):
 
     if source == "mini-student":
         return kdc.load_student("mini")
-    folder = Path(source).expanduser()
+    folder = as_path(source, "the pipeline")
     if (folder / "unet").is_dir() and not (folder / "model_index.json").is_file():
         return kdc.load_student(folder, kdc.load_teacher(teacher or "mini"))
     return kdc.load_teacher(source)
@@ -442,7 +463,7 @@ def _pipeline(source: str, teacher: str | None):
 def _prompts(values: Mapping[str, Any]) -> list[str]:
     prompts = list(values["prompt"] or ())
     if values["prompts"]:
-        file = Path(values["prompts"]).expanduser()
+        file = as_path(values["prompts"], "the file of prompts")
         if not file.is_file():
             raise FileNotFoundError(f"no file of prompts {file}")
         prompts += [line.strip() for line in file.read_text().splitlines() if line.strip()]
@@ -457,10 +478,18 @@ def _tasks(text: str, teacher, images: int) -> list:
 
     size = teacher.unet.config.sample_size * teacher.vae_scale_factor
     names = list(worlds.WORLDS) if text == "worlds" else text.split(" then ")
+    called = [Path(name).name for name in names]
+    if len(set(called)) < len(called):
+        raise ValueError(f"the data sets of {text!r} must have names of their own, not {called}")
     loaded = {
         name: [kdc.load_dataset(name, split, size, count=images) for split in ("train", "test")]
         for name in names
     }
+    known = names[0] in worlds.WORLDS
+    label_of = (lambda caption: worlds.read_caption(caption).kind) if known else str
+    if len(names) == 1:  # looked at here, before anything is encoded
+        labels = ([label_of(d.caption(i)) for i in range(len(d))] for d in loaded[names[0]])
+        _refuse_unsplittable(names[0], *labels)
     encoded = {
         name: [kdc.cache_latents(teacher, dataset) for dataset in both]
         for name, both in loaded.items()
@@ -468,11 +497,21 @@ def _tasks(text: str, teacher, images: int) -> list:
     if len(names) > 1:
         return [Task(Path(n).name, train, test=test) for n, (train, test) in encoded.items()]
     train, test = encoded[names[0]]
-    known = names[0] in worlds.WORLDS
-    label_of = (lambda caption: worlds.read_caption(caption).kind) if known else str
     classes = {label_of(caption) for caption in train.captions}
+    return split_classes(train, label_of, per_task=math.ceil(len(classes) / 2), test=test)
+
+
+def _refuse_unsplittable(name: str, train: list[str], test: list[str]) -> None:
+    """Raise `ValueError` where the classes of a data set do not make two tasks with tests."""
+    classes, instead = sorted(set(train)), 'give two data sets: "A then B"'
+    if len(classes) < 2:
+        raise ValueError(f"{name} has one class, {classes[0]!r}, which cannot be halved: {instead}")
+    if len(classes) == len(train) > 2:
+        raise ValueError(f"every image of {name} has a caption of its own, so no class: {instead}")
     half = math.ceil(len(classes) / 2)
-    return split_classes(train, label_of, per_task=half, test=test)
+    for group in (classes[:half], classes[half:]):
+        if not set(group) & set(test):
+            raise ValueError(f"{name} has no test images of {', '.join(group)}: {instead}")
 
 
 def _grid(images):

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kdc.io import as_path, read_json, sync, write_json
+from kdc.io import read_json, sync, write_json
+from kdc.paths import as_path
 from kdc.unet.plans import SlimPlan
 from kdc.unet.slimming import refuse_adapters
 

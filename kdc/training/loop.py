@@ -25,7 +25,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kdc.io import try_writing, write_text
+from kdc.io import write_text
+from kdc.paths import try_writing
 from kdc.training.checkpoints import (
     Companion,
     Terms,

@@ -107,6 +107,7 @@ def test_options_given_win_over_the_file_and_json_is_read_as_well(tmp_path):
     assert values["plan"] == "kdc"
 
 
+@pytest.mark.long
 def test_continue_learns_two_tasks_and_goes_on(tmp_path, capsys):
     folder = tmp_path / "sequence"
     run = ["continue", "--dataset", "flora then lepidoptera", *TINY, "--strategy", "agem",
@@ -123,6 +124,7 @@ def test_continue_learns_two_tasks_and_goes_on(tmp_path, capsys):
     main([*run, "--resume"])
 
 
+@pytest.mark.long
 def test_one_data_set_is_halved_by_its_classes(tmp_path):
     folder = tmp_path / "halves"
     main(["continue", "--dataset", "flora", "--images", "40", "--batch-size", "2", "--steps", "1",

@@ -57,6 +57,7 @@ def test_the_judge_decides(teacher, data):
     assert table["parameters"].nunique() > 1
 
 
+@pytest.mark.long
 def test_a_search_ends_within_the_budget_with_the_best_of_the_finalists(teacher, data):
     limit = 5_000_000
     budget = Budget(parameters=limit)
@@ -83,6 +84,7 @@ def test_a_search_can_be_held_against_the_costs_of_another_network(teacher, data
     assert table.loc[0, "parameters"] == counted <= limit
 
 
+@pytest.mark.long
 def test_a_latency_budget_is_predicted_and_then_measured(teacher, data):
     scores = pd.Series(1.0, PARTS)
     plan, table = search_plan(

@@ -528,6 +528,7 @@ def killed_at(step, folder):
         output_dir=folder)  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_killed_process_goes_on_as_if_nothing_had_happened(tasks, narrow, tmp_path):
     code = (
         "import torch; torch.cpu._is_amx_tile_supported = lambda: False\n"  # float32, as here

@@ -28,6 +28,7 @@ def run(teacher, data, steps=6, plan="kdc", **settings):
     return student, log
 
 
+@pytest.mark.long
 def test_distillation_brings_the_student_nearer_to_the_teacher(teacher, data):
     before = kdc.output_error(kdc.slim(teacher.unet, "kdc"), teacher, data, count=16).mean()
     student, log = run(teacher, data, steps=25, batch_size=8, ema_decay=0.9)
@@ -351,6 +352,7 @@ def test_adapters_are_refused_by_name(teacher, tmp_path):
         kdc.slim(student, "kdc")
 
 
+@pytest.mark.long
 def test_a_run_as_the_readme_shows_it_goes_on_from_a_checkpoint(
     teacher, data, tmp_path, monkeypatch
 ):

@@ -90,6 +90,7 @@ def test_scores_that_cannot_be_had_are_left_out_or_refused_by_name():
     assert few["fd"] == "5 images, 128 needed for 64 dimensions" and "kid" not in few
 
 
+@pytest.mark.long
 def test_output_error_is_scored_where_latents_are_given(teacher):
     data = kdc.cache_latents(teacher, kdc.load_dataset("worlds", "test", count=4))
     student = kdc.load_student("mini", teacher)

@@ -41,6 +41,7 @@ def test_kept_blocks_are_those_that_a_student_copies(tiny_unet):
         assert sources == set(kept_blocks(plan)) - {"other"}, subset
 
 
+@pytest.mark.long
 def test_predicted_costs_are_those_of_the_student_that_is_cut(tiny_unet):
     """The oracle: cut the student and count it. Exact, the shifted mid-block included."""
     inputs = {"size": 16, "sequence_length": 5}

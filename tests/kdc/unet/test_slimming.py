@@ -198,6 +198,7 @@ def test_random_weights_come_from_the_seed_and_leave_the_global_generator_alone(
     assert not torch.equal(a.state_dict()[weight], tiny_unet.state_dict()[weight])
 
 
+@pytest.mark.long
 def test_a_student_opens_without_kdc_and_draws_the_same(tiny_unet, tmp_path):
     student = kdc.slim(tiny_unet, "kdc-v2")
     student.save_pretrained(tmp_path / "unet")
@@ -303,6 +304,7 @@ def test_attention_where_there_is_none_is_refused(attention):
     assert student_config(on_meta(SD1), "kdc")["mid_block_type"] is None
 
 
+@pytest.mark.long
 def test_once_for_real_at_full_size():
     """860M parameters in bf16, 1.7 GB: every tensor of the student is the teacher's own."""
     teacher = on_meta(SD1).to(torch.bfloat16).to_empty(device="cpu")

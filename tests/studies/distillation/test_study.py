@@ -247,6 +247,7 @@ def test_differences_fall_on_the_gradient_as_the_square_of_the_step():
         assert np.array_equal(a, b)
 
 
+@pytest.mark.long
 def test_a_stopped_study_goes_on_and_keeps_logs(setup, tmp_path, monkeypatch):
     recipes = {name: study.RECIPES[name] for name in ("task", "random start: task")}
     made, follow = [], study.follow

@@ -64,6 +64,7 @@ def test_the_fastest_good_setting_is_chosen_and_the_best_of_the_quick_ones():
     assert [row["pipeline"] for row in none] == ["teacher"]
 
 
+@pytest.mark.long
 def test_the_stages_write_what_the_chapter_reads(teacher, tmp_path, monkeypatch):
     small = {"images": 24, "test_images": 8}
     defaults = stages.distillation.Settings

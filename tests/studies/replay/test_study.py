@@ -143,6 +143,7 @@ def run_stages(names, results=None, folder="outputs", photos=None, settings=None
     return list(runner.run(sequences.STAGES, names, context))
 
 
+@pytest.mark.long
 def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, photos):
     small = {
         "domains": {n: STAGES["domains"][n] for n in ("finetune", "replay", "joint")},

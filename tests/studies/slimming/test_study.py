@@ -138,6 +138,7 @@ def test_a_borrowed_student_computes_what_a_copied_one_does_and_holds_nothing(ti
     assert all(p.data_ptr() in theirs for p in borrowed.parameters())
 
 
+@pytest.mark.long
 def test_the_stages_read_one_anothers_results(teacher, tmp_path, monkeypatch):
     """All of them but the full-size timing, from block times that make one part very dear."""
     seconds = ledger.read("sd_blocks")

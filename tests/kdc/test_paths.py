@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kdc.io import as_path
+from kdc.paths import as_path
 
 
 def test_the_home_folder_is_put_in_once_and_everywhere(monkeypatch, tmp_path):
