@@ -84,7 +84,7 @@ PLAN = Option("plan", "which layers the student keeps", default="kdc")
 INIT = Option("init", "first weights of a fresh cut: copy, or random", default="copy")
 RESUME = Option("resume", "go on where a stopped run was", bool, False)
 WEIGHTS = Option("weights", "weights and options of the loss: soft=0.1 temperature=2", many=True)
-IMAGES = Option("images", "training images of a procedural world", int, 2000)
+IMAGES = Option("images", "training images at most; default: all of a folder, 2000 of a world", int)
 TRAINING = _training_options()
 SAMPLING = (
     Option("seed", "of the starting noise", int, 0),

@@ -118,7 +118,8 @@ class Learner:
     def _new(self, t: int, generator: torch.Generator) -> tuple[Items, list[tuple[int, Tensor]]]:
         """A batch of new images, and where they stand: numbers of tasks with rows of their data."""
         rows = self.mechanism.new_rows(t, self.run.settings.batch_size, generator)
-        return join([self.run.tasks[number].train[index] for number, index in rows]), rows
+        data = [self.run.tasks[number].train.pick(index, generator) for number, index in rows]
+        return join(data), rows
 
     def _old_model(self, replays: bool) -> UNet2DConditionModel | None:
         """A frozen copy of the student as it is, where old images need one."""

@@ -40,14 +40,19 @@ class Task:
 
 def select(data: LatentDataset, rows: torch.Tensor) -> LatentDataset:
     """The items `rows` (N,) of a latent data set, with the captions that they use."""
-    used, index = data.caption_index[rows].unique(return_inverse=True)
+    first = data.caption_index[rows]
+    offered = first[:, None] if data.choices is None else data.choices[rows]
+    used, place = offered.unique(return_inverse=True)
+    if used[0] < 0:  # an image with fewer captions than others
+        used, place = used[1:], place - 1
     return LatentDataset(
         data.mean[rows],
         data.std[rows],
         data.embeddings[used],
-        index,
+        torch.searchsorted(used, first),
         data.empty,
         [data.captions[i] for i in used.tolist()],
+        None if data.choices is None else place,
     )
 
 

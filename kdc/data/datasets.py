@@ -12,6 +12,9 @@ from torch.utils.data import Dataset
 
 from kdc.data import worlds
 from kdc.data.folders import FOLDER_SPLITS, FolderDataset, read_folder
+from kdc.paths import as_path
+
+WORLD_COUNT = 2000  # renderings of a world where no count is given
 
 
 class WorldDataset(Dataset):
@@ -64,12 +67,16 @@ def _world_names(source: str | Path) -> list[str]:
     return [str(source)] if str(source) in worlds.WORLDS else []
 
 
-def _read_worlds(source, split, size, *, count, seed, held_out) -> WorldDataset:
-    return WorldDataset(_world_names(source), split, size, count, seed, held_out)
+def _read_worlds(source, split, size, *, count, seed, held_out, **of_folders) -> WorldDataset:
+    if of_folders:
+        raise TypeError(f"{', '.join(of_folders)} concern folders of images, not {source!r}")
+    return WorldDataset(_world_names(source), split, size, count or WORLD_COUNT, seed, held_out)
 
 
-def _read_folder(source, split, size, **of_worlds) -> FolderDataset:
-    return read_folder(Path(source).expanduser(), split, size)
+def _read_folder(source, split, size, *, count, seed, held_out, **of_folders) -> FolderDataset:
+    return read_folder(
+        as_path(source, "the data set"), split, size, count=count, seed=seed, **of_folders
+    )
 
 
 @dataclass(frozen=True)
@@ -78,15 +85,16 @@ class Kind:
 
     # Whether this kind reads what was given, a name or a path.
     knows: Callable[[str | Path], bool]
-    # Called as read(source, split, size, count=, seed=, held_out=). Its items are dictionaries with
-    # "image" (3, size, size) in [-1, 1] and "caption", and it has a method `caption(index)`.
+    # Called as read(source, split, size, count=, seed=, held_out=, and what else was given). Its
+    # items are dictionaries with "image" (3, size, size) in [-1, 1] and "caption", and it has a
+    # method `caption(index)`.
     read: Callable[..., Any]
 
 
 # The first kind that knows a source reads it.
 DATASETS: dict[str, Kind] = {
     "worlds": Kind(lambda source: bool(_world_names(source)), _read_worlds),
-    "folder": Kind(lambda source: Path(source).expanduser().is_dir(), _read_folder),
+    "folder": Kind(lambda source: as_path(source, "the data set").is_dir(), _read_folder),
 }
 
 
@@ -95,23 +103,34 @@ def load_dataset(
     split: str = "train",
     size: int = 64,
     *,
-    count: int = 2000,
+    count: int | None = None,
     seed: int = 0,
     held_out: bool = False,
+    **of_folders,
 ) -> WorldDataset | FolderDataset:
     """A captioned data set: "flora", "lepidoptera", "worlds" (both), or a folder of images.
 
-    Which kinds there are stands in `DATASETS`.
-    `count`, `seed` and `held_out` concern the worlds. A folder may hold `train/` and `test/`; where
-    it does not, one image in five, chosen by the hash of its name, is for testing. Every file is
-    opened once: those that are no readable image are left out and named in a warning. Raises
-    `FileNotFoundError` for a missing folder and `ValueError` for one without images.
+    Which kinds there are stands in `DATASETS`. `count` images at most; None: all of a folder, 2,000
+    of a world. `held_out` concerns the worlds; `templates`, `crop`, `flip`, `variants` and `check`
+    concern folders: see `folders.read_folder`, and `captions` for where captions come from. A
+    folder may hold train/ and test/ (or names like these, in any case); where it does not, one
+    image in five, chosen by the hash of its name, is for testing.
+
+    Raises `FileNotFoundError` for a missing folder, `ValueError` for one without images or of which
+    several readings are possible, `TypeError` and `ValueError` for arguments that make no sense.
     """
     if split not in FOLDER_SPLITS:
         raise ValueError(f"unknown split {split!r}; the splits are train and test")
+    for name, value in (("size", size), ("count", 1 if count is None else count)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number, not {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    as_path(name_or_folder, "the data set")
     for kind in DATASETS.values():
         if kind.knows(name_or_folder):
-            return kind.read(name_or_folder, split, size, count=count, seed=seed, held_out=held_out)
+            how = {"count": count, "seed": seed, "held_out": held_out}
+            return kind.read(name_or_folder, split, size, **how, **of_folders)
     raise FileNotFoundError(
         f"no data set {str(name_or_folder)!r}: neither a folder nor one of "
         f"{', '.join(worlds.WORLDS)}, worlds"

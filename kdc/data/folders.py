@@ -3,125 +3,276 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps
+import torch
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
 
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-FOLDER_SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+from kdc.data.captions import LISTS, read_captions
+from kdc.data.images import read_image, suffixes, unreadable
+from kdc.io import checksum
+
+FOLDER_SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "val", "valid", "validation", "eval"),
+}
+SPLITS = tuple(FOLDER_SPLITS)
+SPLIT_OF = {alias: split for split, aliases in FOLDER_SPLITS.items() for alias in aliases}
+# Folders that systems and programs leave behind, in lower case; hidden ones are skipped as well.
+RUBBISH = {
+    "__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found",
+}  # fmt: skip
+RUBBISH_FILES = {"thumbs.db", "desktop.ini"}
+TEMPLATES = ("a photo of {}",)
 
 
 class FolderDataset(Dataset):
     """Images below a folder, resized and cropped to a square.
 
-    Captions come from `metadata.jsonl` ({"file_name", "text"} a line) where there is one, else from
-    the folder an image lies in ("a photo of a tigerlily"). Items: {"image" (3, size, size) in
-    [-1, 1], "caption", "path"}.
+    Items: {"image" (3, size, size) in [-1, 1], "caption" the first of its captions, "captions" all
+    of them, "path"}. With `variants` above 1 each image is there so often, one after all others
+    have had their turn; `crop` "random" and `flip` draw for each variant from `seed` and the item's
+    number alone.
     """
 
-    def __init__(self, files: Sequence[Path], captions: Sequence[str], size: int = 64):
-        self.files, self.captions = list(files), list(captions)
-        self.transform = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+    def __init__(
+        self,
+        files: Sequence[Path],
+        captions: Sequence[str | Sequence[str]],
+        size: int = 64,
+        *,
+        crop: str = "center",
+        flip: bool = False,
+        variants: int = 1,
+        seed: int = 0,
+    ):
+        if crop not in ("center", "random"):
+            raise ValueError(f"crop must be center or random, not {crop!r}")
+        if not isinstance(flip, bool):
+            raise TypeError(f"flip must be True or False, not {flip!r}")
+        if isinstance(variants, bool) or not isinstance(variants, int) or variants < 1:
+            raise ValueError(f"variants must be a whole number from 1, not {variants!r}")
+        if len(captions) != len(files):
+            raise ValueError(f"{len(captions)} captions for {len(files)} images")
+        self.files = list(files)
+        self.captions = [(c,) if isinstance(c, str) else tuple(c) for c in captions]
+        self.size, self.crop, self.flip = size, crop, flip
+        self.variants, self.seed = variants, seed
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.files) * self.variants
 
     def caption(self, index: int) -> str:
-        return self.captions[index]
+        return self.captions[index % len(self.files)][0]
 
     def __getitem__(self, index: int) -> dict:
-        with Image.open(self.files[index]) as file:
-            upright = ImageOps.exif_transpose(file).convert("RGB")
-            image = v2.functional.pil_to_tensor(self.transform(upright))
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = index % len(self.files)
+        image = read_image(self.files[place], self.size)
+        pixels = v2.functional.pil_to_tensor(v2.functional.resize(image, self.size, antialias=True))
+        pixels = self._cropped(pixels, torch.Generator().manual_seed(self.seed * 1_000_003 + index))
         return {
-            "image": image.float() / 127.5 - 1,
-            "caption": self.captions[index],
-            "path": str(self.files[index]),
+            "image": pixels.float() / 127.5 - 1,
+            "caption": self.captions[place][0],
+            "captions": self.captions[place],
+            "path": str(self.files[place]),
         }
 
+    def _cropped(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        where, side = torch.rand(3, generator=generator).tolist(), self.size
+        if self.crop == "random":
+            free = pixels.shape[-2] - side, pixels.shape[-1] - side
+            top, left = (int(w * (f + 1)) for w, f in zip(where[:2], free, strict=True))
+            pixels = pixels[:, top : top + side, left : left + side]
+        else:
+            pixels = v2.functional.center_crop(pixels, [side, side])
+        return pixels.flip(-1) if self.flip and where[2] < 0.5 else pixels
 
-def read_folder(folder: Path, split: str, size: int) -> FolderDataset:
-    """The images of one split of a folder; unreadable files are named in a warning.
 
-    Raises `ValueError` where the split has no readable image.
+def read_folder(
+    folder: Path,
+    split: str,
+    size: int,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    templates: Sequence[str] = TEMPLATES,
+    check: bool = True,
+    **augmentation,
+) -> FolderDataset:
+    """The images of one split of a folder.
+
+    `count` takes so many of them, in turn from each class, always the same. Captions come from
+    lists and texts where there are any (see `captions`), else from the class folder an image lies
+    in, in each of the `templates`. With `check` every file is read once, in threads: those that
+    cannot be read, and files that are no images, are left out and named in a warning; without, such
+    a file raises when its turn comes. `augmentation` are `crop`, `flip`, `variants` of
+    `FolderDataset`. Warns where an image is both for training and for tests.
+
+    Raises `ValueError` where the split has no image, where the sub-folders can be read in several
+    ways, and for captions that cannot be given to an image; `PermissionError` for a folder that may
+    not be read.
     """
-    files = _readable_images(folder, _split_files(folder, split))
-    if not files:
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    for template in templates or [""]:
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise ValueError(f"a template must hold one {{}} for the class, not {template!r}")
+    files = list(walk(folder))
+    images = [f for f in files if f.suffix.lower() in suffixes()]
+    tops = _split_folders(folder, images)
+    splits = _divided(folder, images, tops)
+    if not splits[split]:
+        if tops:
+            seen = ", ".join(sorted(top.name for top in tops))
+            raise ValueError(f"{folder} has no sub-folder for the split {split!r}, only {seen}")
         raise ValueError(f"{folder} holds no readable image for the split {split!r}")
-    captions = _captions(folder)
-    named = [
-        captions.get(f.resolve(), f"a photo of {_with_article(_class_name(f))}") for f in files
+    _warn_of_twins(folder, splits)
+    known = read_captions(folder, images, files)
+    chosen = splits[split] if count is None else _in_turn(folder, splits[split], count)
+    wrong = {f: "not an image file" for f in _others(folder, files, images, tops, split)}
+    if check:
+        wrong |= unreadable(chosen, size)
+        chosen = [f for f in chosen if f not in wrong]
+        _warn_of(folder, wrong)
+    if not chosen:
+        raise ValueError(f"{folder} holds no readable image for the split {split!r}")
+    captions = [
+        known.get(f) or [t.format(_with_article(_class_name(folder, f, tops))) for t in templates]
+        for f in chosen
     ]
-    return FolderDataset(files, named, size)
+    return FolderDataset(chosen, captions, size, seed=seed, **augmentation)
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """All files below a folder, by name, links followed and each file once.
+
+    Hidden ones and what systems leave behind are passed over. Raises `PermissionError` naming a
+    folder that may not be read.
+    """
+
+    def refuse(error: OSError):
+        raise PermissionError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    folders, files = set(), set()
+    for place, below, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in folders:
+            below.clear()  # a link to where we have been
+            continue
+        folders.add(real)
+        below[:] = sorted(b for b in below if not b.startswith(".") and b.lower() not in RUBBISH)
+        for name in sorted(names):
+            file = Path(place, name)
+            if name.startswith(".") or name.lower() in RUBBISH_FILES or not file.is_file():
+                continue
+            if (target := os.path.realpath(file)) not in files:
+                files.add(target)
+                yield file
+
+
+def _top(folder: Path, file: Path) -> Path | None:
+    """The sub-folder of `folder` that a file lies in, None for one right in it."""
+    parts = file.relative_to(folder).parts
+    return folder / parts[0] if len(parts) > 1 else None
+
+
+def _split_folders(folder: Path, images: Sequence[Path]) -> dict[Path, str]:
+    """The sub-folders that are splits, and which; none where all of them are classes.
+
+    Raises `ValueError` where that can be read in several ways.
+    """
+    tops = {_top(folder, image) for image in images}
+    empty = {p for p in folder.iterdir() if p.is_dir() and p.name.lower() in SPLIT_OF}
+    named = {top: SPLIT_OF[top.name.lower()] for top in tops | empty if top is not None
+             and top.name.lower() in SPLIT_OF}  # fmt: skip
+    others = sorted("images right in it" if t is None else t.name for t in tops - set(named))
+    twice = [top.name for top, split in named.items() if split == "train"]
+    if len(twice) > 1:
+        raise ValueError(f"{folder} has several folders for training, {sorted(twice)}: keep one")
+    if not named or not others:
+        return named
+    raise ValueError(
+        f"{folder} holds {', '.join(sorted(top.name for top in named))} and also "
+        f"{', '.join(others[:5])}: the former may be splits or classes. Move everything into train/"
+        " and test/, or rename the classes"
+    )
+
+
+def _divided(folder: Path, images: list[Path], tops: dict[Path, str]) -> dict[str, list[Path]]:
+    if tops:
+        named = {i: tops[_top(folder, i)] for i in images}
+        return {split: sorted(i for i in images if named[i] == split) for split in SPLITS}
+    images = sorted(images)
+    test = {i for i in images if _digest(folder, i)[0] % 5 == 0}
+    test = test or set(images[-1:])  # few images may miss every fifth
+    return {split: [i for i in images if (i in test) == (split == "test")] for split in SPLITS}
+
+
+def _digest(folder: Path, file: Path) -> bytes:
+    return hashlib.sha256(file.relative_to(folder).as_posix().encode()).digest()
+
+
+def _in_turn(folder: Path, images: Sequence[Path], count: int) -> list[Path]:
+    """`count` of the images, in turn from each class, and by the hash of their names within it."""
+    classes: dict[Path, list[Path]] = {}
+    for image in images:
+        classes.setdefault(image.parent, []).append(image)
+    for members in classes.values():
+        members.sort(key=lambda image: _digest(folder, image))
+    rounds = max(map(len, classes.values()))
+    order = [c[i] for i in range(rounds) for c in classes.values() if i < len(c)]
+    return sorted(order[:count])
+
+
+def _others(folder, files, images, tops, split) -> list[Path]:
+    """Files of this split that are neither images nor captions."""
+    stems = {i.with_suffix("") for i in images} | set(images)
+    return [
+        f
+        for f in files
+        if f.suffix.lower() not in suffixes()
+        and f.name.lower() not in LISTS
+        and not (f.suffix.lower() == ".txt" and f.with_suffix("") in stems)
+        and (not tops or tops.get(_top(folder, f), split) == split)
+    ]
+
+
+def _warn_of(folder: Path, wrong: dict[Path, str]) -> None:
+    if wrong:
+        lines = [f"{file.relative_to(folder)} ({why})" for file, why in wrong.items()]
+        shown = "\n  ".join(lines[:20]) + (f"\n  and {len(lines) - 20} more" if lines[20:] else "")
+        warnings.warn(f"{folder}: left out {len(wrong)} files:\n  {shown}", stacklevel=5)
+
+
+def _warn_of_twins(folder: Path, splits: dict[str, list[Path]]) -> None:
+    """Warn of files that are the same, byte for byte, for training and for tests."""
+    sizes = [{i.stat().st_size for i in splits[split]} for split in SPLITS]
+    shared = sizes[0] & sizes[1]
+    sums = {
+        split: {checksum(i): i for i in splits[split] if i.stat().st_size in shared}
+        for split in SPLITS
+    }
+    twins = [(sums["train"][s], sums["test"][s]) for s in sums["train"] if s in sums["test"]]
+    if twins:
+        pairs = [" = ".join(str(i.relative_to(folder)) for i in pair) for pair in twins]
+        shown = "\n  ".join(pairs[:5]) + (f"\n  and {len(pairs) - 5} more" if pairs[5:] else "")
+        warnings.warn(
+            f"{folder}: {len(twins)} images are both for training and for tests, so scores on the "
+            f"latter are too good:\n  {shown}",
+            stacklevel=5,
+        )
 
 
 def _with_article(name: str) -> str:
     return f"{'an' if name.startswith(tuple('aeiou')) else 'a'} {name}"
 
 
-def _class_name(file: Path) -> str:
-    splits = {alias for aliases in FOLDER_SPLITS.values() for alias in aliases}
-    folder = file.parent.parent if file.parent.name in splits else file.parent
-    return folder.resolve().name.replace("_", " ").lower()
-
-
-def _split_files(folder: Path, split: str) -> list[Path]:
-    every = {
-        name: [folder / alias for alias in aliases if (folder / alias).is_dir()]
-        for name, aliases in FOLDER_SPLITS.items()
-    }
-    if any(every.values()):
-        if not every[split]:
-            raise ValueError(f"{folder} has no sub-folder for the split {split!r}")
-        return sorted(f for root in every[split] for f in root.rglob("*") if f.is_file())
-    files = sorted(f for f in folder.rglob("*") if f.is_file())
-
-    def is_test(file: Path) -> bool:
-        digest = hashlib.sha256(file.relative_to(folder).as_posix().encode()).digest()
-        return digest[0] % 5 == 0
-
-    test = {f for f in files if is_test(f)} or set(files[-1:])  # few files may miss every fifth
-    return [f for f in files if (f in test) == (split == "test")]
-
-
-def _captions(folder: Path) -> dict[Path, str]:
-    captions = {}
-    for listing in folder.rglob("metadata.jsonl"):
-        for number, line in enumerate(listing.read_bytes().splitlines(), 1):
-            try:
-                row = json.loads(line)
-                name, text = row["file_name"], row["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f"the text is {text!r}")
-                captions[(listing.parent / name).resolve()] = text
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{listing}:{number}: expected {{"file_name": ..., "text": ...}}: {error!r}'
-                ) from error
-    return captions
-
-
-def _readable_images(folder: Path, files: list[Path]) -> list[Path]:
-    good, bad = [], []
-    for file in tqdm(files, desc="checking images", mininterval=2, disable=len(files) < 500):
-        if file.name == "metadata.jsonl" or file.name.startswith("."):
-            continue
-        if file.suffix.lower() not in IMAGES:
-            bad.append(f"{file.relative_to(folder)} (not an image file)")
-            continue
-        try:
-            with Image.open(file) as image:
-                image.load()
-            good.append(file)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            bad.append(f"{file.relative_to(folder)} ({error})")
-    if bad:
-        shown = "\n  ".join(bad[:20]) + (f"\n  and {len(bad) - 20} more" if len(bad) > 20 else "")
-        warnings.warn(f"{folder}: left out {len(bad)} files:\n  {shown}", stacklevel=4)
-    return good
+def _class_name(folder: Path, file: Path, tops: dict[Path, str]) -> str:
+    """The folder an image lies in; the data set's own name right in it or right in a split."""
+    parent = folder if file.parent in tops else file.parent
+    return parent.resolve().name.replace("_", " ").lower()

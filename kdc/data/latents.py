@@ -21,7 +21,8 @@ class LatentDataset(Dataset):
 
     mean, std (N, C, h, w) of the scaled latents, so that sampling stays random; embeddings
     (M, L, D) of the distinct captions, `caption_index` (N,) into them, and the empty caption's
-    embedding (L, D).
+    embedding (L, D). Where images have several captions, `choices` (N, K) are all of each, the
+    first K of them, -1 where there are fewer; `caption_index` is the first.
     """
 
     mean: Tensor
@@ -30,6 +31,7 @@ class LatentDataset(Dataset):
     caption_index: Tensor
     empty: Tensor
     captions: list[str]
+    choices: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -49,7 +51,19 @@ class LatentDataset(Dataset):
         A share `dropout` of the captions is replaced by the empty one.
         """
         index = torch.randint(len(self), (count,), generator=generator)
-        return sample_posterior(**self[index], empty=self.empty, generator=generator, drop=dropout)
+        items = self.pick(index, generator)
+        return sample_posterior(**items, empty=self.empty, generator=generator, drop=dropout)
+
+    def pick(self, index: Tensor, generator: torch.Generator) -> dict:
+        """The items `index` (B,), each with one of its captions drawn at random."""
+        items = self[index]
+        if self.choices is not None:
+            offered = self.choices[index]
+            count = (offered >= 0).sum(dim=1)
+            which = (torch.rand(len(index), generator=generator) * count).long()
+            chosen = offered.gather(1, which[:, None]).squeeze(1)
+            items["embedding"] = self.embeddings[chosen]
+        return items
 
 
 def sample_posterior(
@@ -96,7 +110,8 @@ def cache_latents(
     vae = pipeline.vae
     expected = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     loader = torch.utils.data.DataLoader(dataset, batch_size, collate_fn=list)
-    means, stds, captions = [], [], []
+    means, stds = [], []
+    captions: list[Sequence[str]] = []
     for items in tqdm(loader, desc="encoding", mininterval=2):
         images = torch.stack([item["image"] for item in items])
         if images.shape[-2:] != (expected, expected):
@@ -107,22 +122,25 @@ def cache_latents(
         posterior = vae.encode(images.to(pipeline.device, vae.dtype)).latent_dist
         means.append((posterior.mean * vae.config.scaling_factor).float().cpu())
         stds.append((posterior.std * vae.config.scaling_factor).float().cpu())
-        captions += [item["caption"] for item in items]
-    distinct, index = _number(captions)
+        captions += [item.get("captions") or (item["caption"],) for item in items]
+    distinct, every = _number([caption for each in captions for caption in each])
+    numbers = every.split([len(each) for each in captions])
+    choices = torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True, padding_value=-1)
     return LatentDataset(
         torch.cat(means).clone(),
         torch.cat(stds).clone(),
         embed_captions(pipeline, distinct),
-        index,
+        choices[:, 0].clone(),
         embed_captions(pipeline, [""])[0],
         distinct,
+        choices if choices.shape[1] > 1 else None,
     )
 
 
 def with_captions(
     data: LatentDataset, pipeline: StableDiffusionPipeline, captions: Sequence[str]
 ) -> LatentDataset:
-    """The same images under other captions, one for each image.
+    """The same images under other captions, one for each image instead of those they had.
 
     Raises `ValueError` where there are not as many captions as images.
     """
@@ -130,7 +148,9 @@ def with_captions(
         raise ValueError(f"{len(captions)} captions for {len(data)} images")
     distinct, index = _number(captions)
     embeddings = embed_captions(pipeline, distinct)
-    return dataclasses.replace(data, embeddings=embeddings, caption_index=index, captions=distinct)
+    return dataclasses.replace(
+        data, embeddings=embeddings, caption_index=index, captions=distinct, choices=None
+    )
 
 
 def latents_of_captions(

@@ -137,7 +137,10 @@ def identity_of(
 
 def identity_of_data(data: LatentDataset) -> str:
     """A fingerprint of all that training draws from."""
-    return fingerprint(data.mean, data.std, data.embeddings, data.caption_index, data.empty)
+    several = () if data.choices is None else (data.choices,)
+    return fingerprint(
+        data.mean, data.std, data.embeddings, data.caption_index, data.empty, *several
+    )
 
 
 def is_finished(folder: Path) -> bool:
