@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
 import importlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from kdc.checks import as_texts, finite_number, whole_number
 from kdc.io import read_json, sync, write_json
 from kdc.paths import as_path
 from kdc.unet.plans import SlimPlan
@@ -26,6 +27,7 @@ MINI_TEACHER = ASSETS / "mini-teacher"
 TEACHERS = {"mini": MINI_TEACHER}  # short names of diffusers folders, for `load_teacher`
 MINI_STUDENT = ASSETS / "mini-student"
 LIBRARIES = ("diffusers", "transformers")  # whose networks can be parts of a teacher
+UNSEEDED = {"DPMSolverSDEScheduler"}  # samplers that draw from a noise of their own
 PREVIOUS = "unet.previous"  # an older student, while a new one takes its place
 STUDENT_FILES = ("unet/config.json", "kdc.json")  # what `save_student` writes
 
@@ -292,16 +294,24 @@ def read_plan(folder: str | Path) -> SlimPlan | None:
         raise ValueError(f"{note} holds no slimming plan: {error}") from error
 
 
-def as_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """A list of prompts; a text by itself is one prompt, and not its letters."""
-    return [prompts] if isinstance(prompts, str) else list(prompts)
+def _starts(seed: int, places: range, shape: tuple[int, ...]) -> tuple[Tensor, list]:
+    """The first latents of some images, and the generators of all noise that a sampler adds.
+
+    Image i has the same in any batch, on any device.
+    """
+    generators = [torch.Generator().manual_seed(seed * 100_003 + i) for i in places]
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]), generators
 
 
-@functools.lru_cache(maxsize=8)
-def _noise(seed: int, count: int, shape: tuple[int, ...]) -> Tensor:
-    """The first latents of `count` images: image i has the same noise in any batch."""
-    generators = [torch.Generator().manual_seed(seed * 100_003 + i) for i in range(count)]
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+@contextlib.contextmanager
+def silent(pipeline: StableDiffusionPipeline) -> Iterator[None]:
+    """Within it the pipeline shows no bar of its own; afterwards it does what it did before."""
+    before = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(**before | {"disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
 
 
 @torch.inference_mode()
@@ -318,27 +328,62 @@ def generate(
 ) -> Tensor:
     """Images for prompts, (N, 3, H, W) uint8 on the CPU; not decoded, latents (N, C, h, w).
 
-    The starting noise of image i depends on `seed` and i alone, so teacher and student start
-    from the same noise whatever the batch size or the device. `guidance` 1 switches
-    classifier-free guidance off. `progress` None shows a bar for more than one batch.
+    All noise of image i, at the start and where a sampler adds some in its steps, depends on `seed`
+    and i alone, so teacher and student start from the same noise whatever the batch size or the
+    device. `guidance` 1 switches classifier-free guidance off. `progress` None shows a bar for more
+    than one batch. A text by itself is one prompt.
+
+    Raises, before anything is generated, `TypeError` and `ValueError` for arguments that make no
+    sense and for a sampler whose noise no seed governs; and `FloatingPointError` where the U-Net or
+    the decoder gives values that are not finite, which would be black pixels.
     """
-    prompts = as_prompts(prompts)
+    prompts = as_texts("prompts", prompts)
     if not prompts:
         raise ValueError("no prompts to draw")
+    seed, steps = whole_number("seed", seed, 0), whole_number("steps", steps, 1)
+    batch_size = whole_number("batch_size", batch_size, 1)
+    if finite_number("guidance", guidance) < 0:
+        raise ValueError(f"guidance must not be negative: {guidance}")
+    if type(pipeline.scheduler).__name__ in UNSEEDED:
+        raise ValueError(
+            f"{type(pipeline.scheduler).__name__} draws noise that no seed governs: take "
+            "DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'"
+        )
     unet, images = pipeline.unet, []
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    noise = _noise(seed, len(prompts), shape)
-    pipeline.set_progress_bar_config(disable=True)
     starts = range(0, len(prompts), batch_size)
     hidden = progress is False or (progress is None and len(starts) == 1)
-    for start in tqdm(starts, desc="generating", disable=hidden, mininterval=2):
-        stop = min(start + batch_size, len(prompts))
-        out = pipeline(
-            prompts[start:stop],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            latents=noise[start:stop].to(pipeline.device, pipeline.dtype),
-            output_type="pt" if decode else "latent",
-        ).images.float()
-        images.append(((out.clamp(0, 1) * 255 + 0.5).to(torch.uint8) if decode else out).cpu())
+    with silent(pipeline):
+        for start in tqdm(starts, desc="generating", disable=hidden, mininterval=2):
+            places = range(start, min(start + batch_size, len(prompts)))
+            noise, generators = _starts(seed, places, shape)
+            asked = [prompts[i] for i in places]
+            latents = pipeline(
+                asked,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                latents=noise.to(pipeline.device, pipeline.dtype),
+                generator=generators,
+                output_type="latent",
+            ).images
+            refuse_infinite_images(latents, asked, "the U-Net")
+            images.append(_decoded(pipeline, latents, asked) if decode else latents.float().cpu())
     return torch.cat(images)
+
+
+def _decoded(pipeline: StableDiffusionPipeline, latents: Tensor, prompts: list[str]) -> Tensor:
+    """Latents (B, C, h, w) as images (B, 3, H, W) uint8 on the CPU."""
+    pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    refuse_infinite_images(pixels, prompts, "the decoder")
+    shown = pipeline.image_processor.postprocess(pixels, output_type="pt").float()
+    return (shown.clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu()
+
+
+def refuse_infinite_images(values: Tensor, prompts: Sequence[str], made_by: str) -> None:
+    """Raise `FloatingPointError` naming the first prompt whose values (B, ...) are not finite."""
+    if not values.isfinite().all():
+        first = int((~values.flatten(1).isfinite().all(dim=1)).nonzero()[0])
+        raise FloatingPointError(
+            f"{made_by} gave values that are not finite for {prompts[first]!r}: its weights are "
+            "damaged, or its precision is too low"
+        )

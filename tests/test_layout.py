@@ -10,15 +10,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each package or module, and what it may import from beside itself. Nothing else is allowed.
 ALLOWED = {
     "kdc.paths": "",
+    "kdc.checks": "",
     "kdc.io": "",
     "kdc.unet": "",
-    "kdc.pipelines": "paths io unet",
-    "kdc.data": "paths io pipelines",
-    "kdc.training": "paths io",
-    "kdc.distillation": "paths io unet pipelines data training",
-    "kdc.replay": "paths io data",
-    "kdc.continual": "paths io unet pipelines data training distillation replay",
-    "kdc.evaluation": "paths io unet pipelines data distillation",
+    "kdc.pipelines": "paths checks io unet",
+    "kdc.data": "paths checks io pipelines",
+    "kdc.training": "paths checks io",
+    "kdc.distillation": "paths checks io unet pipelines data training",
+    "kdc.replay": "paths checks io data",
+    "kdc.continual": "paths checks io unet pipelines data training distillation replay",
+    "kdc.evaluation": "paths checks io unet pipelines data distillation",
     "kdc.search": "unet data distillation",
 }
 ABOVE = {"kdc.commands"}  # the command line uses all of the library, and nothing imports it

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kdc.checks import as_texts, whole_number
 from kdc.data.latents import LatentDataset
 
 
@@ -31,11 +32,12 @@ class Task:
         if not len(self.train):
             raise ValueError(f"the task {self.name!r} has no images")
         captions = [self.train.captions[i] for i in self.train.caption_index.tolist()]
-        labels = tuple(self.labels) or tuple(captions)
+        labels = tuple(as_texts("labels", self.labels)) or tuple(captions)
         if len(labels) != len(self.train):
             raise ValueError(f"{self.name!r}: {len(labels)} labels, {len(self.train)} images")
         object.__setattr__(self, "labels", labels)
-        object.__setattr__(self, "prompts", tuple(self.prompts) or tuple(sorted(set(captions))))
+        prompts = tuple(as_texts("prompts", self.prompts))
+        object.__setattr__(self, "prompts", prompts or tuple(sorted(set(captions))))
 
 
 def select(data: LatentDataset, rows: torch.Tensor) -> LatentDataset:
@@ -71,15 +73,14 @@ def split_classes(
     shuffles the classes, a list of some of them or all, or None for alphabetical order. `test` is
     cut in the same way. Raises `ValueError` for a class without images and fewer than two tasks.
     """
-    if per_task < 1:
-        raise ValueError(f"per_task must be at least 1, not {per_task}")
+    per_task = whole_number("per_task", per_task, 1)
     rows = _rows_by_label(data, label_of)
     classes = sorted(rows)
     if isinstance(order, int):
         generator = torch.Generator().manual_seed(order)
         classes = [classes[i] for i in torch.randperm(len(classes), generator=generator)]
     elif order is not None:
-        classes = list(order)
+        classes = as_texts("order", order)
         if unknown := [c for c in classes if c not in rows]:
             raise ValueError(f"no images of {unknown}; the classes are {', '.join(rows)}")
     groups = [classes[i : i + per_task] for i in range(0, len(classes), per_task)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from kdc.checks import whole_number
 from kdc.data import worlds
 from kdc.data.folders import FOLDER_SPLITS, FolderDataset, read_folder
 from kdc.paths import as_path
@@ -121,11 +122,8 @@ def load_dataset(
     """
     if split not in FOLDER_SPLITS:
         raise ValueError(f"unknown split {split!r}; the splits are train and test")
-    for name, value in (("size", size), ("count", 1 if count is None else count)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be a whole number, not {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+    size = whole_number("size", size, 1)
+    count = None if count is None else whole_number("count", count, 1)
     as_path(name_or_folder, "the data set")
     for kind in DATASETS.values():
         if kind.knows(name_or_folder):

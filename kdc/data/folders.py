@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from kdc.checks import as_texts, whole_number
 from kdc.data.captions import LISTS, read_captions
 from kdc.data.images import read_image, suffixes, unreadable
 from kdc.io import checksum
@@ -54,14 +55,12 @@ class FolderDataset(Dataset):
             raise ValueError(f"crop must be center or random, not {crop!r}")
         if not isinstance(flip, bool):
             raise TypeError(f"flip must be True or False, not {flip!r}")
-        if isinstance(variants, bool) or not isinstance(variants, int) or variants < 1:
-            raise ValueError(f"variants must be a whole number from 1, not {variants!r}")
         if len(captions) != len(files):
             raise ValueError(f"{len(captions)} captions for {len(files)} images")
         self.files = list(files)
         self.captions = [(c,) if isinstance(c, str) else tuple(c) for c in captions]
         self.size, self.crop, self.flip = size, crop, flip
-        self.variants, self.seed = variants, seed
+        self.variants, self.seed = whole_number("variants", variants, 1), seed
 
     def __len__(self) -> int:
         return len(self.files) * self.variants
@@ -118,9 +117,9 @@ def read_folder(
     ways, and for captions that cannot be given to an image; `PermissionError` for a folder that may
     not be read.
     """
-    templates = [templates] if isinstance(templates, str) else list(templates)
+    templates = as_texts("templates", templates)
     for template in templates or [""]:
-        if not isinstance(template, str) or template.count("{}") != 1:
+        if template.count("{}") != 1:
             raise ValueError(f"a template must hold one {{}} for the class, not {template!r}")
     files = list(walk(folder))
     images = [f for f in files if f.suffix.lower() in suffixes()]

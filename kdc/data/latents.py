@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from kdc.pipelines import generate
+from kdc.checks import as_texts, whole_number
+from kdc.pipelines import generate, refuse_infinite_images
 
 
 @dataclass
@@ -89,28 +90,34 @@ def embed_captions(
     pipeline: StableDiffusionPipeline, captions: Sequence[str], batch_size: int = 64
 ) -> Tensor:
     """(M, L, D) text embeddings as the pipeline makes them for its U-Net, on the CPU."""
-    parts = []
+    captions, parts = as_texts("captions", captions), []
     for start in range(0, len(captions), batch_size):
         part = list(captions[start : start + batch_size])
         embedded, _ = pipeline.encode_prompt(part, pipeline.device, 1, False)
+        refuse_infinite_images(embedded, part, "the text encoder")
         parts.append(embedded.float().cpu())
     return torch.cat(parts).clone()
 
 
-@torch.inference_mode()
 def cache_latents(
     pipeline: StableDiffusionPipeline, dataset: Dataset, batch_size: int = 32
 ) -> LatentDataset:
     """Encode every image and every distinct caption once.
 
-    Raises `ValueError` if an image's size is not what the autoencoder and U-Net expect.
+    Raises `ValueError` if an image's size is not what the autoencoder and U-Net expect, and
+    `FloatingPointError` naming the image or caption whose encoding is not finite.
     """
-    if len(dataset) == 0:  # type: ignore[arg-type]
+    count = len(dataset)  # type: ignore[arg-type]
+    if count == 0:
         raise ValueError("the data set is empty")
+    batch_size = whole_number("batch_size", batch_size, 1)
     vae = pipeline.vae
     expected = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    loader = torch.utils.data.DataLoader(dataset, batch_size, collate_fn=list)
-    means, stds = [], []
+    # The loader would draw a seed of its own from the global generator.
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size, collate_fn=list, generator=torch.Generator()
+    )
+    mean = std = torch.empty(0)
     captions: list[Sequence[str]] = []
     for items in tqdm(loader, desc="encoding", mininterval=2):
         images = torch.stack([item["image"] for item in items])
@@ -119,16 +126,24 @@ def cache_latents(
                 f"images are {tuple(images.shape[-2:])}, the U-Net expects {expected} x "
                 f"{expected}: load the data set with size={expected}"
             )
-        posterior = vae.encode(images.to(pipeline.device, vae.dtype)).latent_dist
-        means.append((posterior.mean * vae.config.scaling_factor).float().cpu())
-        stds.append((posterior.std * vae.config.scaling_factor).float().cpu())
+        with torch.inference_mode():
+            posterior = vae.encode(images.to(pipeline.device, vae.dtype)).latent_dist
+        names = [item.get("path", item["caption"]) for item in items]
+        for values in (posterior.mean, posterior.std):
+            refuse_infinite_images(values, names, "the autoencoder")
+        if not len(mean):  # one copy of all, filled in place
+            mean = torch.empty(count, *posterior.mean.shape[1:])
+            std = torch.empty_like(mean)
+        rows = slice(len(captions), len(captions) + len(items))
+        mean[rows] = posterior.mean.cpu() * vae.config.scaling_factor
+        std[rows] = posterior.std.cpu() * vae.config.scaling_factor
         captions += [item.get("captions") or (item["caption"],) for item in items]
     distinct, every = _number([caption for each in captions for caption in each])
     numbers = every.split([len(each) for each in captions])
     choices = torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True, padding_value=-1)
     return LatentDataset(
-        torch.cat(means).clone(),
-        torch.cat(stds).clone(),
+        mean,
+        std,
         embed_captions(pipeline, distinct),
         choices[:, 0].clone(),
         embed_captions(pipeline, [""])[0],
@@ -144,6 +159,7 @@ def with_captions(
 
     Raises `ValueError` where there are not as many captions as images.
     """
+    captions = as_texts("captions", captions)
     if len(captions) != len(data):
         raise ValueError(f"{len(captions)} captions for {len(data)} images")
     distinct, index = _number(captions)
@@ -160,6 +176,7 @@ def latents_of_captions(
 
     `settings` are those of `generate`. A generated latent is known exactly: its deviation is 0.
     """
+    captions = as_texts("captions", captions)
     latents = generate(pipeline, captions, seed=seed, decode=False, **settings).clone()
     distinct, index = _number(captions)
     embeddings = embed_captions(pipeline, [*distinct, ""])

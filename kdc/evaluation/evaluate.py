@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kdc.checks import as_seeds, as_texts, finite_number, whole_number
 from kdc.data import worlds
 from kdc.data.datasets import load_dataset
 from kdc.data.latents import LatentDataset
@@ -31,7 +32,7 @@ from kdc.evaluation.metrics import (
 )
 from kdc.evaluation.statistics import real_vs_real, student_interval
 from kdc.io import fingerprint
-from kdc.pipelines import as_prompts, generate
+from kdc.pipelines import generate
 
 _REFERENCES: dict[tuple[str, str], Tensor] = {}
 
@@ -92,11 +93,17 @@ def evaluate(
     seeds, and for a teacher that was evaluated with other prompts, seeds or settings;
     `RuntimeError` for a network in training mode or an extractor that cannot be loaded.
     """
-    prompts, seeds = as_prompts(prompts), [int(seed) for seed in seeds]
-    if not prompts or not seeds:
-        raise ValueError("give at least one prompt and one seed")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must differ, not {seeds}: equal ones hide the spread")
+    prompts, seeds = as_texts("prompts", prompts), as_seeds("seeds", seeds)
+    if not prompts:
+        raise ValueError("give at least one prompt")
+    metrics = as_texts("metrics", metrics)
+    steps, batch_size = whole_number("steps", steps, 1), whole_number("batch_size", batch_size, 1)
+    baseline_draws = whole_number("baseline_draws", baseline_draws, 1)
+    if finite_number("guidance", guidance) < 0:
+        raise ValueError(f"guidance must not be negative: {guidance}")
+    for place, one in enumerate(attributes):
+        if not isinstance(one, worlds.Attributes):
+            raise TypeError(f"attributes must be worlds.Attributes, but number {place} is {one!r}")
     if attributes and len(attributes) != len(prompts):
         raise ValueError(f"{len(attributes)} attributes for {len(prompts)} prompts")
     how = {"steps": steps, "guidance": guidance, "batch_size": batch_size}
@@ -223,10 +230,12 @@ def _judge_of(name: str, see: Extractor, distance: Perceptual | None) -> tuple[s
 def check_alike(ours: dict, theirs: dict, may_differ: Iterable[str] = ()) -> None:
     """Raise `ValueError` where two evaluations differ in what `ours` names.
 
-    Settings named in `may_differ` may; the message names the first that does and may not.
+    Settings named in `may_differ` may (a name by itself is one); the message names the first that
+    does and may not.
     """
+    free = set(as_texts("may_differ", may_differ))
     for name, value in ours.items():
-        if name not in set(may_differ) and value != theirs[name]:
+        if name not in free and value != theirs[name]:
             raise ValueError(
                 f"the evaluations differ in {name}: they cannot be compared, unless you pass"
                 f" may_differ=({name!r},)"
@@ -262,9 +271,10 @@ def _features_of(reference, see: Extractor, pipeline) -> Tensor:
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     if isinstance(reference, str | Path):
         reference = load_dataset(reference, "test", size)
+    if len(reference) == 0:
+        raise ValueError("the reference holds no images")
     if not isinstance(reference, Tensor):
-        signed = torch.stack([reference[i]["image"] for i in range(len(reference))])
-        reference = as_bytes(signed)
+        reference = _images_of(reference)
     check_images(reference)
     if reference.shape[-2:] != (size, size):
         raise ValueError(
@@ -275,6 +285,21 @@ def _features_of(reference, see: Extractor, pipeline) -> Tensor:
     if key not in _REFERENCES:
         _REFERENCES[key] = see(reference)
     return _REFERENCES[key]
+
+
+def _images_of(dataset: Dataset) -> Tensor:
+    """The images of a data set as uint8 (N, 3, H, W), read one by one into one copy of all."""
+    first = as_bytes(dataset[0]["image"])
+    images = torch.empty(len(dataset), *first.shape, dtype=torch.uint8)  # type: ignore[arg-type]
+    for place in range(len(images)):
+        image = as_bytes(dataset[place]["image"])
+        if image.shape != first.shape:
+            raise ValueError(
+                f"the reference's images differ in size: {tuple(first.shape)} and, number {place}, "
+                f"{tuple(image.shape)}"
+            )
+        images[place] = image
+    return images
 
 
 def _same_count(real: Tensor, count: int) -> Tensor:

@@ -53,7 +53,10 @@ class Extractor:
         device = next(self.model.parameters()).device
         with torch.inference_mode():
             parts = [self.see(batch.to(device)).float().cpu() for batch in images.split(BATCH)]
-        return torch.cat(parts)
+        features = torch.cat(parts)
+        if not features.isfinite().all():
+            raise FloatingPointError(f"the extractor {self.name} gave features that are not finite")
+        return features
 
 
 def _mini_clip() -> Extractor:
@@ -137,7 +140,8 @@ def find_extractor(name: str) -> Extractor:
     if name not in EXTRACTORS:
         raise ValueError(f"unknown extractor {name!r}; there are {', '.join(EXTRACTORS)}")
     try:
-        return EXTRACTORS[name]()
+        with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
+            return EXTRACTORS[name]()
     except Exception as error:  # each library has errors of its own for a missing file or network
         raise RuntimeError(
             f"the extractor {name!r} cannot be loaded: its weights are neither in the local cache "
@@ -180,7 +184,10 @@ class Perceptual:
         pairs = zip(a.split(BATCH), b.split(BATCH), strict=True)
         with torch.inference_mode():
             signed = (tuple(x.float() / 127.5 - 1 for x in pair) for pair in pairs)
-            return torch.cat([self.model(x, y).flatten() for x, y in signed])
+            distances = torch.cat([self.model(x, y).flatten() for x, y in signed])
+        if not distances.isfinite().all():
+            raise FloatingPointError(f"{self.name} gave distances that are not finite")
+        return distances
 
 
 @functools.cache
@@ -195,7 +202,10 @@ def find_perceptual(name: str) -> Perceptual:
     if name not in NETS:
         raise ValueError(f"unknown distance {name!r}; there are mini-lpips, {', '.join(NETS)}")
     try:
-        with warnings.catch_warnings(action="ignore"):  # that lpips calls torchvision by old names
+        with (
+            warnings.catch_warnings(action="ignore"),  # that lpips calls torchvision by old names
+            torch.random.fork_rng(devices=[]),  # weights are drawn before they are read
+        ):
             return Perceptual(name, lpips.LPIPS(net=NETS[name], verbose=False).eval())
     except Exception as error:  # torchvision raises what its downloader does
         raise RuntimeError(

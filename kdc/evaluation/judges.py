@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import alexnet
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
+from kdc.checks import as_texts
 from kdc.data import worlds
 from kdc.evaluation.images import to_signed
 from kdc.pipelines import ASSETS
@@ -121,7 +122,8 @@ def attribute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tens
 @functools.cache
 def attribute_classifier() -> AttributeClassifier:
     """The embedded attribute classifier, in evaluation mode."""
-    model = AttributeClassifier()
+    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
+        model = AttributeClassifier()
     model.load_state_dict(load_file(ASSETS / "mini-classifier" / "model.safetensors"))
     return model.float().eval()
 
@@ -130,7 +132,8 @@ def attribute_classifier() -> AttributeClassifier:
 def mini_clip() -> tuple[CLIPModel, CLIPTokenizer]:
     """The embedded CLIP and its tokenizer, in evaluation mode."""
     folder = ASSETS / "mini-clip"
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    with torch.random.fork_rng(devices=[]):
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     return model.eval(), CLIPTokenizer.from_pretrained(folder)
 
 
@@ -141,9 +144,12 @@ def mini_lpips() -> lpips.LPIPS:
     Not the published metric: the trunk is AlexNet's shape with weights trained here on procedural
     images, and the published linear weights do not fit it. Inputs in [-1, 1], 32 x 32 at least.
     """
-    with warnings.catch_warnings(action="ignore"):  # that lpips calls torchvision by old names
+    with (
+        warnings.catch_warnings(action="ignore"),  # that lpips calls torchvision by old names
+        torch.random.fork_rng(devices=[]),  # weights are drawn before they are read
+    ):
         metric = lpips.LPIPS(net="alex", pnet_rand=True, lpips=False, verbose=False)
-    trunk = PerceptualTrunk()
+        trunk = PerceptualTrunk()
     trunk.load_state_dict(load_file(ASSETS / "mini-trunk" / "model.safetensors"))
     ours = trunk.features.state_dict()
     state = {}
@@ -199,7 +205,7 @@ def clip_text_features(captions: Sequence[str]) -> Tensor:
 def pad_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]):
     """The tokenizer's own padded batch of captions, each as long as its text encoder reads."""
     return tokenizer(
-        list(captions),
+        as_texts("captions", captions),
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,

@@ -119,6 +119,11 @@ class ReplayBuffer:
         if self._rows is None:
             self._allocate(data.mean.shape[1:], data.embeddings.shape[1:])
 
+        # Room first: a full disk is noticed here, before anything changes.
+        self._rows.reserve(min(self.capacity, self.held + len(index)))
+        captions = len(self._captions.texts) + len(data.caption_index[index].unique())
+        self._captions.rows.reserve(min(self.capacity, captions))
+
         def features(slots: list[int], rows: list[int]) -> Tensor:
             old = self._latents(torch.tensor(slots).long(), "mean")
             return torch.cat([old, data.mean[index[rows]].float()]).flatten(1)

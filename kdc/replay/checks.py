@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from kdc.checks import whole_number
 from kdc.replay.policies import POLICIES
 from kdc.replay.storage import DTYPES, Latents
 
@@ -16,21 +16,6 @@ SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 # By a buffer's dtype, what its latents (in eight bits, their steps) and its embeddings are held as.
 LARGEST = {"float32": torch.float32, "float16": torch.float16, "int8": torch.float32}
 EMBEDDED = {"float32": torch.float32, "float16": torch.float16, "int8": torch.float16}
-
-
-def whole_number(name: str, value, low: int, high: int | None = None) -> int:
-    """`value` as an int: `TypeError` for what is no whole number, `ValueError` out of bounds."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if number < low:
-        raise ValueError(f"{name} must be at least {low}, not {number}")
-    if high is not None and number > high:
-        raise ValueError(f"{name} must be at most {high}, not {number}")
-    return number
 
 
 def whole_numbers(

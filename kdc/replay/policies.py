@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Placement = tuple[Tensor, Tensor]
-TOGETHER = 2048  # so many items may have all their products in memory at once
+TOGETHER = 8192  # so many items may have all their products in memory at once: half a gigabyte
 
 
 def _last_of_each_slot(rows: Tensor, slots: Tensor) -> Placement:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
+from kdc.paths import as_path
+
+SCRATCH, LOCK = "rows-", "in-use.lock"  # scratch folders, and what says that they are in use
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 LEVELS = 127  # whole numbers on either side of zero in eight bits
 
@@ -32,12 +37,25 @@ def dequantise(whole: Tensor, step: Tensor) -> Tensor:
     return whole.float() * step[:, :, None, None]
 
 
+def _forget_dead(folder: Path) -> None:
+    """Remove the scratch of processes that are no more, known by a lock that nobody holds."""
+    for left in folder.glob(f"{SCRATCH}*"):
+        if not (left / LOCK).is_file():
+            continue
+        try:
+            with FileLock(left / LOCK, timeout=0):
+                shutil.rmtree(left, ignore_errors=True)
+        except (Timeout, OSError):
+            continue  # in use
+
+
 class Rows:
     """Named columns of equal length, allocated as they are needed, up to `capacity` rows.
 
     `columns` gives every column's shape without the row dimension, and its dtype. With a `folder`
     the columns are memory-mapped files in a scratch directory below it that goes with this object;
-    the operating system then decides what is in memory.
+    the operating system then decides what is in memory. What a killed process left there is
+    removed.
     """
 
     def __init__(
@@ -49,10 +67,14 @@ class Rows:
         self.columns, self.capacity, self.allocated = dict(columns), capacity, 0
         self._scratch = None
         if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            folder = as_path(folder, "the buffer's folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            _forget_dead(folder)
             self._scratch = tempfile.TemporaryDirectory(
-                prefix="rows-", dir=folder, ignore_cleanup_errors=True
+                prefix=SCRATCH, dir=folder, ignore_cleanup_errors=True
             )
+            self._alive = FileLock(Path(self._scratch.name) / LOCK)
+            self._alive.acquire()
         self._data = {n: torch.empty((0, *s), dtype=d) for n, (s, d) in self.columns.items()}
 
     @property
@@ -61,25 +83,42 @@ class Rows:
         return sum(torch.Size(shape).numel() * d.itemsize for shape, d in self.columns.values())
 
     def reserve(self, rows: int) -> None:
-        """Make room for so many rows, and for as many again, as far as the capacity goes."""
+        """Make room for so many rows, and for as many again, as far as the capacity goes.
+
+        Raises `ValueError` above the capacity, and `OSError` where the disk is full; what was
+        stored stays as it was.
+        """
         if rows > self.capacity:
             raise ValueError(f"{rows} rows do not fit: there is room for {self.capacity}")
         if rows <= self.allocated:
             return
-        self.allocated, before = min(max(2 * rows, 64), self.capacity), self.allocated
+        wanted = min(max(2 * rows, 64), self.capacity)
         for name, (shape, dtype) in self.columns.items():
-            grown = self._allocate(name, (self.allocated, *shape), dtype)
+            grown = self._allocate(name, (wanted, *shape), dtype)
             if not self._scratch:  # a file grows in place
-                grown[:before] = self._data[name]
+                grown[: self.allocated] = self._data[name][: self.allocated]
             self._data[name] = grown
+        self.allocated = wanted
 
     def _allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if not self._scratch:
             return torch.zeros(shape, dtype=dtype)
         file, count = Path(self._scratch.name) / f"{name}.bin", torch.Size(shape).numel()
-        with open(file, "ab"):
-            pass
-        os.truncate(file, count * dtype.itemsize)
+        size = count * dtype.itemsize
+        with open(file, "ab") as opened:
+            try:
+                # A file that only claims the space ends the process when the disk is full.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(opened.fileno(), 0, size)
+                else:
+                    opened.write(bytes(size - opened.tell()))
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"no room for {size:,} bytes of the replay buffer ({error.strerror}): make room"
+                    " in its folder, lower its capacity or its dtype, or hold it in memory",
+                    str(file.parent.parent),
+                ) from error
         return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
 
     def write(self, slots: Tensor, values: Mapping[str, Tensor]) -> None:

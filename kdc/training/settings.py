@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any
 
+from kdc.checks import finite_number, whole_number
+
 SCHEDULES = ("cosine", "constant", "constant_with_warmup", "linear", "polynomial")
 PRECISIONS = ("auto", "no", "bf16")
 
@@ -50,20 +52,20 @@ class TrainSettings:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "log_every"):
-            _whole(name, getattr(self, name), 1)
+            whole_number(name, getattr(self, name), 1)
         if self.save_every is not None:
-            _whole("save_every", self.save_every, 1)
+            whole_number("save_every", self.save_every, 1)
         for name in ("warmup", "seed"):
-            _whole(name, getattr(self, name), 0)
+            whole_number(name, getattr(self, name), 0)
         for name in ("learning_rate", "max_grad_norm"):
-            _number(name, getattr(self, name))
+            finite_number(name, getattr(self, name))
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        _number("weight_decay", self.weight_decay)
+        finite_number("weight_decay", self.weight_decay)
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must not be negative: {self.weight_decay}")
         for name in ("caption_dropout", "ema_decay"):
-            _number(name, getattr(self, name))
+            finite_number(name, getattr(self, name))
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout is a share of 0 to 1, not {self.caption_dropout}")
         if not 0 <= self.ema_decay < 1:
@@ -115,17 +117,3 @@ def refuse_unknown(given: Mapping[str, Any], known: list[str]) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise TypeError(f"unknown setting {name!r}: {hint}The settings are {', '.join(known)}")
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
-
-
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, not {value}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdc.continual.mechanisms.base import Items, Mechanism, Run, draw_items
 from kdc.continual.tasks import Task
 from kdc.data.latents import LatentDataset
-from kdc.pipelines import in_pipeline
+from kdc.pipelines import in_pipeline, refuse_infinite_images, silent
 from kdc.replay.buffer import ReplayBuffer
 
 FILE = "pool.safetensors"
@@ -96,29 +96,34 @@ def generate_pool(
     unet = pipeline.unet.config
     shape = (unet.in_channels, unet.sample_size, unet.sample_size)
     like = {"device": pipeline.device, "dtype": pipeline.dtype}
-    pipeline.set_progress_bar_config(disable=True)
     for number, task in enumerate(tasks):
         data = task.train
         count = size // len(tasks) + (number < size % len(tasks))
         rows = torch.randint(len(data), (count,), generator=generator)
-        generated = []
+        generated: list[Tensor] = []
         for index in rows.split(batch_size):
             prompt_embeds = data.embeddings[data.caption_index[index]].to(**like)
             noise = torch.randn((len(index), *shape), generator=generator).to(**like)
-            out = pipeline(
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=data.empty.to(**like).expand_as(prompt_embeds),
-                latents=noise,
-                num_inference_steps=sampling_steps,
-                guidance_scale=guidance,
-                output_type="latent",
-            )
+            made = sum(len(one) for one in generated)
+            seeds = [seed * 100_003 + 1000 * number + made + i for i in range(len(index))]
+            with silent(pipeline):
+                out = pipeline(
+                    prompt_embeds=prompt_embeds,
+                    negative_prompt_embeds=data.empty.to(**like).expand_as(prompt_embeds),
+                    latents=noise,
+                    num_inference_steps=sampling_steps,
+                    guidance_scale=guidance,
+                    generator=[torch.Generator().manual_seed(one) for one in seeds],
+                    output_type="latent",
+                )
+            captions = [data.captions[i] for i in data.caption_index[index].tolist()]
+            refuse_infinite_images(out.images, captions, "the old model")
             generated.append(out.images.float().cpu())
         if count:
             mean = torch.cat(generated)
-            captions = data.caption_index[rows]
-            made = LatentDataset(
-                mean, torch.zeros_like(mean), data.embeddings, captions, data.empty, data.captions
+            numbers = data.caption_index[rows]
+            images = LatentDataset(
+                mean, torch.zeros_like(mean), data.embeddings, numbers, data.empty, data.captions
             )
-            pool.add(made, task=number)
+            pool.add(images, task=number)
     return pool
