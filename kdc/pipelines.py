@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 from kdc.checks import as_texts, finite_number, whole_number
 from kdc.io import read_json, sync, write_json
 from kdc.paths import as_path
+from kdc.processes import this_process
 from kdc.unet.plans import SlimPlan
 from kdc.unet.slimming import refuse_adapters
 
@@ -34,7 +34,7 @@ STUDENT_FILES = ("unet/config.json", "kdc.json")  # what `save_student` writes
 
 def pick_device() -> torch.device:
     """The device that Accelerate gives this process: its own accelerator, else the CPU."""
-    return PartialState().device
+    return this_process().device
 
 
 def load_teacher(

@@ -11,15 +11,16 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "kdc.paths": "",
     "kdc.checks": "",
+    "kdc.processes": "",
     "kdc.io": "",
     "kdc.unet": "",
-    "kdc.pipelines": "paths checks io unet",
-    "kdc.data": "paths checks io pipelines",
-    "kdc.training": "paths checks io",
-    "kdc.distillation": "paths checks io unet pipelines data training",
-    "kdc.replay": "paths checks io data",
-    "kdc.continual": "paths checks io unet pipelines data training distillation replay",
-    "kdc.evaluation": "paths checks io unet pipelines data distillation",
+    "kdc.pipelines": "paths checks processes io unet",
+    "kdc.data": "paths checks processes io pipelines",
+    "kdc.training": "paths checks processes io",
+    "kdc.distillation": "paths checks processes io unet pipelines data training",
+    "kdc.replay": "paths checks processes io data",
+    "kdc.continual": "paths checks processes io unet pipelines data training distillation replay",
+    "kdc.evaluation": "paths checks processes io unet pipelines data distillation",
     "kdc.search": "unet data distillation",
 }
 ABOVE = {"kdc.commands"}  # the command line uses all of the library, and nothing imports it

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from accelerate import PartialState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from kdc.continual.learner import Learner, Learnt
@@ -24,6 +23,7 @@ from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import forward_process
 from kdc.io import fingerprint, plain
 from kdc.pipelines import in_pipeline
+from kdc.processes import this_process
 from kdc.replay.buffer import ReplayBuffer
 from kdc.training.efficiency import refuse_unusable
 from kdc.training.loop import check_run, locked, precision_on
@@ -109,7 +109,7 @@ def run_sequence(
     _check_tasks(every, teacher, higher_is_better)
     if first and strategy.mechanism.own_first_task:
         raise ValueError(f"{strategy.name} learns the first task in its own way: leave first out")
-    device = PartialState().device
+    device = this_process().device
     teacher.to(device)
     student.to(device).eval()
     labels = dict.fromkeys(label for task in tasks for label in task.labels)
@@ -198,13 +198,13 @@ def check_sequence(
     """
     process = forward_process(teacher)
     check_fit(student, teacher, process, weights)
-    if PartialState().num_processes > 1:
+    if this_process().num_processes > 1:
         raise ValueError("a sequence runs in one process: launch it without several")
     if strategy.mechanism.uses_buffer and buffer is None:
         raise ValueError(f"{strategy.name} needs a buffer: buffer=kdc.ReplayBuffer(...)")
     if buffer is not None and not strategy.mechanism.uses_buffer:
         raise ValueError(f"{strategy.name} uses no buffer: leave it out")
-    device = PartialState().device
+    device = this_process().device
     refuse_unusable(settings.compile, settings.gradient_checkpointing, device)
     folder = check_run(output_dir, resume, settings, SEQUENCE_FILES)
     identity = settings.identity() | {

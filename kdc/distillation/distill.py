@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from accelerate import PartialState
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch.utils.data import Dataset
 
@@ -18,6 +17,7 @@ from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import DistillationStep, forward_process
 from kdc.io import fingerprint, plain, read_json, refuse_other_settings
 from kdc.pipelines import STUDENT_FILES, check_teacher, load_unet, save_student
+from kdc.processes import this_process
 from kdc.training.checkpoints import checkpoints, forget_checkpoints
 from kdc.training.efficiency import quickened, reduced, refuse_unusable
 from kdc.training.loop import check_run, locked, make_accelerator, precision_on, train
@@ -70,7 +70,7 @@ def distill(
     weights = weights or LossWeights()
     process = forward_process(teacher)
     check_fit(student, teacher, process, weights)
-    device = PartialState().device
+    device = this_process().device
     options = {
         "compile": settings.compile,
         "gradient_checkpointing": settings.gradient_checkpointing,
@@ -79,7 +79,7 @@ def distill(
     identity = {"weights": weights.to_dict()} | identity_of(student, teacher, process)
     folder = check_run(output_dir, resume, settings, STUDENT_FILES, identity)
     check_finished(folder, resume, settings, identity)
-    accelerator = make_accelerator(settings.precision, find_unused=weights.leaves_output_out)
+    accelerator = make_accelerator(settings.precision)
     with locked(folder):
         teacher.to(device)
         data = dataset if isinstance(dataset, LatentDataset) else cache_latents(teacher, dataset)

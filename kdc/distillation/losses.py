@@ -257,9 +257,11 @@ class LossWeights:
 
     @property
     def leaves_output_out(self) -> bool:
-        """Whether the student's last layers may get no gradient from any enabled term."""
-        of_features = all("features" in TERMS[name].needs for name in self.enabled)
-        return of_features or not self.output_gradient
+        """Whether no enabled term has a gradient for the student's last layers."""
+        return all(
+            "features" in TERMS[name].needs or (name == "output" and not self.output_gradient)
+            for name in self.enabled
+        )
 
     @property
     def needs_teacher(self) -> bool:

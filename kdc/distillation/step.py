@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from accelerate import PartialState
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from kdc.distillation.features import FeatureHooks, feature_pairs, projections
 from kdc.distillation.losses import DistillationLoss, LossWeights, min_snr_weight
+from kdc.processes import this_process
 from kdc.training.efficiency import send
 
 PROJECTIONS = "feature_projections"  # the student's submodule while it is taught, and _2, _3
@@ -50,7 +50,8 @@ class DistillationStep:
         seed: int = 0,
     ):
         self.student, self.teacher, self.process, self.weights = student, teacher, process, weights
-        self.criterion, self.device = DistillationLoss(weights), PartialState().device
+        self.criterion, self.device = DistillationLoss(weights), this_process().device
+        self.several = this_process().num_processes > 1
         self.snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
         self.hooks: list[FeatureHooks] = []
         self.projections: torch.nn.Module | None = None
@@ -117,7 +118,11 @@ class DistillationStep:
         if self.projections is not None:
             ours = [layer(x) for layer, x in zip(self.projections, ours, strict=True)]
         target = send(target, device)
-        return self.criterion(predicted, target, taught, ours, theirs, task_weight=task_weight)
+        terms = self.criterion(predicted, target, taught, ours, theirs, task_weight=task_weight)
+        if self.several and weights.leaves_output_out:
+            # Processes wait for the gradient of every parameter, of the last layers as well.
+            terms["loss"] = terms["loss"] + 0 * predicted.float().sum()
+        return terms
 
     def close(self) -> None:
         """Remove the hooks, and the projections; once more does nothing."""

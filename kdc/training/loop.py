@@ -8,7 +8,6 @@ EMA, a log, and checkpoints from which a stopped run goes on exactly where it wa
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
@@ -27,6 +25,7 @@ from tqdm.auto import tqdm
 
 from kdc.io import write_text
 from kdc.paths import try_writing
+from kdc.processes import this_process
 from kdc.training.checkpoints import (
     Companion,
     Terms,
@@ -59,25 +58,12 @@ def precision_on(device: torch.device, precision: str) -> str:
     return precision
 
 
-def make_accelerator(precision: str = "auto", find_unused: bool = False) -> Accelerator:
-    """An Accelerator whose mixed precision suits the device it found.
-
-    `find_unused` is for losses that do not reach all parameters, with several processes. Raises
-    `RuntimeError` where a launcher started several processes that do not know of each other.
-    """
-    state = PartialState()
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched > 1 and state.num_processes == 1:
-        raise RuntimeError(
-            f"{launched} processes were launched, but Accelerate sees this one alone, and each "
-            "would train for itself: use `accelerate launch` (with --cpu on CPUs), or set "
-            "ACCELERATE_USE_CPU=true for torchrun"
-        )
-    precision = precision_on(state.device, precision)
+def make_accelerator(precision: str = "auto") -> Accelerator:
+    """An Accelerator whose mixed precision suits the device it found."""
+    precision = precision_on(this_process().device, precision)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # the state of an earlier run in this process
-    unused = [DistributedDataParallelKwargs(find_unused_parameters=True)] if find_unused else []
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=unused)
+    accelerator = Accelerator(mixed_precision=precision)
     # The environment can set this, and every gradient would then be divided by it. `train`
     # accumulates by itself, as its settings say.
     accelerator.gradient_accumulation_steps = 1
@@ -91,7 +77,7 @@ def locked(output_dir: Path | None) -> Iterator[None]:
     May be entered again by the process that holds it. The lock goes with the process, however that
     ends. Raises `RuntimeError` where another process holds it.
     """
-    if output_dir is None or not PartialState().is_main_process:
+    if output_dir is None or not this_process().is_main_process:
         yield
         return
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -128,7 +114,7 @@ def check_run(
         return None
     folder = try_writing(output_dir, (*FILES, *files))
     made_with = settings.identity() | (identity or {})
-    made_with["precision"] = precision_on(PartialState().device, settings.precision)
+    made_with["precision"] = precision_on(this_process().device, settings.precision)
     check_earlier_run(folder, resume, made_with, settings.steps)
     return folder
 
@@ -150,7 +136,8 @@ def train(
 
     `compute_loss(model, generator)` draws everything random from `generator` (on the CPU, so that
     a seed means the same on every device) and returns scalar terms; `terms["loss"]` is minimised
-    and all of them are logged, as means over processes. With `settings.accumulation` above 1 it is
+    and all of them are logged, as means over processes, beside the number of `images` that all
+    processes have seen, at `settings.batch_size` each. With `settings.accumulation` above 1 it is
     called so often for one step, and the gradients and logged terms are the means. `before_step()`
     may look at and change the gradients, after they are complete and before they are clipped. At
     the end the model holds the averaged weights; however the run ends, it is in evaluation mode, as
@@ -232,6 +219,8 @@ class _Run:
             model, self.optimizer, self.schedule, self.ema, generator, made_with, companion
         )
         self.generator = generator
+        # New images in one update, of all processes; `batch_size` is that of each.
+        self.images_a_step = settings.batch_size * settings.accumulation * accelerator.num_processes
         self.rows: list[dict] = []
         self.start = self.done = self.saved = 0
         self.prepared: nn.Module | None = None
@@ -287,6 +276,7 @@ class _Run:
                     row |= {
                         "grad_norm": float(norm),
                         "learning_rate": self.schedule.get_last_lr()[0],
+                        "images": done * self.images_a_step,
                     }
                     self.rows.append(row)
                     bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)

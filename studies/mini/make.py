@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_file
 
@@ -20,6 +19,7 @@ from kdc.data.datasets import load_dataset
 from kdc.data.latents import cache_latents
 from kdc.distillation.distill import distill
 from kdc.pipelines import ASSETS, load_teacher, save_student
+from kdc.processes import this_process
 from kdc.unet.slimming import slim
 from studies.common.recipes import RECIPES, STUDENT_RECIPE, images_of
 from studies.mini.autoencoder import train_autoencoder
@@ -82,7 +82,7 @@ def make_student(out: Path, steps: int = 3600, batch_size: int = 16, **settings)
         label="student",
         **dict(recipe.training) | settings,
     )
-    state = PartialState()
+    state = this_process()
     if state.is_main_process:
         notes = {"recipe": STUDENT_RECIPE, "steps": steps, "batch_size": batch_size}
         save_student(student.half(), out / "new", **notes, processes=state.num_processes)
@@ -104,7 +104,7 @@ def make(output_dir: str | Path, only: tuple[str, ...] = (), **settings) -> None
     A stage writes `new` and is finished when that is renamed `final`. The student may be trained by
     several processes (`accelerate launch`), `batch_size` being each one's; the other stages by one.
     """
-    state = PartialState()
+    state = this_process()
     if unknown := set(only) - set(TRAININGS):
         raise ValueError(f"unknown stages {sorted(unknown)}; the stages are {', '.join(TRAININGS)}")
     for name, stage in TRAININGS.items():

@@ -373,13 +373,6 @@ def test_one_process_at_a_time_trains_into_a_folder(tmp_path):
     train(model, loss, SETTINGS, tmp_path)  # the lock went with the process
 
 
-def test_a_launcher_that_accelerate_does_not_see_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    model, loss = regression()
-    with pytest.raises(RuntimeError, match="2 processes were launched.*accelerate launch"):
-        train(model, loss, SETTINGS)
-
-
 def test_nothing_to_train_is_said_at_once():
     model, loss = regression()
     model.requires_grad_(False)
