@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdc.io import (
+    MANIFEST,
     check_sealed,
     is_sealed_as,
     plain,
@@ -123,8 +124,11 @@ def _check_note(checkpoint: Path, note: dict, made_with: Mapping[str, Any], step
 def clean(output_dir: str | Path) -> None:
     """Remove what a run that was killed while it wrote a checkpoint left behind."""
     for folder in Path(output_dir).glob("checkpoint-*"):
-        if PARTIAL.fullmatch(folder.name) and folder.is_dir() and is_sealed_as(folder, KIND):
-            shutil.rmtree(folder)
+        if PARTIAL.fullmatch(folder.name) and folder.is_dir():
+            # Killed at its first moment it holds nothing yet, or half a manifest.
+            begun = {p.name for p in folder.iterdir()} <= {MANIFEST + ".partial"}
+            if begun or is_sealed_as(folder, KIND):
+                shutil.rmtree(folder)
 
 
 def forget_checkpoints(output_dir: str | Path, but_newest: int = 0) -> None:
@@ -180,6 +184,7 @@ class TrainingState:
         try:
             if main:
                 clean(output_dir)
+                _move_aside(partial)
                 partial.mkdir(parents=True)
                 seal(partial, KIND, ())  # from now on it is known to be ours
             accelerator.wait_for_everyone()
@@ -291,10 +296,17 @@ def _put_in_place(partial: Path, final: Path) -> None:
         if final.is_dir() and (is_sealed_as(final, KIND) or not any(final.iterdir())):
             shutil.rmtree(final)
         else:
-            number = 1
-            while (aside := final.with_name(f"{final.name}.aside-{number}")).exists():
-                number += 1
-            final.rename(aside)
-            warnings.warn(f"{final} was no checkpoint of this run: it is now {aside}", stacklevel=3)
+            _move_aside(final)
     partial.rename(final)
     sync(final.parent)
+
+
+def _move_aside(place: Path) -> None:
+    """Give what is there, and is not ours, another name."""
+    if not place.exists():
+        return
+    number = 1
+    while (aside := place.with_name(f"{place.name}.aside-{number}")).exists():
+        number += 1
+    place.rename(aside)
+    warnings.warn(f"{place} was no checkpoint of this run: it is now {aside}", stacklevel=4)

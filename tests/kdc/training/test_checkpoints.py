@@ -160,6 +160,18 @@ def test_what_a_killed_save_left_is_cleaned_at_the_next_start(stopped, unbroken)
     assert torch.equal(weights(model), unbroken) and not list(stopped.rglob("*.partial"))
 
 
+@pytest.mark.parametrize("content", [(), ("manifest.json.partial",), ("mine.txt",)])
+def test_a_save_that_was_killed_at_its_first_moment_is_no_obstacle(content, stopped, unbroken):
+    half = stopped / "checkpoint-0000030.partial"
+    for name in content:
+        (half / name).mkdir(parents=True)
+    half.mkdir(exist_ok=True)
+    model, loss = regression(seed=5)
+    train(model, loss, SETTINGS, stopped, resume=True)
+    assert torch.equal(weights(model), unbroken) and not list(stopped.rglob("*.partial"))
+    assert bool(list(stopped.glob("*.aside-1/mine.txt"))) == ("mine.txt" in content)
+
+
 @pytest.mark.parametrize("count", range(0, 12, 2))
 def test_a_full_disk_leaves_the_checkpoints_before_it(count, tmp_path, unbroken, monkeypatch):
     """The disk fills up at the `count`-th file that is brought to it in the second checkpoint."""
