@@ -4,6 +4,15 @@
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
+#   language_info:
+#     codemirror_mode:
+#       name: ipython
+#       version: 3
+#     file_extension: .py
+#     mimetype: text/x-python
+#     name: python
+#     nbconvert_exporter: python
+#     pygments_lexer: ipython3
 # ---
 
 # %% [markdown]
@@ -36,7 +45,6 @@ output_dir: str = "outputs/00_quickstart"  # where this notebook writes
 
 # %%
 import time
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -45,6 +53,7 @@ import torch
 from IPython.display import display
 
 import kdc
+from kdc.paths import as_path
 from studies import figures
 from studies.common import ledger
 from studies.common.budgets import settle
@@ -57,7 +66,7 @@ table = {
 }
 run = settle(budget, table, steps=steps, seeds=seeds)
 steps, seeds = run.steps, run.seeds
-Path(output_dir).mkdir(parents=True, exist_ok=True)
+as_path(output_dir, "output_dir").mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]
 # ## Load the teacher and the student
@@ -105,7 +114,7 @@ generated = {
     for name, pipeline in pipelines.items()
 }
 grid = figures.image_grid(generated, [p.replace(" background", "") for p in prompts])
-grid.savefig(Path(output_dir) / "teacher_and_student.png", dpi=150)
+grid.savefig(as_path(output_dir, "output_dir") / "teacher_and_student.png", dpi=150)
 plt.show()
 
 
@@ -164,7 +173,7 @@ for axis in axes:
 plt.show()
 
 # %% [markdown]
-# Parameters fall further than time does. [The chapter on slimming](01_unet_slimming) shows why:
+# Parameters fall further than time does. [The chapter on slimming](01_unet_slimming.ipynb) shows why:
 # the blocks that hold the parameters are not the blocks that take the time.
 #
 # ## How good are they, really?

@@ -4,6 +4,15 @@
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
+#   language_info:
+#     codemirror_mode:
+#       name: ipython
+#       version: 3
+#     file_extension: .py
+#     mimetype: text/x-python
+#     name: python
+#     nbconvert_exporter: python
+#     pygments_lexer: ipython3
 # ---
 
 # %% [markdown]
@@ -45,13 +54,13 @@ output_dir: str = "outputs/01_unet_slimming"  # where figures are kept, and what
 import inspect
 import itertools
 import time
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Code, display
 
 import kdc
+from kdc.paths import as_path
 from kdc.unet import slimming
 from kdc.unet.blocks import PARTS, group_of, kept_blocks, subset_of
 from kdc.unet.budget import cost_every_subset, full_plans, rank_plans
@@ -69,7 +78,7 @@ small = {"seeds": [0], "images": 64, "draws": 3, "count": 2, "levels": 3, "sampl
 run = settle(budget, {"quick": small, "standard": large, "full": large}, seeds=seeds)
 measured_here = budget == "full" or teacher != "mini"  # else the study's stored results are read
 slimming.find_plan(plan)
-output = Path(output_dir)
+output = as_path(output_dir, "output_dir")
 output.mkdir(parents=True, exist_ok=True)
 pipeline = kdc.load_teacher(teacher)
 side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
@@ -183,7 +192,7 @@ print("copied weights start nearer:", f"NOT for {', '.join(worse)}" if worse els
 
 # %% [markdown]
 # The same in images, from the same prompts and noise. Nothing here has been distilled, which is
-# what [the next chapter](02_distillation_layers) does. Where rows look alike, the plans differ only
+# what [the next chapter](02_distillation_layers.ipynb) does. Where rows look alike, the plans differ only
 # in what this teacher's images do not need.
 
 # %%

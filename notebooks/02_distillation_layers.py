@@ -4,6 +4,15 @@
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
+#   language_info:
+#     codemirror_mode:
+#       name: ipython
+#       version: 3
+#     file_extension: .py
+#     mimetype: text/x-python
+#     name: python
+#     nbconvert_exporter: python
+#     pygments_lexer: ipython3
 # ---
 
 # %% [markdown]
@@ -69,6 +78,7 @@ import kdc
 from kdc import FeatureHooks, LossWeights
 from kdc.distillation import losses
 from kdc.distillation.step import forward_process
+from kdc.paths import as_path
 from studies import figures
 from studies.common import ledger
 from studies.common.budgets import settle
@@ -86,7 +96,7 @@ run = settle(budget, table, steps=steps, batch_size=batch_size, seeds=seeds)
 steps, batch_size, seeds = run.steps, run.batch_size, run.seeds
 if plan not in kdc.PLANS:
     raise ValueError(f"unknown plan {plan!r}; the plans are {', '.join(kdc.PLANS)}")
-output = Path(output_dir)
+output = as_path(output_dir, "output_dir")
 output.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]

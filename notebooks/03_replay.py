@@ -4,6 +4,15 @@
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
+#   language_info:
+#     codemirror_mode:
+#       name: ipython
+#       version: 3
+#     file_extension: .py
+#     mimetype: text/x-python
+#     name: python
+#     nbconvert_exporter: python
+#     pygments_lexer: ipython3
 # ---
 
 # %% [markdown]
@@ -70,6 +79,7 @@ from IPython.display import Code, display
 
 import kdc
 from kdc.continual.strategies import STRATEGIES
+from kdc.paths import as_path
 from kdc.replay import policies
 from kdc.replay.storage import item_bytes
 from studies import figures
@@ -78,7 +88,7 @@ from studies.common.budgets import settle
 from studies.common.claims import laid_out
 from studies.common.protocol import summary
 from studies.replay import buffers, report, stages, study, variants
-from studies.replay.tasks import tasks_of
+from studies.replay.tasks import check_dataset, tasks_of
 
 started = time.perf_counter()
 few = ["finetune", "replay"]
@@ -95,7 +105,7 @@ table = {
 run = settle(budget, table, steps=steps, batch_size=batch_size, seeds=seeds)
 if plan not in kdc.PLANS:
     raise ValueError(f"unknown plan {plan!r}; the plans are {', '.join(kdc.PLANS)}")
-output = Path(output_dir)
+output = as_path(output_dir, "output_dir")
 output.mkdir(parents=True, exist_ok=True)
 kept_in = output / f"rows-{budget}-{run.steps}-steps-of-{run.batch_size}"
 
@@ -108,7 +118,8 @@ kept_in = output / f"rows-{budget}-{run.steps}-steps-of-{run.batch_size}"
 
 # %%
 pipeline = kdc.load_teacher(teacher)
-folders = [name for name in dataset.split(" then ") if name not in ("worlds", *kdc.WORLDS)]
+# What is wrong with a folder is said here, before any training.
+folders = [name for name in check_dataset(dataset) if name not in kdc.WORLDS]
 start = None  # a student freshly cut
 if budget == "quick" and teacher == "mini" and plan == "kdc" and not folders:
     start, run.rate = kdc.load_student("mini", pipeline).unet, 3e-3
@@ -125,8 +136,6 @@ settings = study.Settings(
 )
 sizes = {k: getattr(settings, k) for k in ("images", "test_images", "generated")}
 if folders and teacher == "mini":
-    for name in folders:
-        kdc.load_dataset(name, "test")  # what is wrong with a folder is said before the training
     stages.fine_tune(pipeline, folders, settings, output / "teacher")
 tasks = tasks_of(pipeline, dataset, **sizes)
 for task in tasks:

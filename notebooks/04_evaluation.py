@@ -4,6 +4,15 @@
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
+#   language_info:
+#     codemirror_mode:
+#       name: ipython
+#       version: 3
+#     file_extension: .py
+#     mimetype: text/x-python
+#     name: python
+#     nbconvert_exporter: python
+#     pygments_lexer: ipython3
 # ---
 
 # %% [markdown]
@@ -42,6 +51,7 @@ from IPython.display import display
 
 import kdc
 from kdc.data import worlds
+from kdc.paths import as_path
 from studies import figures
 from studies.common import ledger
 from studies.common.budgets import settle
@@ -64,7 +74,7 @@ table = {
     "full": {"steps": 25, **large, "generated": 2000},
 }
 run = settle(budget, table, steps=steps, seeds=seeds)
-output = Path(output_dir)
+output = as_path(output_dir, "output_dir")
 output.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]

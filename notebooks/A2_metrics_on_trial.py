@@ -4,6 +4,15 @@
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
+#   language_info:
+#     codemirror_mode:
+#       name: ipython
+#       version: 3
+#     file_extension: .py
+#     mimetype: text/x-python
+#     name: python
+#     nbconvert_exporter: python
+#     pygments_lexer: ipython3
 # ---
 
 # %% [markdown]
@@ -27,7 +36,6 @@ output_dir: str = "outputs/A2_metrics_on_trial"  # figures
 
 # %%
 import time
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -38,6 +46,7 @@ from kdc.data import worlds
 from kdc.evaluation.extractors import find_extractor
 from kdc.evaluation.metrics import METRICS
 from kdc.evaluation.statistics import real_vs_real
+from kdc.paths import as_path
 from studies import figures
 from studies.common import ledger
 from studies.common.budgets import settle
@@ -51,7 +60,7 @@ table = {
     "full": {"seeds": [0, 1, 2, 3, 4], "count": 576, "faults": list(study.FAULTS)},
 }
 run = settle(budget, table, seeds=seeds)
-output = Path(output_dir)
+output = as_path(output_dir, "output_dir")
 output.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]

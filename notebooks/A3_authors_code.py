@@ -4,6 +4,15 @@
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
+#   language_info:
+#     codemirror_mode:
+#       name: ipython
+#       version: 3
+#     file_extension: .py
+#     mimetype: text/x-python
+#     name: python
+#     nbconvert_exporter: python
+#     pygments_lexer: ipython3
 # ---
 
 # %% [markdown]
@@ -41,7 +50,6 @@ output_dir: str = "outputs/A3_authors_code"  # figures
 # %% tags=["hide-input"]
 import contextlib
 import time
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -53,6 +61,7 @@ import kdc
 from kdc.distillation.features import FeatureHooks, feature_pairs
 from kdc.distillation.losses import DistillationLoss, LossWeights
 from kdc.distillation.step import DistillationStep, forward_process
+from kdc.paths import as_path
 from studies import figures
 from studies.common import ledger
 from studies.common.budgets import settle
@@ -66,7 +75,7 @@ table = {
     "full": {"seeds": [0, 1, 2], "images": 400, "batch": 4},
 }
 run = settle(budget, table, seeds=seeds)
-output = Path(output_dir)
+output = as_path(output_dir, "output_dir")
 output.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]

@@ -12,6 +12,7 @@ For example: `python tools/book.py run --only 01 -p budget standard -p seeds "[0
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import shutil
 import subprocess
@@ -32,6 +33,18 @@ INDEX = STAGE / "_build" / "html" / "index.html"
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDGET_NOTE = "*In JupyterLab an interactive control stands here.*"
+# What a progress bar leaves as text: "  5%|5 | 1/20 [00:01", or "7it [00:03, 2.1it/s]".
+BAR = re.compile(r"%\||\d+it \[|it/s\]|s/it\]")
+# As a kernel says it, less its version: without it JupyterLab takes a notebook for changed.
+LANGUAGE = {
+    "codemirror_mode": {"name": "ipython", "version": 3},
+    "file_extension": ".py",
+    "mimetype": "text/x-python",
+    "name": "python",
+    "nbconvert_exporter": "python",
+    "pygments_lexer": "ipython3",
+}
+PATHS = ("dataset", "teacher", "output_dir")  # parameters that may name a file or folder
 LINK = re.compile(r"\]\(<?([^)\s>#]+)|\bsrc=[\"']([^\"'#]+)")
 
 
@@ -51,9 +64,11 @@ def check_parameters(notebook: Path, names) -> None:
     """Refuse names that the notebook does not have: papermill would only warn and run on."""
     known = set(papermill.inspect_notebook(str(notebook)))
     if unknown := sorted(set(names) - known):
+        close = difflib.get_close_matches(unknown[0], known, n=1)
         raise BookError(
             f"{notebook.name} has no parameter {', '.join(unknown)}; "
-            f"it has: {', '.join(sorted(known)) or 'none'}"
+            + (f"did you mean {close[0]}? " if close else "")
+            + f"it has: {', '.join(sorted(known)) or 'none'}"
         )
 
 
@@ -65,7 +80,6 @@ def run_one(notebook: Path, **parameters) -> Path:
     executed = EXECUTED / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)
     executed.unlink(missing_ok=True)
-    Path(parameters["output_dir"]).mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(
         str(notebook),
         str(executed),
@@ -78,9 +92,30 @@ def run_one(notebook: Path, **parameters) -> Path:
     return executed
 
 
+def from_here(parameters: dict) -> dict:
+    """Parameters whose paths mean the folder in which they were typed, and `~` the home folder.
+
+    A notebook runs in its own folder. Names that are no paths here, such as "mini", stay.
+    """
+    found = dict(parameters)
+    for name in set(PATHS) & set(parameters):
+        if not isinstance(parameters[name], str):
+            raise BookError(
+                f"{name} must be a text, not {parameters[name]!r}: put it in quotes twice, as in"
+                f" -p {name} '\"{parameters[name]}\"'"
+            )
+        parts = parameters[name].split(" then ")
+        paths = [Path(part).expanduser() for part in parts]
+        found[name] = " then ".join(
+            str(path.absolute()) if name == "output_dir" or path.exists() else part
+            for part, path in zip(parts, paths, strict=True)
+        )
+    return found
+
+
 def run(only: str | None = None, **parameters) -> None:
     """Run the notebooks one after the other; a failure does not keep the others from running."""
-    chosen = notebooks(only)
+    chosen, parameters = notebooks(only), from_here(parameters)
     for notebook in chosen:
         check_parameters(notebook, {"budget", "output_dir", *parameters})
     failed = []
@@ -104,8 +139,9 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     A widget needs scripts from the network to come alive on a page, so a note takes its place;
     a progress bar has nothing left to say and goes without one.
     """
-    keep = {"kernelspec", "language_info", "jupytext"}
+    keep = {"kernelspec", "jupytext"}
     notebook.metadata = {k: v for k, v in notebook.metadata.items() if k in keep}
+    notebook.metadata["language_info"] = LANGUAGE
     notebook.cells = [
         c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])
     ]
@@ -116,7 +152,7 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         outputs = []
         for output in cell.outputs:
             if WIDGET in output.get("data", {}):
-                if "%|" in output.data.get("text/plain", ""):  # tqdm
+                if BAR.search(output.data.get("text/plain", "")):
                     continue
                 data = {"text/markdown": WIDGET_NOTE, "text/plain": WIDGET_NOTE.strip("*")}
                 output = nbformat.v4.new_output("display_data", data)
@@ -191,7 +227,16 @@ def build(source: Path = EXECUTED) -> Path:
     done = subprocess.run([*command, "-W", "-n", "--keep-going"])
     if done.returncode != 0:
         raise BookError("the book has warnings or errors, see above")
+    (INDEX.parent / ".nojekyll").touch()  # else pages servers leave out folders such as _static
     return INDEX
+
+
+def as_value(name: str, text: str):
+    """A parameter's value as YAML gives it."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BookError(f"-p {name} {text!r} is no YAML: {error}") from error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -213,8 +258,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--source", type=Path, default=EXECUTED, help="where `build` finds executed notebooks"
     )
     options = parser.parse_args(arguments)
-    parameters = {name: yaml.safe_load(value) for name, value in options.parameters}
     try:
+        parameters = {name: as_value(name, value) for name, value in options.parameters}
         if options.command in ("run", "all"):
             run(options.only, **parameters)
         if options.command == "tidy":

@@ -19,34 +19,47 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torchmetrics", 
 
 
 def provenance(**settings) -> dict:
-    """What a number depends on: versions, device, commit, time (UTC), and the given settings."""
+    """What a number depends on: versions, device, commit, time (UTC), and the given settings.
+
+    Raises `ValueError` for a setting that has the name of one of the others.
+    """
     import torch
 
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.machine()
-    return {
+    own = {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "device": device,
         "threads": torch.get_num_threads(),
-        **settings,
     }
+    if both := sorted(own.keys() & settings.keys()):
+        raise ValueError(f"the provenance has a {', '.join(both)} of its own: name it otherwise")
+    return own | settings
 
 
 def this_run(started: float, **settings) -> pd.DataFrame:
     """The provenance of a notebook's run as a table; `started` is `time.perf_counter()` then."""
     values = provenance(**settings, wall_seconds=round(time.perf_counter() - started, 1))
-    values["packages"] = ", ".join(f"{k} {v}" for k, v in values["packages"].items())
+    values |= values.pop("packages")  # a row each: a table cuts long values off
     return pd.Series(values, name="this run").map(str).to_frame()
 
 
 def _commit() -> str | None:
-    """The commit of the code, marked when the tree has uncommitted changes; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit of the code, marked when the tree has uncommitted changes.
+
+    None outside git, and where this code lies in a repository that is not its own.
+    """
+    if _git("rev-parse", "--show-toplevel") != str(RESULTS.parent.resolve()):
+        return None
+    return _git("describe", "--always", "--dirty", "--abbrev=12")
+
+
+def _git(*command: str) -> str | None:
     try:
         done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+            ["git", *command], cwd=RESULTS.parent, capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -65,6 +78,11 @@ def write(name: str, values: dict, folder: str | Path | None = None, **settings)
 def read(name: str, folder: str | Path | None = None) -> dict:
     """The `values` of a stored result. Raises `FileNotFoundError` that names the known results."""
     path = Path(folder or RESULTS) / f"{name}.json"
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"no folder {path.parent}: stored results belong to a checkout of the project, and the "
+            "installed package does not hold them"
+        )
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
         raise FileNotFoundError(f"no result {name!r} in {path.parent}; there are: {known}")

@@ -22,7 +22,7 @@ from studies.common.protocol import strip
 from studies.common.runner import Context, Stage
 from studies.replay import variants
 from studies.replay.study import SHOWN, Settings, stem_of, study
-from studies.replay.tasks import beyond, class_tasks, domain_tasks
+from studies.replay.tasks import beyond, check_dataset, class_tasks, domain_tasks
 
 # Of the stage "plain". At the usual rate the shipped student forgets too little to show anything;
 # this one was chosen on a seed that is not reported, by what fine-tuning forgets alone.
@@ -32,7 +32,7 @@ PLAIN = {"recipe": "task", "learning_rate": 2e-3}
 def _stage(stage: str, context: Context) -> list[Path]:
     """Measure one stage; writes `forgetting_<stage>.json`, and where images are shown a sheet."""
     if stage == "photos":
-        load_dataset(context.photos, "test")  # what is wrong with the folder is said at once
+        check_dataset(context.photos)  # what is wrong with the folder is said at once
     teacher = pipelines.load_teacher("mini")
     chosen = Settings(**context.settings)
     used = dataclasses.replace(chosen, **(PLAIN if stage == "plain" else {}))

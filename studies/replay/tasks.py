@@ -174,12 +174,36 @@ def tasks_of(teacher: StableDiffusionPipeline, dataset: str | Path, **sizes: int
     the other; a world or folder alone is half of its classes and then the other half. `sizes` are
     `images`, `test_images` and `generated`.
     """
-    names = tuple(worlds.WORLDS) if dataset == "worlds" else str(dataset).split(" then ")
+    names = check_dataset(dataset)  # before the first is encoded
     if len(names) == 1:
         return class_tasks(teacher, names[0], per_task=None, **sizes)
-    for name in names:  # what is wrong with any of them is said before the first is encoded
-        load_dataset(name, "test")
     return domain_tasks(teacher, names, **sizes)
+
+
+def check_dataset(dataset: str | Path) -> list[str]:
+    """The names in a text as `tasks_of` takes it; nothing is encoded.
+
+    Raises `TypeError` for no text, and `ValueError` for names that are the same, and where the
+    classes of a folder do not make two tasks with test images.
+    """
+    if not isinstance(dataset, str | Path):
+        raise TypeError(f"dataset must be a text, a world or folders, not {dataset!r}")
+    names = list(worlds.WORLDS) if dataset == "worlds" else str(dataset).split(" then ")
+    called = [Path(name).name for name in names]
+    if len(set(called)) < len(called):
+        raise ValueError(f"the data sets of {dataset!r} need names of their own, not {called}")
+    loaded = {name: [load_dataset(name, s, count=None) for s in ("train", "test")]
+              for name in names if name not in worlds.WORLDS}  # fmt: skip
+    if len(names) == 1 and loaded:
+        train, test = ([data.caption(i) for i in range(len(data))] for data in loaded[names[0]])
+        classes, instead = sorted(set(train)), 'give two folders, "A then B"'
+        if len(classes) < 2:
+            raise ValueError(f"{dataset} has one class, {classes[0]!r}, not two halves: {instead}")
+        if len(classes) == len(train) > 2:
+            raise ValueError(f"each image of {dataset} is a class of its own: {instead}")
+        if untested := [c for c in classes if c not in set(test)]:
+            raise ValueError(f"{dataset} has no test image of {', '.join(untested)}: {instead}")
+    return names
 
 
 def beyond(teacher: StableDiffusionPipeline, names: Sequence[str], like: Task) -> Task:

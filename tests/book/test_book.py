@@ -53,6 +53,7 @@ def chapters() -> list[str]:
 
 @pytest.mark.book
 def test_the_book_has_its_pages_with_images(html):
+    assert (html / ".nojekyll").is_file(), "a pages server would leave out _static and _images"
     assert (html / "index.html").is_file() and (html / "README.html").is_file()
     for name in chapters():
         images = Sources(html / name).images
@@ -114,6 +115,51 @@ def test_an_unknown_parameter_is_refused_before_anything_runs(two_notebooks):
     with pytest.raises(book.BookError, match="00_fails.ipynb has no parameter stepz"):
         book.run(stepz=3)
     assert not book.EXECUTED.exists()
+
+
+def test_a_misspelt_parameter_is_told_its_nearest(two_notebooks):
+    with pytest.raises(book.BookError, match="did you mean budget"):
+        book.run(bugdet="quick")
+
+
+def test_paths_mean_the_folder_in_which_they_were_typed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "roses").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = {"dataset": "roses then flora", "teacher": "mini", "output_dir": "~/out", "steps": 3}
+    assert book.from_here(given) == {
+        "dataset": f"{tmp_path / 'roses'} then flora",
+        "teacher": "mini",
+        "output_dir": str(tmp_path / "home" / "out"),
+        "steps": 3,
+    }
+    assert book.from_here({"output_dir": "out"}) == {"output_dir": str(tmp_path / "out")}
+    assert not (tmp_path / "out").exists() and not (tmp_path / "~").exists()
+    with pytest.raises(book.BookError, match="dataset must be a text, not 102"):
+        book.from_here({"dataset": 102})
+
+
+def test_a_value_that_is_no_yaml_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="-p seeds '\\[0, 1' is no YAML"):
+        book.main(["run", "--only", "A3", "-p", "seeds", "[0, 1"])
+
+
+@pytest.mark.parametrize(
+    "text, bar",
+    [
+        ("  5%|5         | 1/20 [00:01<00:19,  1.00s/it]", True),
+        ("renderings: 0it [00:00, ?it/s]", True),
+        ("distilling: 7it [00:03, 2.1it/s]", True),
+        ("IntSlider(value=7, description='steps')", False),
+        ("interactive(children=(Dropdown(description='plan'), Output()))", False),
+    ],
+)
+def test_a_control_leaves_a_note_and_a_progress_bar_nothing(text, bar):
+    output = nbformat.v4.new_output("display_data", {book.WIDGET: {}, "text/plain": text})
+    cell = nbformat.v4.new_code_cell("x", outputs=[output])
+    cleaned = book.clean(nbformat.v4.new_notebook(cells=[cell])).cells[0].outputs
+    notes = [each.data["text/markdown"] for each in cleaned]
+    assert notes == ([] if bar else [book.WIDGET_NOTE])
 
 
 @pytest.mark.book

@@ -81,9 +81,20 @@ def test_the_metadata_has_no_noise(path):
     notebook = read(path)
     assert set(notebook.metadata) <= {"kernelspec", "language_info", "jupytext"}
     assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.language_info == book.LANGUAGE, "JupyterLab would call it changed"
     for cell in notebook.cells:
         assert set(cell.metadata) <= {"tags"}, cell.source
         assert "injected-parameters" not in cell.metadata.get("tags", [])
+
+
+@every_notebook
+def test_links_work_in_jupyterlab_and_on_code_hosts(path):
+    """They name files that are there, with their suffix."""
+    for cell in read(path).cells:
+        if cell.cell_type == "markdown":
+            for link in re.findall(r"\]\(<?([^)\s>#]+)", cell.source):
+                if not link.startswith(("http", "mailto")):
+                    assert (path.parent / link).is_file(), f"{path.name} links to {link}"
 
 
 @every_notebook

@@ -1,4 +1,5 @@
 import json
+import subprocess
 
 import pytest
 
@@ -24,3 +25,33 @@ def test_an_unknown_result_names_the_known_ones(tmp_path):
     ledger.write("speed", {}, tmp_path)
     with pytest.raises(FileNotFoundError, match="there are: speed"):
         ledger.read("sped", tmp_path)
+
+
+def test_a_setting_cannot_take_the_name_of_a_date(tmp_path):
+    with pytest.raises(ValueError, match="has a commit, made of its own"):
+        ledger.write("x", {}, tmp_path, made=4, commit="mine", seed=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_commit_is_that_of_the_code_and_not_of_who_uses_it(tmp_path, monkeypatch):
+    """As where a checkout lies inside somebody's own repository."""
+    own = ledger.provenance()["commit"]
+    assert own
+    inside = tmp_path / "theirs" / "kdc-copy" / "results"
+    inside.mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", str(tmp_path / "theirs")], check=True)
+    monkeypatch.setattr(ledger, "RESULTS", inside)
+    assert ledger.provenance()["commit"] is None
+
+
+def test_results_of_no_checkout_say_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(ledger, "RESULTS", tmp_path / "site-packages" / "results")
+    with pytest.raises(FileNotFoundError, match="belong to a checkout"):
+        ledger.read("distillation")
+
+
+def test_a_table_of_provenance_is_not_cut_off():
+    import time
+
+    shown = ledger.this_run(time.perf_counter())["this run"]
+    assert shown.map(len).max() < 50 and shown["torch"]
