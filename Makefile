@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help book check test lab mini grades slimming distillation replay evaluation metrics lock clean
+.PHONY: help book check test lab mini grades slimming distillation replay evaluation metrics fuzz kills lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,14 @@ evaluation: .venv/.ready ## measure the study of chapter 04 again (an hour)
 
 metrics: .venv/.ready ## hold the trial of the metrics, appendix A2, again (minutes)
 	$(BIN)/python -m studies metrics
+
+fuzz: .venv/.ready ## broken images, captions, checkpoints and arguments by the thousand (half an hour)
+	$(BIN)/python -m benchmarks.robustness fuzz
+
+kills: .venv/.ready ## kill and damage runs, and try every fault once found again (half an hour)
+	$(BIN)/python -m benchmarks.robustness kills
+	$(BIN)/python -m benchmarks.robustness damage
+	$(BIN)/python -m benchmarks.faults
 
 lock: ## write requirements.lock from the versions now in .venv
 	$(BIN)/python -m pip install --quiet --no-deps -e .

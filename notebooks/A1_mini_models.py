@@ -4,15 +4,6 @@
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
-#   language_info:
-#     codemirror_mode:
-#       name: ipython
-#       version: 3
-#     file_extension: .py
-#     mimetype: text/x-python
-#     name: python
-#     nbconvert_exporter: python
-#     pygments_lexer: ipython3
 # ---
 
 # %% [markdown]
@@ -37,7 +28,7 @@ steps: int = None  # training steps of every stage on this page; None: what the 
 output_dir: str = "outputs/A1_mini_models"  # where the trial training writes
 
 # %%
-import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -143,8 +134,8 @@ plt.show()
 # leave is worthless. What counts is that every stage runs and hands on to the next.
 
 # %%
-trial = output / "trial"
-shutil.rmtree(trial, ignore_errors=True)
+output.mkdir(parents=True, exist_ok=True)
+trial = Path(tempfile.mkdtemp(prefix="trial-", dir=output))  # new: nothing of anybody is lost
 for name in make.TRAININGS:
     small = {"pool": 96} if name != "student" else {"pool": 32}
     begun = time.perf_counter()

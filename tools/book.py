@@ -33,8 +33,8 @@ INDEX = STAGE / "_build" / "html" / "index.html"
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDGET_NOTE = "*In JupyterLab an interactive control stands here.*"
-# What a progress bar leaves as text: "  5%|5 | 1/20 [00:01", or "7it [00:03, 2.1it/s]".
-BAR = re.compile(r"%\||\d+it \[|it/s\]|s/it\]")
+# A control's text is how it was made, "VBox(children=...)"; a progress bar's is its line, cut short.
+CONTROL = re.compile(r"\w+\(")
 # As a kernel says it, less its version: without it JupyterLab takes a notebook for changed.
 LANGUAGE = {
     "codemirror_mode": {"name": "ipython", "version": 3},
@@ -80,6 +80,8 @@ def run_one(notebook: Path, **parameters) -> Path:
     executed = EXECUTED / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)
     executed.unlink(missing_ok=True)
+    if parameters == defaults:  # minutes: what an earlier version left there is made again
+        shutil.rmtree(OUTPUTS / notebook.stem, ignore_errors=True)
     papermill.execute_notebook(
         str(notebook),
         str(executed),
@@ -152,7 +154,7 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         outputs = []
         for output in cell.outputs:
             if WIDGET in output.get("data", {}):
-                if BAR.search(output.data.get("text/plain", "")):
+                if not CONTROL.match(output.data.get("text/plain", "")):
                     continue
                 data = {"text/markdown": WIDGET_NOTE, "text/plain": WIDGET_NOTE.strip("*")}
                 output = nbformat.v4.new_output("display_data", data)

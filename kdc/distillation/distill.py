@@ -171,7 +171,12 @@ def check_finished(
 
 
 def _check_note(folder: Path, note: dict, made_with: dict[str, Any]) -> None:
-    before = note.get("made_with", {})
+    before = note.get("made_with")
+    if not before:
+        raise ValueError(
+            f"{folder / 'kdc.json'} does not say how its student was made, perhaps by an earlier "
+            "version: give another output_dir, or load it with kdc.load_student"
+        )
     known = {name: before.get(name) for name in made_with}
     refuse_other_settings(folder, known, made_with, "use the same, or another output_dir")
 

@@ -149,7 +149,7 @@ def test_a_value_that_is_no_yaml_is_one_line(capsys):
     [
         ("  5%|5         | 1/20 [00:01<00:19,  1.00s/it]", True),
         ("renderings: 0it [00:00, ?it/s]", True),
-        ("distilling: 7it [00:03, 2.1it/s]", True),
+        ("without down attention 0, down attention 1, layer 2, mid-block, stage 3:   0…", True),
         ("IntSlider(value=7, description='steps')", False),
         ("interactive(children=(Dropdown(description='plan'), Output()))", False),
     ],
