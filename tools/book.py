@@ -33,7 +33,7 @@ INDEX = STAGE / "_build" / "html" / "index.html"
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDGET_NOTE = "*In JupyterLab an interactive control stands here.*"
-# A control's text is how it was made, "VBox(children=...)"; a progress bar's is its line, cut short.
+# A control's text is how it was made, "VBox(...)"; a progress bar's is its line, cut short.
 CONTROL = re.compile(r"\w+\(")
 # As a kernel says it, less its version: without it JupyterLab takes a notebook for changed.
 LANGUAGE = {
