@@ -402,13 +402,16 @@ def fuzz_captions(draw: random.Random, folder: Path) -> str:
         except ValueError as error:
             assert "metadata" in str(error), error
             return "refused"
+    lines = listing.read_bytes().decode("utf-8", "replace").splitlines()
     for place, file in enumerate(dataset.files):
         name, said = file.relative_to(root).as_posix(), dataset.caption(place)
         if exact:
             assert said in (names[name], f"a photo of {file.parent.name}".replace(" of ", " of a ")
                             .replace("a a", "an a")), (name, said)  # fmt: skip
         else:
-            assert said not in set(names.values()) - {names[name]}, (name, said)
+            # Another's caption is right only where the spoilt list does say so.
+            says = any(file.stem in line and said in line for line in lines)
+            assert says or said not in set(names.values()) - {names[name]}, (name, said)
     return "read"
 
 

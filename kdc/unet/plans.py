@@ -134,9 +134,16 @@ PLANS = {
 
 
 def find_plan(plan: str | SlimPlan) -> SlimPlan:
-    """The plan of that name. Raises `ValueError` naming the known plans."""
+    """The plan of that name.
+
+    Raises `ValueError` naming the known plans, and `TypeError` for what is neither name nor plan.
+    """
     if isinstance(plan, SlimPlan):
         return plan
+    if not isinstance(plan, str):
+        raise TypeError(
+            f"a plan is a name or a SlimPlan, not {plan!r}; SlimPlan.from_dict makes one of values"
+        )
     if plan not in PLANS:
         raise ValueError(f"unknown plan {plan!r}; the plans are {', '.join(PLANS)}")
     return PLANS[plan]

@@ -216,3 +216,34 @@ def test_a_written_configuration_holds_every_option(tmp_path):
         values = {option.name: option.default for option in command.options}
         written = yaml.safe_load(write_config(name, values, tmp_path / name).read_text())
         assert set(values) | {"command", "made_with"} == set(written)
+
+
+def test_classes_that_cannot_be_halved_are_refused_before_anything_is_encoded(
+    tmp_path, capsys, monkeypatch
+):
+    from diffusers import AutoencoderKL
+    from PIL import Image
+
+    def never(*args, **kwargs):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(AutoencoderKL, "encode", never)
+    for name in ("flat/1.png", "flat/2.png", "flat/3.png", "flat/4.png", "flat/5.png",
+                 "own/train/a/1.png", "own/train/b/1.png", "own/train/c/1.png", "own/test/a/2.png",
+                 "untested/train/a/1.png", "untested/train/a/2.png", "untested/train/b/1.png",
+                 "untested/test/a/3.png"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (len(name), hash(name) % 255, 0)).save(tmp_path / name)
+    common = ["--steps", "1", "--strategy", "finetune", "--output-dir", str(tmp_path / "out")]
+    flat = tmp_path / "flat"
+    for dataset, said in ((flat, "has one class"), (tmp_path / "own", "a caption of its own"),
+                          (tmp_path / "untested", "no test images of a photo of a b"),
+                          (f"{flat} then {flat}", "names of their own")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main(["continue", "--dataset", str(dataset), *common])
+        assert said in capsys.readouterr().err
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "scores.json").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        main(["continue", "--dataset", "flora", *common])
+    assert stopped.value.code == 2 and "scores.json is a folder" in capsys.readouterr().err

@@ -218,6 +218,8 @@ def test_a_student_opens_without_kdc_and_draws_the_same(tiny_unet, tmp_path):
 
 
 def test_what_cannot_be_cut_is_refused_with_the_reason(tiny_unet):
+    with pytest.raises(TypeError, match="a name or a SlimPlan, not {'name': 'x'}"):
+        kdc.slim(tiny_unet, {"name": "x"})
     with pytest.raises(ValueError, match="unknown plan 'bk-huge'.*bk-base.*bk-tiny"):
         kdc.slim(tiny_unet, "bk-huge")
     with pytest.raises(ValueError, match="init must be copy or random"):
