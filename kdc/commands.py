@@ -531,8 +531,10 @@ def _grid(images):
 def _save_image(image, file: Path) -> None:
     from PIL import Image
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+    from kdc.io import replacing
+
+    with replacing(file) as place:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place)
 
 
 def _write_text(file: Path, text: str) -> Path:

@@ -52,7 +52,7 @@ def _recipes(context: Context) -> list[Path]:
         strip(setup.teacher, SHOWN, settings.sampling_steps),
         *(np.asarray(Image.open(file)) for file in first),
     ]
-    Image.fromarray(np.concatenate(strips)).save(path.with_suffix(".png"))
+    ledger.write_image(path.with_suffix(".png"), Image.fromarray(np.concatenate(strips)))
     return [path]
 
 

@@ -40,7 +40,8 @@ def _stage(stage: str, context: Context) -> list[Path]:
     values = {"rows": rows, "shown": shown}
     path = ledger.write(f"forgetting_{stage}", values, context.results, **vars(used))
     if shown:
-        _sheet(teacher, stage, values, used, context.folder).save(path.with_suffix(".png"))
+        sheet = _sheet(teacher, stage, values, used, context.folder)
+        ledger.write_image(path.with_suffix(".png"), sheet)
     return [path]
 
 

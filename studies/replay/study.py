@@ -24,6 +24,7 @@ from kdc.distillation.features import feature_pairs
 from kdc.io import fingerprint, make_once
 from kdc.replay.buffer import ReplayBuffer
 from kdc.unet.slimming import slim
+from studies.common import ledger
 from studies.common.protocol import slug, strip
 from studies.common.recipes import RECIPES, STUDENT_RECIPE
 from studies.common.teacher_cache import Answer, remembering
@@ -170,8 +171,7 @@ def study(
                         )  # fmt: skip
                     if draws:  # all strips but the first, which is from before the first task
                         sheet = Image.fromarray(np.concatenate(strips[1:]))
-                        stem.parent.mkdir(parents=True, exist_ok=True)
-                        sheet.save(stem.with_suffix(".png"))
+                        ledger.write_image(stem.with_suffix(".png"), sheet)
                     return {
                         "matrices": {k: m.to_dict() for k, m in result.matrices.items()},
                         "counts": result.counts.to_dict("list"),

@@ -23,7 +23,7 @@ def test_broken_input_is_read_rightly_or_refused_by_name(name, tmp_path_factory)
     check()
 
 
-@settings(max_examples=120, deadline=20_000, derandomize=True, database=None)
+@settings(max_examples=60, deadline=20_000, derandomize=True, database=None)
 @given(st.integers(0, 2**40).filter(lambda seed: seed % 7))
 def test_any_arguments_are_taken_or_refused(seed):
     assert robustness.fuzz_arguments(random.Random(seed), None) in ("read", "refused")
