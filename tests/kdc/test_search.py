@@ -85,7 +85,17 @@ def test_a_search_can_be_held_against_the_costs_of_another_network(teacher, data
 
 
 @pytest.mark.long
-def test_a_latency_budget_is_predicted_and_then_measured(teacher, data):
+def test_a_latency_budget_is_predicted_and_then_measured(teacher, data, monkeypatch):
+    """What a clock says is a benchmark's business: here the measuring says what it shall."""
+    said = iter((1.2, 0.9))
+
+    def measured(candidates, device):
+        assert list(candidates) == ["teacher", "student"]
+        for call in candidates.values():
+            call()
+        return pd.DataFrame({"ratio": {"teacher": 1.0, "student": next(said)}})
+
+    monkeypatch.setattr(search, "measure_latency", measured)
     scores = pd.Series(1.0, PARTS)
     plan, table = search_plan(
         teacher,
@@ -97,7 +107,7 @@ def test_a_latency_budget_is_predicted_and_then_measured(teacher, data):
         batch_size=2,
         sequence_length=24,
     )
-    assert table.loc[0, "latency"] <= 0.95 and plan != PLANS["full"]
+    assert table["latency"].tolist() == [0.9] and plan != PLANS["full"], "1.2 is over the budget"
     with pytest.raises(ValueError, match="a plan and a step"):
         search_plan(teacher, data, Budget(latency=0.9), halving_rounds=((4, 0),))
     with pytest.raises(ValueError, match="no plan fits"):
