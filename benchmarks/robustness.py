@@ -466,7 +466,7 @@ def fuzz_arguments(draw: random.Random, folder: Path) -> str:
         "TrainSettings": (TrainSettings, fields),
         "LossWeights": (kdc.LossWeights, ["task", "output", "soft", "feature", "temperature"]),
         "ReplayBuffer": (kdc.ReplayBuffer, ["capacity", "policy", "dtype", "seed"]),
-        "load_dataset": (kdc.load_dataset, ["name_or_folder", "split", "size", "count"]),
+        "load_dataset": (kdc.load_dataset, ["name_or_folder", "split", "size", "count", "seed"]),
         "load_student": (kdc.load_student, ["source"]),
     }
     name = draw.choice(sorted(targets))

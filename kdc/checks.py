@@ -7,6 +7,8 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+MOST_SEEDS = 2**32  # tasks take 1,000 times a seed, draws 100,003 times that: 63 bits hold it
+
 
 def whole_number(name: str, value: Any, low: int, high: int | None = None) -> int:
     """`value` as an int: `TypeError` for what is no whole number, `ValueError` out of bounds."""
@@ -53,7 +55,7 @@ def as_seeds(name: str, values: int | Iterable[int]) -> list[int]:
     if isinstance(values, str):
         raise TypeError(f"{name} must be whole numbers, not {values!r}")
     given = list(values) if isinstance(values, Iterable) else [values]
-    seeds = [whole_number(name, seed, 0) for seed in given]
+    seeds = [whole_number(name, seed, 0, MOST_SEEDS) for seed in given]
     if not seeds:
         raise ValueError(f"{name}: give at least one")
     if len(set(seeds)) < len(seeds):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kdc.checks import as_texts, finite_number, whole_number
+from kdc.checks import MOST_SEEDS, as_texts, finite_number, whole_number
 from kdc.io import read_json, sync, write_json
 from kdc.paths import as_path
 from kdc.processes import this_process
@@ -340,7 +340,7 @@ def generate(
     prompts = as_texts("prompts", prompts)
     if not prompts:
         raise ValueError("no prompts to draw")
-    seed, steps = whole_number("seed", seed, 0), whole_number("steps", steps, 1)
+    seed, steps = whole_number("seed", seed, 0, MOST_SEEDS), whole_number("steps", steps, 1)
     batch_size = whole_number("batch_size", batch_size, 1)
     if finite_number("guidance", guidance) < 0:
         raise ValueError(f"guidance must not be negative: {guidance}")

@@ -13,7 +13,7 @@ ALLOWED = {
     "kdc.checks": "",
     "kdc.processes": "",
     "kdc.io": "",
-    "kdc.unet": "",
+    "kdc.unet": "checks",
     "kdc.pipelines": "paths checks processes io unet",
     "kdc.data": "paths checks processes io pipelines",
     "kdc.training": "paths checks processes io",

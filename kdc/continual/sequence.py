@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+from kdc.checks import MOST_SEEDS, whole_number
 from kdc.continual.learner import Learner, Learnt
 from kdc.continual.matrix import ScoreMatrix
 from kdc.continual.mechanisms.base import Counts, Run
@@ -204,6 +205,7 @@ def check_sequence(
         raise ValueError(f"{strategy.name} needs a buffer: buffer=kdc.ReplayBuffer(...)")
     if buffer is not None and not strategy.mechanism.uses_buffer:
         raise ValueError(f"{strategy.name} uses no buffer: leave it out")
+    whole_number("seed", settings.seed, 0, MOST_SEEDS)
     device = this_process().device
     refuse_unusable(settings.compile, settings.gradient_checkpointing, device)
     folder = check_run(output_dir, resume, settings, SEQUENCE_FILES)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kdc.checks import as_texts, whole_number
+from kdc.checks import MOST_SEEDS, as_texts, whole_number
 from kdc.data.latents import LatentDataset
 
 
@@ -77,7 +77,7 @@ def split_classes(
     rows = _rows_by_label(data, label_of)
     classes = sorted(rows)
     if isinstance(order, int):
-        generator = torch.Generator().manual_seed(order)
+        generator = torch.Generator().manual_seed(whole_number("order", order, 0, MOST_SEEDS))
         classes = [classes[i] for i in torch.randperm(len(classes), generator=generator)]
     elif order is not None:
         classes = as_texts("order", order)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from kdc.checks import whole_number
+from kdc.checks import MOST_SEEDS, whole_number
 from kdc.data import worlds
 from kdc.data.folders import FOLDER_SPLITS, FolderDataset, read_folder
 from kdc.paths import as_path
@@ -122,7 +122,7 @@ def load_dataset(
     """
     if split not in FOLDER_SPLITS:
         raise ValueError(f"unknown split {split!r}; the splits are train and test")
-    size = whole_number("size", size, 1)
+    size, seed = whole_number("size", size, 1), whole_number("seed", seed, 0, MOST_SEEDS)
     count = None if count is None else whole_number("count", count, 1)
     as_path(name_or_folder, "the data set")
     for kind in DATASETS.values():

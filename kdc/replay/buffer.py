@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kdc.checks import MOST_SEEDS, whole_number
 from kdc.io import part, read_tensors, write_tensors
 from kdc.replay.checks import (
     EMBEDDED,
@@ -17,7 +18,6 @@ from kdc.replay.checks import (
     check_settings,
     labels_of,
     rows_of,
-    whole_number,
 )
 from kdc.replay.policies import POLICIES, ClassBalanced, Fifo, Herding
 from kdc.replay.storage import (
@@ -66,6 +66,7 @@ class ReplayBuffer:
         capacity, capacity_bytes = check_settings(policy, dtype, capacity, capacity_bytes)
         self.policy, self.dtype, self.capacity_bytes = policy, dtype, capacity_bytes
         self.capacity, self.folder, self.held = capacity, folder, 0
+        seed = whole_number("seed", seed, 0, MOST_SEEDS)
         self.generator = torch.Generator().manual_seed(2 * seed)
         self._keeping = torch.Generator().manual_seed(2 * seed + 1)
         self._rows: Rows | None = None

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any
 
-from kdc.checks import finite_number, whole_number
+from kdc.checks import MOST_SEEDS, finite_number, whole_number
 
 SCHEDULES = ("cosine", "constant", "constant_with_warmup", "linear", "polynomial")
 PRECISIONS = ("auto", "no", "bf16")
@@ -55,8 +55,8 @@ class TrainSettings:
             whole_number(name, getattr(self, name), 1)
         if self.save_every is not None:
             whole_number("save_every", self.save_every, 1)
-        for name in ("warmup", "seed"):
-            whole_number(name, getattr(self, name), 0)
+        whole_number("warmup", self.warmup, 0)
+        whole_number("seed", self.seed, 0, 1024 * MOST_SEEDS)  # that of a task too
         for name in ("learning_rate", "max_grad_norm"):
             finite_number(name, getattr(self, name))
             if not getattr(self, name) > 0:

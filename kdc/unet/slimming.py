@@ -11,6 +11,7 @@ import warnings
 import torch
 from diffusers import UNet2DConditionModel
 
+from kdc.checks import MOST_SEEDS, whole_number
 from kdc.unet.plans import DOWN_TYPES, LAYERS, MID_TYPE, STAGES, UP_TYPES, SlimPlan, find_plan
 
 PER_STAGE = (  # entries of the configuration that may be one value or one for each stage
@@ -125,6 +126,7 @@ def slim(
     init, for a U-Net of another layout, and for one with adapters.
     """
     refuse_adapters(unet, "the teacher")
+    whole_number("seed", seed, 0, MOST_SEEDS)
     if init not in ("copy", "random"):
         raise ValueError(f"init must be copy or random, not {init!r}")
     config, sources = student_config(unet, plan), copy_map(unet, plan)

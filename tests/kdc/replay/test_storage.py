@@ -85,3 +85,11 @@ def test_herding_chooses_as_its_definition_says(together, monkeypatch):
         distance = [(x.mean(0) - x[[*chosen, i]].sum(0) / k).norm().item() for i in rest]
         chosen.append(rest[min(range(len(rest)), key=distance.__getitem__)])
     assert herding_order(features, 60) == chosen and herding_order(features, 9) == chosen[:9]
+
+
+@pytest.mark.parametrize("seed", [0.5, "1", None, [1], True, -1, 2**70])
+def test_a_seed_that_is_none_is_refused(seed):
+    with pytest.raises((TypeError, ValueError), match="seed must be"):
+        kdc.ReplayBuffer(4, seed=seed)
+    with pytest.raises((TypeError, ValueError), match="seed must be"):
+        kdc.load_dataset("flora", seed=seed)
