@@ -7,6 +7,7 @@ so that a reader never sees half of it. Formats are JSON and safetensors, never 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -202,7 +203,10 @@ def make_once(file: Path, made_with: dict, make: Callable[[], dict]) -> dict:
 def write_tensors(file: str | Path, state: dict[str, Tensor], kind: str, version: str) -> Path:
     """Write tensors as safetensors that name their format, beside and then renamed."""
     with replacing(file) as partial:
-        save_file(state, partial, {"format": kind, "version": version})
+        try:
+            save_file(state, partial, {"format": kind, "version": version})
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"could not be written ({error})", str(file)) from error
     return Path(file)
 
 

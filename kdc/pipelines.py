@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import importlib
 import shutil
 from collections.abc import Iterator, Sequence
@@ -267,9 +268,17 @@ def save_student(unet: UNet2DConditionModel, folder: str | Path, **notes) -> Pat
     for left in (new, previous):
         if final.exists() or left == new:
             shutil.rmtree(left, ignore_errors=True)
-    unet.save_pretrained(new, safe_serialization=True)
-    for file in new.iterdir():
-        sync(file)
+    try:
+        unet.save_pretrained(new, safe_serialization=True)
+        for file in new.iterdir():
+            sync(file)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"the student could not be written ({error}); what was there stays",
+            str(final),
+        ) from error
     if final.exists():
         final.rename(previous)
     new.rename(final)

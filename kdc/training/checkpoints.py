@@ -9,6 +9,7 @@ somebody else's, and stay as they are.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import re
 import shutil
@@ -21,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -196,11 +198,11 @@ class TrainingState:
             if main:
                 seal(partial, KIND)
                 _put_in_place(partial, final)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors has an error of its own
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise type(error)(
-                error.errno,
+            raise OSError(
+                getattr(error, "errno", None) or errno.EIO,
                 f"the checkpoint of step {step} could not be written ({error}); the ones before it "
                 "are whole: make room and go on with resume=True",
                 str(final),

@@ -195,6 +195,26 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(count, tmp_path, unbroken,
     assert torch.equal(weights(model), unbroken)
 
 
+def test_safetensors_own_error_of_a_full_disk_is_one_too(tmp_path, unbroken, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(tensors, file):
+        if "0000020" in str(file):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        original(tensors, file)
+
+    original = checkpoints.save_file
+    model, loss = regression()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", full)
+        with pytest.raises(OSError, match="step 20 could not be written.*No space"):
+            train(model, loss, SETTINGS, tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
+    model, loss = regression(seed=5)
+    train(model, loss, SETTINGS, tmp_path, resume=True)
+    assert torch.equal(weights(model), unbroken)
+
+
 def test_moments_are_filed_by_name_so_other_parts_trained_are_refused(stopped):
     model, loss = regression()
     model[0].weight.requires_grad_(False)
