@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from kdc.paths import as_path
+from kdc.paths import STUDENT_FILES, as_path
 from kdc.training.settings import TrainSettings, refuse_unknown
 
 CONFIG = "config.yaml"
@@ -268,7 +268,7 @@ COMMANDS: dict[str, Command] = {
         "cut a student from a teacher's U-Net",
         (TEACHER, PLAN, INIT, Option("seed", "of random weights", int, 0), OUTPUT),
         _slim,
-        ("unet/config.json", "kdc.json"),
+        STUDENT_FILES,
     ),
     "distill": Command(
         "train a student to generate as its teacher does",

@@ -21,6 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+MANIFEST = "manifest.json"
+REMEDY = "use the same, or another output_dir"
+
 
 def fingerprint(*tensors: Tensor) -> str:
     """A short hash of the tensors' bytes, by which a run knows its data and teacher again."""
@@ -28,6 +31,11 @@ def fingerprint(*tensors: Tensor) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def hash_text(*texts: str) -> str:
+    """A short hash of texts."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def plain(values: Any) -> Any:
@@ -69,6 +77,29 @@ def replacing(file: str | Path) -> Iterator[Path]:
     sync(file.parent)
 
 
+@contextlib.contextmanager
+def disk_errors(said: str, place: Path, rubbish: Path | None = None) -> Iterator[None]:
+    """Within it a failure to write is an `OSError` that says so, also where safetensors met it.
+
+    What was written into the folder `rubbish` goes.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if rubbish:
+            shutil.rmtree(rubbish, ignore_errors=True)
+        number = getattr(error, "errno", None) or errno.EIO
+        raise OSError(number, f"{said} ({error})", str(place)) from error
+
+
+def refuse_infinite_weights(named: Iterable[tuple[str, Tensor]], when: str) -> None:
+    """Raise `FloatingPointError` naming the first of these tensors that is not finite."""
+    floats = [(name, x.detach()) for name, x in named if x.is_floating_point() and x.numel()]
+    if floats and not torch.stack([x.abs().max().float() for _, x in floats]).isfinite().all():
+        first = next(name for name, x in floats if not x.isfinite().all())
+        raise FloatingPointError(f"{when}: the weights {first} are not finite")
+
+
 def sync(path: str | Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     if os.name == "nt" and Path(path).is_dir():
@@ -84,9 +115,6 @@ def checksum(file: str | Path) -> str:
     """The SHA-256 of a file's bytes."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-MANIFEST = "manifest.json"
 
 
 def seal(folder: Path, kind: str, files: Iterable[Path] | None = None) -> None:
@@ -163,13 +191,17 @@ def write_json(
     return write_text(file, json.dumps(values, indent=indent, default=default) + "\n")
 
 
-def refuse_other_settings(where: Path, stored: Mapping, given: Mapping, remedy: str) -> None:
+def refuse_other_settings(
+    where: Path, stored: Mapping, given: Mapping, remedy: str = REMEDY, partly: bool = False
+) -> None:
     """Raise `ValueError` where something stored was made with other settings than these.
 
-    The message names `where` it lies, each setting that differs with both values, and a `remedy`.
+    `partly` looks at the names of `given` alone, which are not all. The message names `where` it
+    lies, each setting that differs with both values, and a `remedy`.
     """
     before, now = plain(dict(stored)), plain(dict(given))
-    differing = [key for key in before | now if before.get(key) != now.get(key)]
+    names = now if partly else before | now
+    differing = [key for key in names if before.get(key) != now.get(key)]
     if differing:
         said = "; ".join(
             f"{key}={_short(before.get(key))}, now {key}={_short(now.get(key))}"
@@ -202,11 +234,8 @@ def make_once(file: Path, made_with: dict, make: Callable[[], dict]) -> dict:
 
 def write_tensors(file: str | Path, state: dict[str, Tensor], kind: str, version: str) -> Path:
     """Write tensors as safetensors that name their format, beside and then renamed."""
-    with replacing(file) as partial:
-        try:
-            save_file(state, partial, {"format": kind, "version": version})
-        except SafetensorError as error:
-            raise OSError(errno.EIO, f"could not be written ({error})", str(file)) from error
+    with replacing(file) as partial, disk_errors("could not be written", Path(file)):
+        save_file(state, partial, {"format": kind, "version": version})
     return Path(file)
 
 

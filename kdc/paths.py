@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+STUDENT_FILES = ("unet/config.json", "kdc.json")  # what `pipelines.save_student` writes
+
 
 def as_path(path: str | os.PathLike, name: str = "the path") -> Path:
     """`path` with `~` as the home folder; every path that a caller gives goes through here once.

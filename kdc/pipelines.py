@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import importlib
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kdc.checks import MOST_SEEDS, as_texts, finite_number, whole_number
-from kdc.io import read_json, sync, write_json
+from kdc.io import disk_errors, read_json, refuse_infinite_weights, sync, write_json
 from kdc.paths import as_path
 from kdc.processes import this_process
 from kdc.unet.plans import SlimPlan
@@ -30,12 +29,6 @@ MINI_STUDENT = ASSETS / "mini-student"
 LIBRARIES = ("diffusers", "transformers")  # whose networks can be parts of a teacher
 UNSEEDED = {"DPMSolverSDEScheduler"}  # samplers that draw from a noise of their own
 PREVIOUS = "unet.previous"  # an older student, while a new one takes its place
-STUDENT_FILES = ("unet/config.json", "kdc.json")  # what `save_student` writes
-
-
-def pick_device() -> torch.device:
-    """The device that Accelerate gives this process: its own accelerator, else the CPU."""
-    return this_process().device
 
 
 def load_teacher(
@@ -73,7 +66,7 @@ def load_teacher(
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is no Stable Diffusion pipeline: {error}") from error
-    return pipeline.to(device or pick_device())
+    return pipeline.to(device or this_process().device)
 
 
 def _folder_of(source: str | Path, variant: str | None) -> Path:
@@ -259,26 +252,17 @@ def save_student(unet: UNet2DConditionModel, folder: str | Path, **notes) -> Pat
     """
     folder = as_path(folder)
     refuse_adapters(unet, "the student")
-    for name, parameter in unet.named_parameters():
-        if not parameter.isfinite().all():
-            raise FloatingPointError(f"the student's {name} is not finite: nothing was written")
+    refuse_infinite_weights(unet.named_parameters(), "the student is not written")
     if plan := getattr(unet, "slim_plan", None):
         notes = {"plan": plan.to_dict()} | notes
     new, previous, final = folder / "unet.partial", folder / PREVIOUS, folder / "unet"
     for left in (new, previous):
         if final.exists() or left == new:
             shutil.rmtree(left, ignore_errors=True)
-    try:
+    with disk_errors("the student could not be written; what was there stays", final, new):
         unet.save_pretrained(new, safe_serialization=True)
         for file in new.iterdir():
             sync(file)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)
-        raise OSError(
-            getattr(error, "errno", None) or errno.EIO,
-            f"the student could not be written ({error}); what was there stays",
-            str(final),
-        ) from error
     if final.exists():
         final.rename(previous)
     new.rename(final)

@@ -29,7 +29,7 @@ from kdc.io import (
     write_json,
 )
 from kdc.pipelines import load_unet, save_student
-from kdc.training.checkpoints import REMEDY, clean, forget_checkpoints
+from kdc.training.checkpoints import clean, forget_checkpoints
 
 FILE, PREVIOUS = "sequence.json", "sequence.previous.json"
 KIND = "kdc-task"
@@ -195,9 +195,7 @@ def check_begun(root: Path, resume: bool, identity: Mapping[str, Any]) -> None:
             f"{root / FILE} is of an earlier sequence: go on with resume=True, or give another "
             "output_dir"
         )
-    before = read_notes(root)["identity"]
-    known = {name: before.get(name) for name in identity}
-    refuse_other_settings(root / FILE, known, identity, REMEDY)
+    refuse_other_settings(root / FILE, read_notes(root)["identity"], identity, partly=True)
 
 
 def read_notes(root: Path) -> dict:

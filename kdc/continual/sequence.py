@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,12 @@ from kdc.continual.tasks import Task
 from kdc.distillation.distill import check_fit, identity_of, identity_of_data
 from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import forward_process
-from kdc.io import fingerprint, plain
+from kdc.io import fingerprint, hash_text, plain
 from kdc.pipelines import in_pipeline
 from kdc.processes import this_process
 from kdc.replay.buffer import ReplayBuffer
 from kdc.training.efficiency import refuse_unusable
-from kdc.training.loop import check_run, locked, precision_on
+from kdc.training.loop import check_run, identity_of_run, locked
 from kdc.training.settings import TrainSettings
 
 Evaluate = Callable[[StableDiffusionPipeline, Task], Mapping[str, float]]
@@ -127,7 +126,7 @@ def run_sequence(
     mechanism = strategy.mechanism(run, **strategy.options)
     identity |= {
         "tasks": [task.name for task in every],
-        "labels": [_hash(task.labels) for task in tasks],
+        "labels": [hash_text(*task.labels) for task in tasks],
         "data": [identity_of_data(task.train) for task in every],
         "higher_is_better": dict(higher_is_better),
         "ahead": ahead,
@@ -153,10 +152,6 @@ def run_sequence(
                         )
                     records.add_score(t, k, scores)
     return _result(records, tasks, higher_is_better, reference)
-
-
-def _hash(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def learn_first(
@@ -209,9 +204,8 @@ def check_sequence(
     device = this_process().device
     refuse_unusable(settings.compile, settings.gradient_checkpointing, device)
     folder = check_run(output_dir, resume, settings, SEQUENCE_FILES)
-    identity = settings.identity() | {
+    identity = identity_of_run(settings) | {
         "steps": settings.steps,
-        "precision": precision_on(device, settings.precision),
         "strategy": strategy.to_dict(),
         "weights": weights.to_dict(),
         "frozen": [name for name, p in student.named_parameters() if not p.requires_grad],

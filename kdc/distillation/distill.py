@@ -16,11 +16,19 @@ from kdc.distillation.features import feature_pairs
 from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import DistillationStep, forward_process
 from kdc.io import fingerprint, plain, read_json, refuse_other_settings
-from kdc.pipelines import STUDENT_FILES, check_teacher, load_unet, save_student
+from kdc.paths import STUDENT_FILES
+from kdc.pipelines import check_teacher, load_unet, save_student
 from kdc.processes import this_process
 from kdc.training.checkpoints import checkpoints, forget_checkpoints
 from kdc.training.efficiency import quickened, reduced, refuse_unusable
-from kdc.training.loop import check_run, locked, make_accelerator, precision_on, train
+from kdc.training.loop import (
+    check_run,
+    identity_of_run,
+    locked,
+    make_accelerator,
+    precision_on,
+    train,
+)
 from kdc.training.settings import TrainSettings
 from kdc.unet.slimming import refuse_adapters
 
@@ -112,7 +120,7 @@ def distill(
             student.eval()
         if folder and accelerator.is_main_process:
             notes = {"weights": weights.to_dict(), "training": dataclasses.asdict(settings)}
-            save_student(student, folder, **notes, made_with=settings.identity() | identity)
+            save_student(student, folder, **notes, made_with=identity_of_run(settings) | identity)
             if not settings.keep_state:
                 forget_checkpoints(folder)
     return log
@@ -167,7 +175,7 @@ def check_finished(
             f"the run in {folder} is through after {steps} steps and left no checkpoint to go on "
             f"from, now steps={settings.steps}: give another output_dir, and begin from its student"
         )
-    _check_note(folder, note, settings.identity() | identity)
+    _check_note(folder, note, identity_of_run(settings) | identity)
 
 
 def _check_note(folder: Path, note: dict, made_with: dict[str, Any]) -> None:
@@ -177,15 +185,14 @@ def _check_note(folder: Path, note: dict, made_with: dict[str, Any]) -> None:
             f"{folder / 'kdc.json'} does not say how its student was made, perhaps by an earlier "
             "version: give another output_dir, or load it with kdc.load_student"
         )
-    known = {name: before.get(name) for name in made_with}
-    refuse_other_settings(folder, known, made_with, "use the same, or another output_dir")
+    refuse_other_settings(folder, before, made_with, partly=True)
 
 
 def _finished(
     student: UNet2DConditionModel, folder: Path, settings: TrainSettings, identity: dict[str, Any]
 ) -> pd.DataFrame:
     """The student takes the weights that the run left, which is all that there is left to do."""
-    _check_note(folder, read_json(folder / "kdc.json"), settings.identity() | identity)
+    _check_note(folder, read_json(folder / "kdc.json"), identity_of_run(settings) | identity)
     student.load_state_dict(load_unet(folder).state_dict())
     student.eval()
     return pd.read_csv(folder / "log.csv")

@@ -9,8 +9,6 @@ somebody else's, and stay as they are.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import hashlib
 import re
 import shutil
 import warnings
@@ -22,16 +20,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdc.io import (
     MANIFEST,
     check_sealed,
+    disk_errors,
+    hash_text,
     is_sealed_as,
     plain,
     read_json,
+    refuse_infinite_weights,
     refuse_other_settings,
     seal,
     sync,
@@ -41,7 +41,6 @@ from kdc.io import (
 KIND = "kdc-checkpoint"
 NAME = re.compile(r"checkpoint-(\d{7,})")
 PARTIAL = re.compile(NAME.pattern + r"\.partial")
-REMEDY = "use the same, or another output_dir"
 
 Terms = dict[str, Tensor]
 
@@ -113,9 +112,7 @@ def check_earlier_run(
 
 
 def _check_note(checkpoint: Path, note: dict, made_with: Mapping[str, Any], steps: int) -> None:
-    before = note.get("made_with", {})
-    known = {name: before.get(name) for name in made_with}
-    refuse_other_settings(checkpoint, known, made_with, REMEDY)
+    refuse_other_settings(checkpoint, note.get("made_with", {}), made_with, partly=True)
     if note.get("step", 0) > steps:
         raise ValueError(
             f"{checkpoint} has {note['step']} steps behind it, now steps={steps}: give at least as "
@@ -140,17 +137,6 @@ def forget_checkpoints(output_dir: str | Path, but_newest: int = 0) -> None:
         shutil.rmtree(old)
 
 
-def refuse_infinite_weights(named: Mapping[str, Tensor], when: str) -> None:
-    """Raise `FloatingPointError` naming the first of these tensors that is not finite."""
-    floats = {name: x for name, x in named.items() if x.is_floating_point()}
-    if not floats:
-        return
-    norms = torch.stack([x.detach().abs().max().float() for x in floats.values() if x.numel()])
-    if not norms.isfinite().all():
-        first = [name for name, x in floats.items() if x.numel() and not x.isfinite().all()][0]
-        raise FloatingPointError(f"{when}: the weights {first} are not finite")
-
-
 @dataclasses.dataclass
 class TrainingState:
     """Everything a run needs to go on: weights, average, moments, schedule, generators, log."""
@@ -168,7 +154,7 @@ class TrainingState:
         # Moments and averages are filed by these names, in the optimiser's order.
         self.trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
         layout = [(n, list(x.shape)) for n, x in self.model.state_dict().items()]
-        digest = hashlib.sha256(repr((layout, self.trained)).encode()).hexdigest()[:12]
+        digest = hash_text(repr((layout, self.trained)))
         said = f"{len(self.trained)} of {len(layout)} tensors trained ({digest})"
         self.made_with = plain(self.made_with | {"parameters": said})
 
@@ -179,11 +165,15 @@ class TrainingState:
         that are not finite would be stored, and `OSError` where the disk is full; nothing is left
         of this checkpoint then, and the ones before it stay.
         """
-        refuse_infinite_weights(dict(self.model.named_parameters()), f"step {step}")
+        refuse_infinite_weights(self.model.named_parameters(), f"step {step}")
         final = output_dir / f"checkpoint-{step:07d}"
         partial = final.with_name(final.name + ".partial")
         main = accelerator.is_main_process
-        try:
+        said = (
+            f"the checkpoint of step {step} could not be written; the ones before it are whole: "
+            "make room and go on with resume=True"
+        )
+        with disk_errors(said, final, partial if main else None):
             if main:
                 clean(output_dir)
                 _move_aside(partial)
@@ -198,15 +188,6 @@ class TrainingState:
             if main:
                 seal(partial, KIND)
                 _put_in_place(partial, final)
-        except (OSError, SafetensorError) as error:  # safetensors has an error of its own
-            if main:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(
-                getattr(error, "errno", None) or errno.EIO,
-                f"the checkpoint of step {step} could not be written ({error}); the ones before it "
-                "are whole: make room and go on with resume=True",
-                str(final),
-            ) from error
         if main:
             for later in checkpoints(output_dir):
                 if _step(later) > step and is_sealed_as(later, KIND):

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kdc.io import write_text
+from kdc.io import refuse_infinite_weights, write_text
 from kdc.paths import try_writing
 from kdc.processes import this_process
 from kdc.training.checkpoints import (
@@ -33,7 +33,6 @@ from kdc.training.checkpoints import (
     check_earlier_run,
     clean,
     forget_checkpoints,
-    refuse_infinite_weights,
 )
 from kdc.training.efficiency import average, refuse_infinite
 from kdc.training.interrupt import Stop
@@ -56,6 +55,13 @@ def precision_on(device: torch.device, precision: str) -> str:
     if precision == "auto":
         return "bf16" if has_bf16(device) else "no"
     return precision
+
+
+def identity_of_run(settings: TrainSettings) -> dict[str, Any]:
+    """What of the settings, and of the processes here, a run that resumes must share."""
+    process = this_process()
+    precision = precision_on(process.device, settings.precision)
+    return settings.identity() | {"precision": precision, "processes": process.num_processes}
 
 
 def make_accelerator(precision: str = "auto") -> Accelerator:
@@ -113,8 +119,7 @@ def check_run(
             raise ValueError("resume=True needs the output_dir of the run that is to go on")
         return None
     folder = try_writing(output_dir, (*FILES, *files))
-    made_with = settings.identity() | (identity or {})
-    made_with["precision"] = precision_on(this_process().device, settings.precision)
+    made_with = identity_of_run(settings) | (identity or {})
     check_earlier_run(folder, resume, made_with, settings.steps)
     return folder
 
@@ -212,9 +217,7 @@ class _Run:
                 power=0.9,
                 foreach=True,
             )
-        made_with = settings.identity() | (identity or {})
-        made_with["precision"] = accelerator.mixed_precision
-        made_with["processes"] = accelerator.num_processes
+        made_with = identity_of_run(settings) | (identity or {})
         self.state = TrainingState(
             model, self.optimizer, self.schedule, self.ema, generator, made_with, companion
         )
@@ -330,7 +333,7 @@ class _Run:
     def finish(self) -> pd.DataFrame:
         """The averaged weights, looked at; the last checkpoint; the log."""
         log = pd.DataFrame(self.rows)
-        refuse_infinite_weights(dict(self.model.named_parameters()), f"{self.label}, at its end")
+        refuse_infinite_weights(self.model.named_parameters(), f"{self.label}, at its end")
         if self.folder and self.settings.keep_state:
             if self.saved < self.settings.steps:
                 self._save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def generate_pool(
     unet = pipeline.unet.config
     shape = (unet.in_channels, unet.sample_size, unet.sample_size)
     like = {"device": pipeline.device, "dtype": pipeline.dtype}
+    places = itertools.count()  # of the images in the pool
     for number, task in enumerate(tasks):
         data = task.train
         count = size // len(tasks) + (number < size % len(tasks))
@@ -104,8 +106,7 @@ def generate_pool(
         for index in rows.split(batch_size):
             prompt_embeds = data.embeddings[data.caption_index[index]].to(**like)
             noise = torch.randn((len(index), *shape), generator=generator).to(**like)
-            made = sum(len(one) for one in generated)
-            seeds = [seed * 100_003 + 1000 * number + made + i for i in range(len(index))]
+            seeds = [seed * 100_003 + next(places) for _ in index]
             with silent(pipeline):
                 out = pipeline(
                     prompt_embeds=prompt_embeds,
