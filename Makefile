@@ -65,12 +65,12 @@ metrics: .venv/.ready ## hold the trial of the metrics, appendix A2, again (minu
 	$(BIN)/python -m studies metrics
 
 fuzz: .venv/.ready ## broken images, captions, checkpoints and arguments by the thousand (half an hour)
-	$(BIN)/python -m benchmarks.robustness fuzz
+	$(BIN)/python -m tests.robustness.trials fuzz
 
 kills: .venv/.ready ## kill and damage runs, and try every fault once found again (half an hour)
-	$(BIN)/python -m benchmarks.robustness kills
-	$(BIN)/python -m benchmarks.robustness damage
-	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python -m tests.robustness.trials kills
+	$(BIN)/python -m tests.robustness.trials damage
+	$(BIN)/python -m tests.robustness.faults
 
 lock: ## write requirements.lock from the versions now in .venv
 	$(BIN)/python -m pip install --quiet --no-deps -e .

@@ -473,14 +473,11 @@ def _prompts(values: Mapping[str, Any]) -> list[str]:
 def _tasks(text: str, teacher, images: int) -> list:
     """Tasks by a text: "A then B" names a world or folder for each, one name is halved."""
     import kdc
-    from kdc.continual.tasks import Task, split_classes
+    from kdc.continual.tasks import Task, half_of_classes, names_of, split_classes
     from kdc.data import worlds
 
     size = teacher.unet.config.sample_size * teacher.vae_scale_factor
-    names = list(worlds.WORLDS) if text == "worlds" else text.split(" then ")
-    called = [Path(name).name for name in names]
-    if len(set(called)) < len(called):
-        raise ValueError(f"the data sets of {text!r} must have names of their own, not {called}")
+    names = names_of(text)
     loaded = {
         name: [kdc.load_dataset(name, split, size, count=images) for split in ("train", "test")]
         for name in names
@@ -489,7 +486,7 @@ def _tasks(text: str, teacher, images: int) -> list:
     label_of = (lambda caption: worlds.read_caption(caption).kind) if known else str
     if len(names) == 1:  # looked at here, before anything is encoded
         labels = ([label_of(d.caption(i)) for i in range(len(d))] for d in loaded[names[0]])
-        _refuse_unsplittable(names[0], *labels)
+        half = half_of_classes(names[0], *labels)
     encoded = {
         name: [kdc.cache_latents(teacher, dataset) for dataset in both]
         for name, both in loaded.items()
@@ -497,21 +494,7 @@ def _tasks(text: str, teacher, images: int) -> list:
     if len(names) > 1:
         return [Task(Path(n).name, train, test=test) for n, (train, test) in encoded.items()]
     train, test = encoded[names[0]]
-    classes = {label_of(caption) for caption in train.captions}
-    return split_classes(train, label_of, per_task=math.ceil(len(classes) / 2), test=test)
-
-
-def _refuse_unsplittable(name: str, train: list[str], test: list[str]) -> None:
-    """Raise `ValueError` where the classes of a data set do not make two tasks with tests."""
-    classes, instead = sorted(set(train)), 'give two data sets: "A then B"'
-    if len(classes) < 2:
-        raise ValueError(f"{name} has one class, {classes[0]!r}, which cannot be halved: {instead}")
-    if len(classes) == len(train) > 2:
-        raise ValueError(f"every image of {name} has a caption of its own, so no class: {instead}")
-    half = math.ceil(len(classes) / 2)
-    for group in (classes[:half], classes[half:]):
-        if not set(group) & set(test):
-            raise ValueError(f"{name} has no test images of {', '.join(group)}: {instead}")
+    return split_classes(train, label_of, per_task=half, test=test)
 
 
 def _grid(images):

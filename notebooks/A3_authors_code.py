@@ -12,22 +12,20 @@
 # **The question.** What does the public code of KDC-Diff compute in one training step? And what changes
 # when its faults are corrected?
 #
-# Only the abstract of the paper could be read, so this appendix is about the *code*: the repository
-# `naimurborno/Latent-Based-Continual-Learning-with-Dual-Layered-Distillation-...`, file
-# `src/kd_train_text_to_image.py`, a fork of BK-SDM's training script (Kim et al., arXiv 2305.15798).
-# Each statement names the commit it was read at. All code below is our own.
+# Only the abstract of the paper could be read, so this appendix is about the *code*. It is the file
+# `src/kd_train_text_to_image.py` of naimurborno's repository on GitHub, whose name begins with
+# "Latent-Based-Continual-Learning-with-Dual-Layered-Distillation". The file is a fork of BK-SDM's
+# training script (Kim et al., arXiv 2305.15798). Each statement names the commit it was read at. All
+# code below is our own.
 #
 # :::{admonition} Findings
-# 1. The **output term has no gradient** since commit 6901ef2: it is logged and teaches nothing. *First
-#    section.*
-# 2. The **softened KL sums over pixels** and does not see an error that all channels share. *Second
-#    section.*
-# 3. The **feature term sums eight raw errors**. In the authors' log, features are 0.47 of the KL at the
-#    first update. On the mini teacher the same arithmetic gives the ratio in the table of *Features
-#    against KL*.
-# 4. The **replay is one image of the update before**, half of the next gradient. There are no tasks and
-#    there is no buffer. *Fourth section.*
-# 5. `kdc.LossWeights.as_published()` computes the same terms to the digit. *The library does the same.*
+# 1. The **output term has no gradient** since commit 6901ef2. It is logged and teaches nothing.
+# 2. The **softened KL sums over pixels**. It does not see an error that all channels share.
+# 3. The **feature term sums eight raw errors**. At the first update of the authors' log, features are
+#    0.47 of the KL. On the mini teacher the same arithmetic gives 0.55 ± 0.03.
+# 4. The **replay is one image of the update before**. It gives half of the next gradient. There are no
+#    tasks and there is no buffer.
+# 5. `kdc.LossWeights.as_published()` computes the same terms to the digit.
 # :::
 
 # %% tags=["parameters"]
@@ -262,11 +260,12 @@ sources = {f"authors' log, {line}": (found, 4096) for line, found in notes["thei
 sources["mini teacher, stored"] = (stored_rows[terms].mean().to_dict(), notes["pixels"])
 log = pd.DataFrame({name: found for name, (found, _) in sources.items()}).loc[terms].T
 log["feature / soft"] = log["feature"] / log["soft"]
+ratio = stored_rows["ratio"]
+log.loc["mini teacher, stored", "feature / soft"] = ratio.mean()  # the mean over seeds
 size = pd.Series({name: each for name, (_, each) in sources.items()})
 log["soft / (output x pixels)"] = log["soft"] / log["output"] / size
 display(log.round(3))
-ratio = stored_rows["ratio"]
-print(f"feature / soft, stored seeds: {ratio.mean():.3f}, standard deviation {ratio.std():.3f}")
+print(f"feature / soft, stored: {ratio.mean():.3f} ± {ratio.std():.3f}, {len(ratio)} seeds")
 print("here:", ", ".join(f"seed {seed}: {value:.2f}" for seed, value in ratios.items()))
 print(f"with the mean over the eight blocks instead: {ratio.mean() / 8:.3f}")
 

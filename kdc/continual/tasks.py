@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdc.checks import MOST_SEEDS, as_texts, whole_number
+from kdc.data import worlds
 from kdc.data.latents import LatentDataset
+from kdc.paths import as_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +104,40 @@ def split_classes(
             )
         )
     return tasks
+
+
+def names_of(dataset: str | Path) -> list[str]:
+    """The data sets in a text: "A then B" names worlds or folders in turn, "worlds" both worlds.
+
+    Raises `TypeError` for what is no text, and `ValueError` where two would give tasks of one name.
+    """
+    text = str(as_path(dataset, "the data set")) if isinstance(dataset, Path) else dataset
+    (text,) = as_texts("the data set", [text])
+    names = list(worlds.WORLDS) if text == "worlds" else text.split(" then ")
+    called = [Path(name).name for name in names]
+    if len(set(called)) < len(called):
+        raise ValueError(f"the data sets of {text!r} must have names of their own, not {called}")
+    return names
+
+
+def half_of_classes(
+    name: str | Path, train: Sequence[str], test: Sequence[str], order: Sequence[str] | None = None
+) -> int:
+    """How many classes are half of a data set, looked at before anything is encoded.
+
+    `train` and `test` are the classes of its images, one text each; `order` is that of the classes
+    (default: alphabetical). Raises `ValueError` where they do not make two tasks with test images.
+    """
+    classes, instead = list(order or sorted(set(train))), 'give two data sets, "A then B"'
+    if len(classes) < 2:
+        raise ValueError(f"{name} has one class, {classes[0]!r}, which cannot be halved: {instead}")
+    if len(classes) == len(train) > 2:
+        raise ValueError(f"every image of {name} has a caption of its own, so no class: {instead}")
+    half = math.ceil(len(classes) / 2)
+    for group in (classes[:half], classes[half:]):
+        if not set(group) & set(test):
+            raise ValueError(f"{name} has no test images of {', '.join(group)}: {instead}")
+    return half
 
 
 def _rows_by_label(data: LatentDataset, label_of: Callable[[str], str]) -> dict[str, list[int]]:

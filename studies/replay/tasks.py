@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdc import pipelines
 from kdc.continual.sequence import Task
-from kdc.continual.tasks import split_classes
+from kdc.continual.tasks import half_of_classes, names_of, split_classes
 from kdc.data import worlds
 from kdc.data.datasets import load_dataset
 from kdc.data.latents import LatentDataset, cache_latents
@@ -183,26 +183,17 @@ def tasks_of(teacher: StableDiffusionPipeline, dataset: str | Path, **sizes: int
 def check_dataset(dataset: str | Path) -> list[str]:
     """The names in a text as `tasks_of` takes it; nothing is encoded.
 
-    Raises `TypeError` for no text, and `ValueError` for names that are the same, and where the
-    classes of a folder do not make two tasks with test images.
+    Raises as `names_of`, `load_dataset` and `half_of_classes` do.
     """
-    if not isinstance(dataset, str | Path):
-        raise TypeError(f"dataset must be a text, a world or folders, not {dataset!r}")
-    names = list(worlds.WORLDS) if dataset == "worlds" else str(dataset).split(" then ")
-    called = [Path(name).name for name in names]
-    if len(set(called)) < len(called):
-        raise ValueError(f"the data sets of {dataset!r} need names of their own, not {called}")
-    loaded = {name: [load_dataset(name, s, count=None) for s in ("train", "test")]
-              for name in names if name not in worlds.WORLDS}  # fmt: skip
+    names = names_of(dataset)
+    loaded = {
+        name: [load_dataset(name, split) for split in ("train", "test")]
+        for name in names
+        if name not in worlds.WORLDS
+    }
     if len(names) == 1 and loaded:
         train, test = ([data.caption(i) for i in range(len(data))] for data in loaded[names[0]])
-        classes, instead = sorted(set(train)), 'give two folders, "A then B"'
-        if len(classes) < 2:
-            raise ValueError(f"{dataset} has one class, {classes[0]!r}, not two halves: {instead}")
-        if len(classes) == len(train) > 2:
-            raise ValueError(f"each image of {dataset} is a class of its own: {instead}")
-        if untested := [c for c in classes if c not in set(test)]:
-            raise ValueError(f"{dataset} has no test image of {', '.join(untested)}: {instead}")
+        half_of_classes(names[0], train, test, list(dict.fromkeys(train)))
     return names
 
 

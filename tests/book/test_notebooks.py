@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -223,6 +224,21 @@ def test_the_numbers_that_chapter_04_and_the_readme_state_are_those_stored():
     ):
         assert words in text, words
     assert f"at {best['steps']} steps is {1 / best['ratio']:.1f} times as fast" in text_of("README")
+
+
+def test_the_numbers_of_appendix_a3_and_of_kills_are_those_stored():
+    values = ledger.read("authors_ratio")
+    ratio = [row["ratio"] for row in values["rows"]]
+    first = values["theirs"]["update 1"]
+    said = (book.NOTEBOOKS / "A3_authors_code.py").read_text().replace("\n# ", " ").split()
+    said = " ".join(said)
+    assert f"features are {first['feature'] / first['soft']:.2f} of the KL" in said
+    assert f"gives {statistics.mean(ratio):.2f} ± {statistics.stdev(ratio):.2f}." in said
+    rows = ledger.read("robustness_kills")["rows"]
+    assert all(row["deaths"] for row in rows) and all(row["equal"] for row in rows)
+    readme = " ".join((book.ROOT / "README.md").read_text().split())
+    deaths = sum(row["deaths"] for row in rows)
+    assert f"Of {len(rows)} runs killed {deaths} times at random moments, all {len(rows)}" in readme
 
 
 def test_the_speed_of_a_step_that_is_stated_is_the_one_stored():

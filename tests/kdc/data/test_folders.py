@@ -7,38 +7,15 @@ import shutil
 import unicodedata
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import kdc
 from kdc.continual.tasks import select
 from kdc.data import folders
-
-ALL = object()
-
-
-def picture(file, number=0):
-    """A small image that differs from those of other numbers."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draw = np.random.default_rng(abs(hash(str(file))) % 2**32 + number)
-    Image.fromarray(draw.integers(0, 255, (12, 12, 3), np.uint8)).save(file)
-    return file
-
-
-def tree(root, *names):
-    for number, name in enumerate(names):
-        picture(root / name, number)
-    return root
-
-
-def said(root, split="train", **how):
-    """{path below the root: caption} of a split."""
-    dataset = kdc.load_dataset(root, split, 8, **how)
-    return {f.relative_to(root).as_posix(): dataset.caption(i) for i, f in enumerate(dataset.files)}
+from tests.helpers import captions_in, tree
 
 
 @pytest.mark.parametrize(
@@ -51,7 +28,7 @@ def test_what_systems_leave_behind_is_no_class(rubbish, tmp_path):
     (tmp_path / "train" / "rose" / "Thumbs.db").write_bytes(b"x")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = said(tmp_path)
+        found = captions_in(tmp_path)
     assert set(found) == {"train/rose/1.png", "train/rose/2.png", "train/rose/Thumbs.db.png"}
 
 
@@ -61,7 +38,7 @@ def test_class_folders_that_are_links_are_followed_once(tmp_path):
     (data / "train" / "tulip").symlink_to(tmp_path / "elsewhere" / "tulips")
     (data / "train" / "rose" / "again").symlink_to(data / "train")  # in a circle
     (data / "train" / "rose" / "same.png").symlink_to(data / "train" / "rose" / "1.png")
-    found = said(data)
+    found = captions_in(data)
     assert list(found.values()).count("a photo of a tulips") == 2
     assert len(found) == 3
 
@@ -87,14 +64,14 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_splits_are_known_by_their_usual_names_in_any_case(train, test, tmp_path):
     tree(tmp_path, f"{train}/rose/1.png", f"{train}/iris/2.png", f"{test}/rose/3.png")
-    assert set(said(tmp_path)) == {f"{train}/rose/1.png", f"{train}/iris/2.png"}
-    assert said(tmp_path, "test") == {f"{test}/rose/3.png": "a photo of a rose"}
+    assert set(captions_in(tmp_path)) == {f"{train}/rose/1.png", f"{train}/iris/2.png"}
+    assert captions_in(tmp_path, "test") == {f"{test}/rose/3.png": "a photo of a rose"}
 
 
 def test_the_butterflies_have_three_splits_of_which_two_are_tests(tmp_path):
     tree(tmp_path, *(f"{s}/ADONIS/{i}.jpg" for s in ("train", "valid", "test") for i in (1, 2)))
-    assert len(said(tmp_path)) == 2 and len(said(tmp_path, "test")) == 4
-    assert set(said(tmp_path).values()) == {"a photo of an adonis"}
+    assert len(captions_in(tmp_path)) == 2 and len(captions_in(tmp_path, "test")) == 4
+    assert set(captions_in(tmp_path).values()) == {"a photo of an adonis"}
 
 
 @pytest.mark.parametrize(
@@ -124,9 +101,9 @@ def test_a_text_does_not_take_the_place_of_the_test_images(tmp_path):
     for name in ("z.txt", "y.md", "e.csv"):
         (tmp_path / name).write_text("file_name,text\n" if name == "e.csv" else "hello")
     with pytest.warns(UserWarning, match="left out 3 files"):
-        train = said(tmp_path)
+        train = captions_in(tmp_path)
     with pytest.warns(UserWarning, match="left out"):
-        test = said(tmp_path, "test")
+        test = captions_in(tmp_path, "test")
     assert test and len(train) + len(test) == 4
 
 
@@ -140,7 +117,7 @@ def test_the_same_image_for_training_and_for_tests_is_noticed(tmp_path):
 def test_so_many_images_and_no_more_in_turn_from_each_class(tmp_path):
     tree(tmp_path, *(f"train/{c}/{i}.png" for c in ("rose", "iris", "lily") for i in range(9)),
          "train/rare/0.png")  # fmt: skip
-    found = said(tmp_path, count=10)
+    found = captions_in(tmp_path, count=10)
     classes = [name.split("/")[1] for name in found]
     assert {c: classes.count(c) for c in set(classes)} == {
         "rose": 3,
@@ -148,8 +125,10 @@ def test_so_many_images_and_no_more_in_turn_from_each_class(tmp_path):
         "lily": 3,
         "rare": 1,
     }
-    assert said(tmp_path, count=10) == found and set(said(tmp_path, count=4)) < set(found)
-    assert len(said(tmp_path)) == len(said(tmp_path, count=500)) == 28
+    assert captions_in(tmp_path, count=10) == found and set(captions_in(tmp_path, count=4)) < set(
+        found
+    )
+    assert len(captions_in(tmp_path)) == len(captions_in(tmp_path, count=500)) == 28
 
 
 @pytest.mark.parametrize(
@@ -226,13 +205,13 @@ def test_a_name_need_not_be_the_files_to_the_letter(how, kind, tmp_path):
             writer.writerows(rows)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert said(tmp_path) == {NAMES[0]: "caption 1", NAMES[1]: "caption 2"}
+        assert captions_in(tmp_path) == {NAMES[0]: "caption 1", NAMES[1]: "caption 2"}
 
 
 def test_unicode_forms_of_a_name_are_one_name(tmp_path):
     tree(tmp_path, "train/" + unicodedata.normalize("NFD", "grün.png"))
     jsonl(tmp_path, {"file_name": unicodedata.normalize("NFC", "train/grün.png"), "text": "leaf"})
-    assert list(said(tmp_path).values()) == ["leaf"]
+    assert list(captions_in(tmp_path).values()) == ["leaf"]
 
 
 def test_a_caption_is_never_anothers(tmp_path):
@@ -243,7 +222,7 @@ def test_a_caption_is_never_anothers(tmp_path):
     with pytest.warns(
         UserWarning, match="1 of 2 rows name no image, and 1 of 2 images have no row"
     ):
-        found = said(tmp_path)
+        found = captions_in(tmp_path)
     assert found == {"train/rose/1.png": "one", "train/iris/2.png": "a photo of an iris"}
 
 
@@ -254,7 +233,7 @@ def test_a_name_that_could_be_several_is_refused(tmp_path):
         kdc.load_dataset(tmp_path)
     jsonl(tmp_path, {"file_name": "train/rose/1.png", "text": "this"},
           {"file_name": "1.png", "text": "so the other"})  # fmt: skip
-    assert said(tmp_path)["train/iris/1.png"] == "so the other"
+    assert captions_in(tmp_path)["train/iris/1.png"] == "so the other"
 
 
 def test_a_list_that_names_none_of_the_images_is_refused(tmp_path):
@@ -325,7 +304,7 @@ def test_a_list_that_cannot_be_read_is_named_with_its_line(name, data, tmp_path)
         kdc.load_dataset(tmp_path)
 
 
-@settings(max_examples=120, deadline=2000, derandomize=True,
+@settings(max_examples=120, deadline=20_000, derandomize=True,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(st.lists(st.tuples(st.sampled_from(["a/1.png", "b/1.png", "b/2.png", "1.png", "A\\1.PNG",
                                            "x/b/2", "c/9.png", "2.jpg", ""]),
@@ -343,7 +322,7 @@ def test_any_list_gives_each_image_its_own_caption_or_is_refused(tmp_path_factor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            found = said(root)
+            found = captions_in(root)
         except ValueError as error:
             assert "metadata.jsonl" in str(error)
             return

@@ -156,7 +156,7 @@ def samples():
 SAMPLES = samples()
 
 
-@settings(max_examples=150, deadline=2000, derandomize=True,
+@settings(max_examples=150, deadline=20_000, derandomize=True,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(st.sampled_from(sorted(SAMPLES)), st.integers(0, 2**32), st.integers(0, 8))
 def test_broken_files_are_read_or_refused_by_name(tmp_path_factory, kind, seed, flips):

@@ -10,10 +10,7 @@ from kdc import LossWeights
 from kdc.data.datasets import WorldDataset
 from kdc.distillation.features import FeatureHooks
 from kdc.distillation.step import DistillationStep, forward_process
-
-
-def weights(unet):
-    return torch.cat([p.detach().flatten() for p in unet.parameters()])
+from tests.helpers import calls_counted, draws_counted, weights
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +47,13 @@ def test_the_same_seed_gives_the_same_student_bit_for_bit(teacher, data):
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-def test_a_resumed_distillation_equals_an_unbroken_one(teacher, data, tmp_path, monkeypatch):
+def test_a_resumed_distillation_equals_an_unbroken_one(teacher, data, tmp_path):
     whole, whole_log = run(teacher, data, save_every=2)
-    draws = 0
-    original = type(data).draw
-
-    def dying(self, *args, **kwargs):
-        nonlocal draws
-        draws += 1
-        if draws == 6:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(data), "draw", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with draws_counted(stop_at=6), pytest.raises(KeyboardInterrupt):
         run(teacher, data, save_every=2, output_dir=tmp_path)
-    draws = 100  # never dies again; only counts
-    resumed, log = run(teacher, data, save_every=2, output_dir=tmp_path, resume=True)
-    assert draws == 102, "resume did not go on from step 4"
+    with draws_counted() as draws:
+        resumed, log = run(teacher, data, save_every=2, output_dir=tmp_path, resume=True)
+    assert len(draws) == 2, "resume did not go on from step 4"
     assert torch.equal(weights(resumed), weights(whole))
     assert log.equals(whole_log)
 
@@ -258,18 +244,10 @@ def test_a_compiled_run_is_not_resumed_by_another(teacher, data, tmp_path, monke
 
 
 @pytest.fixture
-def encodings(teacher, monkeypatch):
+def encodings(teacher):
     """How often the teacher's autoencoder and text encoder are called."""
-    calls = []
-    for part, method in ((teacher.vae, "encode"), (teacher.text_encoder, "forward")):
-        original = getattr(part, method)
-
-        def counting(*args, _original=original, **kwargs):
-            calls.append(1)
-            return _original(*args, **kwargs)
-
-        monkeypatch.setattr(part, method, counting)
-    return calls
+    with calls_counted((teacher.vae, "encode"), (teacher.text_encoder, "forward")) as calls:
+        yield calls
 
 
 FOUND_EARLY = {
@@ -353,27 +331,15 @@ def test_adapters_are_refused_by_name(teacher, tmp_path):
 
 
 @pytest.mark.long
-def test_a_run_as_the_readme_shows_it_goes_on_from_a_checkpoint(
-    teacher, data, tmp_path, monkeypatch
-):
+def test_a_run_as_the_readme_shows_it_goes_on_from_a_checkpoint(teacher, data, tmp_path):
     """Nothing said of saving, killed after half of its steps."""
     settings = {"steps": 60, "batch_size": 2}
     whole, _ = run(teacher, data, **settings)
-    original, draws = type(data).draw, []
-
-    def dying(self, *args, **kwargs):
-        draws.append(1)
-        if len(draws) == 31:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(data), "draw", dying)
-        with pytest.raises(KeyboardInterrupt):
-            run(teacher, data, output_dir=tmp_path, resume=True, **settings)
-        draws[:] = [1] * 1000
+    with draws_counted(stop_at=31), pytest.raises(KeyboardInterrupt):
+        run(teacher, data, output_dir=tmp_path, resume=True, **settings)
+    with draws_counted() as draws:
         resumed, _ = run(teacher, data, output_dir=tmp_path, resume=True, **settings)
-    assert len(draws) == 1040, "it did not go on from step 20"
+    assert len(draws) == 40, "it did not go on from step 20"
     assert torch.equal(weights(resumed), weights(whole))
 
 
@@ -419,18 +385,9 @@ def test_resume_knows_all_that_the_next_step_depends_on(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError])
-def test_an_interrupted_student_is_left_as_it_was(error, teacher, data, monkeypatch):
-    student, draws = kdc.slim(teacher.unet, "kdc"), []
-
-    def dying(self, *args, **kwargs):
-        draws.append(1)
-        if len(draws) == 2:
-            raise error("stop")
-        return original(self, *args, **kwargs)
-
-    original = type(data).draw
-    monkeypatch.setattr(type(data), "draw", dying)
-    with pytest.raises(error):
+def test_an_interrupted_student_is_left_as_it_was(error, teacher, data):
+    student = kdc.slim(teacher.unet, "kdc")
+    with draws_counted(stop_at=2, error=error), pytest.raises(error):
         kdc.distill(student, teacher, data, steps=3, batch_size=2, precision="bf16")
     assert not student.training and all(p.grad is None for p in student.parameters())
     inputs = data.mean[:1], torch.tensor([500]), data.embeddings[:1]

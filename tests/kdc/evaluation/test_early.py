@@ -13,26 +13,18 @@ from kdc.data.datasets import WorldDataset
 from kdc.data.latents import latents_of_captions
 from kdc.evaluation import extractors, judges
 from kdc.pipelines import with_unet
+from tests.helpers import calls_counted
 
 PROMPTS = ["a red rose on a night background", "a blue tulip on a sky background"]
 ANY = worlds.read_caption(PROMPTS[0])
 
 
 @pytest.fixture
-def calls(teacher, monkeypatch):
+def calls(teacher):
     """How often the U-Net, the autoencoder and the text encoder are called."""
-    made = []
-    parts = ((teacher.unet, "forward"), (teacher.vae, "encode"), (teacher.vae, "decode"),
-             (teacher.text_encoder, "forward"))  # fmt: skip
-    for part, method in parts:
-        original = getattr(part, method)
-
-        def counting(*args, _original=original, **kwargs):
-            made.append(1)
-            return _original(*args, **kwargs)
-
-        monkeypatch.setattr(part, method, counting)
-    return made
+    parts = (teacher.unet, "forward"), (teacher.text_encoder, "forward")
+    with calls_counted(*parts, (teacher.vae, "encode"), (teacher.vae, "decode")) as made:
+        yield made
 
 
 GENERATE = [
@@ -48,7 +40,7 @@ GENERATE = [
     (dict(prompts=["a", None]), TypeError, "prompts must be texts, but number 1 is None"),
 ]
 EVALUATE = [
-    *((how, error, said) for how, error, said in GENERATE if "seed" not in how and how != {}),
+    *(each for each in GENERATE if "seed" not in each[0]),
     (dict(seeds=()), ValueError, "seeds: give at least one"),
     (dict(seeds=(0, 0)), ValueError, "seeds must differ"),
     (dict(seeds="012"), TypeError, "seeds must be whole numbers"),
@@ -145,6 +137,7 @@ def test_features_that_are_not_finite_are_no_scores(monkeypatch):
         distance(images, images)
 
 
+@pytest.mark.long
 def test_global_generators_stay_where_they_are(teacher, monkeypatch):
     """Also the first time, when networks are made."""
     for cached in (judges.attribute_classifier, judges.mini_clip, judges.mini_lpips,
@@ -175,6 +168,7 @@ def samplers(teacher):
     return {name: (cls, dict(given) | how) for name, (cls, how) in sorted(found.items())}
 
 
+@pytest.mark.long
 def test_no_sampler_draws_noise_that_the_seed_does_not_govern(teacher):
     """Each compatible one: the same images at each call and in each batch, other ones by seed."""
     tried, before = [], torch.get_rng_state()

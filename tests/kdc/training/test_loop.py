@@ -6,29 +6,11 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
 from kdc.training.checkpoints import newest_checkpoint
 from kdc.training.loop import train
 from kdc.training.settings import TrainSettings
-
-
-def regression(seed=0):
-    """A small module and a loss that draws its batches from the generator."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
-    target = torch.tensor([[1.0], [-2.0], [0.5]])
-
-    def loss(model, generator):
-        x = torch.randn(16, 3, generator=generator)
-        return {"loss": (model(x) - x @ target).square().mean()}
-
-    return model, loss
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
+from tests.helpers import regression, weights
 
 SETTINGS = TrainSettings(30, learning_rate=1e-2, warmup=3, log_every=5, save_every=10)
 

@@ -1,4 +1,4 @@
-"""Every fault that was once found by trying, tried again: `python -m benchmarks.faults`.
+"""Every fault that was once found by trying, tried again: `python -m tests.robustness.faults`.
 
 Each line does what went wrong and gives what happens now: the text of an error, or the right value.
 Written to `results/faults.json`.
@@ -27,16 +27,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import kdc
-from benchmarks.robustness import narrow
 from kdc import pipelines
 from kdc.continual.tasks import Task
 from kdc.data.datasets import WorldDataset
-from kdc.data.latents import LatentDataset, latents_of_captions
+from kdc.data.latents import latents_of_captions
 from kdc.distillation.features import FeatureHooks
-from kdc.processes import this_process
 from kdc.replay.policies import herding_order
 from kdc.training.checkpoints import checkpoints
 from studies.common import ledger
+from tests.helpers import calls_counted, captions_in, draws_counted, tree
+from tests.robustness.trials import narrow
 
 TRIALS: list[tuple[str, str, Callable[[Path], object]]] = []
 ROSE = "a red rose on a night background"
@@ -69,20 +69,9 @@ class Setup:
         return kdc.distill(student, self.small, data or self.data, **how)
 
 
-@contextlib.contextmanager
-def encoding_counted(pipeline):
-    """How often the autoencoder encodes."""
-    calls, original = [], pipeline.vae.encode
-    pipeline.vae.encode = lambda *a, **k: (calls.append(1), original(*a, **k))[1]
-    try:
-        yield calls
-    finally:
-        del pipeline.vae.encode
-
-
 def early(folder, **settings) -> str:
     """The error of a run on images, and that none of them was encoded before."""
-    with encoding_counted(S.small) as calls:
+    with calls_counted((S.small.vae, "encode")) as calls:
         try:
             S.distill(folder, data=WorldDataset(["flora"], count=4), **settings)
         except Exception as error:
@@ -104,7 +93,7 @@ def _(folder):
     finally:
         os.environ["HOME"] = before[0]
         os.chdir(before[1])
-    return f"written to the home folder: {sorted(p.name for p in folder.iterdir())}"
+    return f"in the home folder: {sorted(p.name for p in folder.iterdir())}"
 
 
 @trial("1", "output_dir is a file")
@@ -123,30 +112,18 @@ def _(folder):
     (folder / "checkpoint-0000001-notes").mkdir()
     (folder / "checkpoint-0.txt").write_text("x")
     S.distill(folder)
-    return f"both stay: {sorted(p.name for p in folder.glob('checkpoint-*'))}"
+    return f"there are {sorted(p.name for p in folder.glob('checkpoint-*'))}"
 
 
 @trial("1", "distill as README shows it (steps=200, nothing said of saving), killed half-way")
 def _(folder):
-    original, draws = LatentDataset.draw, []
-
-    def dying(self, *args, **kwargs):
-        draws.append(1)
-        if len(draws) == 101:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    LatentDataset.draw = dying
-    try:
-        how = {"steps": 200, "save_every": None, "resume": True}
-        with contextlib.suppress(KeyboardInterrupt):
-            S.distill(folder, **how)
-        left = [p.name for p in checkpoints(folder)]
-        draws[:] = [0] * 1000
+    how = {"steps": 200, "save_every": None, "resume": True}
+    with draws_counted(stop_at=101), contextlib.suppress(KeyboardInterrupt):
         S.distill(folder, **how)
-    finally:
-        LatentDataset.draw = original
-    return f"left {left}; went on for the last {len(draws) - 1000} steps"
+    left = [p.name for p in checkpoints(folder)]
+    with draws_counted() as draws:
+        S.distill(folder, **how)
+    return f"left {left}; went on for the last {len(draws)} steps"
 
 
 @trial("1", "a second run into a finished folder")
@@ -208,20 +185,8 @@ def _flip(file: Path):
 def _fall_back(folder, spoil) -> str:
     whole = S.student()
     S.distill(folder / "whole", whole, steps=6)
-    original, draws = LatentDataset.draw, []
-
-    def dying(self, *args, **kwargs):
-        draws.append(1)
-        if len(draws) == 6:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    LatentDataset.draw = dying
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            S.distill(folder / "run", steps=6)
-    finally:
-        LatentDataset.draw = original
+    with draws_counted(stop_at=6), contextlib.suppress(KeyboardInterrupt):
+        S.distill(folder / "run", steps=6)
     spoil(checkpoints(folder / "run")[-1])
     resumed = S.student()
     with warnings.catch_warnings(record=True) as caught:
@@ -351,7 +316,8 @@ def _(folder):
 def _(folder):
     real = torch.randint(0, 255, (12, 3, 64, 64), dtype=torch.uint8)
     table = kdc.evaluate(S.teacher, [ROSE] * 6, real, seeds=(0,), steps=1).table
-    return f"fd: {table.loc['fd', 'value']} ({table.loc['fd', 'note']}); kid is there"
+    kid = table.loc["kid", "value"]
+    return f"fd: {table.loc['fd', 'value']} ({table.loc['fd', 'note']}); kid: {kid:.3f}"
 
 
 # 4. Randomness that no seed governs.
@@ -401,41 +367,23 @@ def _(folder):
 # 6. Which files are data, and what they say.
 
 
-def _picture(file: Path, number: int = 0) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draw = np.random.default_rng(number + len(str(file)))
-    Image.fromarray(draw.integers(0, 255, (9, 9, 3), np.uint8)).save(file)
-    return file
-
-
-def _tree(root: Path, *names: str) -> Path:
-    for number, name in enumerate(names):
-        _picture(root / name, number)
-    return root
-
-
-def _captions(root: Path, split: str = "train") -> dict[str, str]:
-    dataset = kdc.load_dataset(root, split, 8)
-    return {f.relative_to(root).as_posix(): dataset.caption(i) for i, f in enumerate(dataset.files)}
-
-
 @trial("6", ".ipynb_checkpoints/, __MACOSX/, .cache/, .Trash-1/ beside a class")
 def _(folder):
     rubbish = (".ipynb_checkpoints", "__MACOSX", ".cache", ".Trash-1")
-    return _captions(_tree(folder, "train/rose/1.png", *(f"train/{r}/1.png" for r in rubbish)))
+    return captions_in(tree(folder, "train/rose/1.png", *(f"train/{r}/1.png" for r in rubbish)))
 
 
 @trial("6", "a class folder that is a link")
 def _(folder):
-    _tree(folder / "far", "tulip/1.png")
-    _tree(folder / "near", "train/rose/1.png")
+    tree(folder / "far", "tulip/1.png")
+    tree(folder / "near", "train/rose/1.png")
     (folder / "near" / "train" / "tulip").symlink_to(folder / "far" / "tulip")
-    return _captions(folder / "near")
+    return captions_in(folder / "near")
 
 
 @trial("6", "a class folder that may not be read")
 def _(folder):
-    _tree(folder, "train/rose/1.png", "train/secret/1.png")
+    tree(folder, "train/rose/1.png", "train/secret/1.png")
     original = os.scandir
 
     def refuse(path):
@@ -445,7 +393,7 @@ def _(folder):
 
     os.scandir = refuse
     try:
-        return _captions(folder)
+        return captions_in(folder)
     finally:
         os.scandir = original
 
@@ -454,45 +402,45 @@ def _(folder):
 def _(folder):
     found = []
     for number, (a, b) in enumerate((("Train", "Test"), ("training", "testing"), ("TRAIN", "VAL"))):
-        root = _tree(folder / str(number), f"{a}/x/1.png", f"{a}/x/2.png", f"{b}/x/3.png")
-        found.append((len(_captions(root)), len(_captions(root, "test"))))
+        root = tree(folder / str(number), f"{a}/x/1.png", f"{a}/x/2.png", f"{b}/x/3.png")
+        found.append((len(captions_in(root)), len(captions_in(root, "test"))))
     return f"train and test images: {found}"
 
 
 @trial("6", "classes named train, bus, car")
 def _(folder):
-    _captions(_tree(folder, "train/1.png", "bus/2.png", "car/3.png"))
+    captions_in(tree(folder, "train/1.png", "bus/2.png", "car/3.png"))
 
 
 @trial("6", "metadata.csv; .txt beside images; several captions an image")
 def _(folder):
-    _tree(folder / "a", "train/x/1.png")
+    tree(folder / "a", "train/x/1.png")
     (folder / "a" / "metadata.csv").write_text("file_name,text\ntrain/x/1.png,mine\n")
-    _tree(folder / "b", "train/x/1.png")
+    tree(folder / "b", "train/x/1.png")
     (folder / "b" / "train" / "x" / "1.txt").write_text("one\ntwo\n")
     several = kdc.load_dataset(folder / "b", size=8)[0]["captions"]
-    return f"{_captions(folder / 'a')}, {several}"
+    return f"{captions_in(folder / 'a')}, {several}"
 
 
 @trial("6", "rows with a prefix, backslash, other suffix, case, Unicode form, a blank line")
 def _(folder):
     names = ["rose/1.png", "rose/2.png", "rose/3.png", "rose/4.png", "rose/grün.png"]
-    _tree(folder, *(f"train/{unicodedata.normalize('NFD', n)}" for n in names))
+    tree(folder, *(f"train/{unicodedata.normalize('NFD', n)}" for n in names))
     written = ["data/train/rose/1.png", "train\\rose\\2.png", "rose/3.jpeg", "TRAIN/Rose/4.PNG",
                "train/rose/grün.png"]  # fmt: skip
     rows = [json.dumps({"file_name": n, "text": f"caption {i}"}) for i, n in enumerate(written)]
     (folder / "metadata.jsonl").write_text("\n\n".join(rows))
-    return f"{sorted(_captions(folder).values())}"
+    return f"{sorted(captions_in(folder).values())}"
 
 
 @trial("6", "a row without an image and an image without a row")
 def _(folder):
-    _tree(folder, "train/rose/1.png", "train/rose/2.png")
+    tree(folder, "train/rose/1.png", "train/rose/2.png")
     row = '{"file_name": "train/rose/%d.png", "text": "x"}'
     (folder / "metadata.jsonl").write_text("\n".join((row % 1, row % 9)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _captions(folder)
+        captions_in(folder)
     return f"warns: {caught[0].message}"
 
 
@@ -505,25 +453,25 @@ def _(folder):
     Image.new("RGB", (9, 9)).save(folder / "exif.jpg", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
     grey, clear = (read_image(folder / n).getpixel((4, 4)) for n in ("deep.png", "clear.png"))
     bad = unreadable([folder / "exif.jpg"], 8)
-    return f"grey {grey}, transparent {clear}, EXIF refused: {bool(bad)} and read alike"
+    return f"grey {grey}, transparent {clear}, broken EXIF refused: {bool(bad)}"
 
 
 @trial("6", "a text file among four images")
 def _(folder):
-    _tree(folder, "a.png", "b.png", "c.png", "d.png")
+    tree(folder, "a.png", "b.png", "c.png", "d.png")
     (folder / "z.txt").write_text("x")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return f"train {len(_captions(folder))}, test {len(_captions(folder, 'test'))} images"
+        return f"train {len(captions_in(folder))}, test {len(captions_in(folder, 'test'))} images"
 
 
 @trial("6", "the same image in train and test")
 def _(folder):
-    _tree(folder, "train/x/1.png", "test/x/2.png")
+    tree(folder, "train/x/1.png", "test/x/2.png")
     shutil.copy(folder / "train/x/1.png", folder / "test/x/copy.png")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _captions(folder)
+        captions_in(folder)
     return f"warns: {caught[0].message}"
 
 
@@ -556,20 +504,9 @@ def _(folder):
 
 @trial("7", "Ctrl-C in bf16")
 def _(folder):
-    student, original, draws = S.student(), LatentDataset.draw, []
-
-    def dying(self, *args, **kwargs):
-        draws.append(1)
-        if len(draws) == 2:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    LatentDataset.draw = dying
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            kdc.distill(student, S.small, S.data, steps=3, batch_size=2, precision="bf16")
-    finally:
-        LatentDataset.draw = original
+    student = S.student()
+    with draws_counted(stop_at=2), contextlib.suppress(KeyboardInterrupt):
+        kdc.distill(student, S.small, S.data, steps=3, batch_size=2, precision="bf16")
     inputs = S.data.mean[:1], torch.tensor([5]), S.data.embeddings[:1]
     with torch.no_grad():
         bare = torch.equal(student(*inputs).sample, type(student).forward(student, *inputs).sample)
@@ -641,9 +578,9 @@ def _(folder):
 def _(folder):
     from studies.replay.tasks import check_dataset
 
-    _tree(folder / "flat", *(f"{i}.png" for i in range(9)))
-    _tree(folder / "unique", *(f"train/{i}/1.png" for i in range(4)), "test/0/9.png")
-    _tree(folder / "b" / "flat", "1.png", "2.png")
+    tree(folder / "flat", *(f"{i}.png" for i in range(9)))
+    tree(folder / "unique", *(f"train/{i}/1.png" for i in range(4)), "test/0/9.png")
+    tree(folder / "b" / "flat", "1.png", "2.png")
     given = (folder / "flat", folder / "unique", f"{folder / 'flat'} then {folder / 'b' / 'flat'}")
     return " | ".join(_error(lambda one=one: check_dataset(one)) for one in given)
 
@@ -720,7 +657,7 @@ def _(folder):
         env=environment | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     seen = {line.partition("SEEN ")[2] for line in done.stdout.splitlines() if "SEEN" in line}
-    return f"one run of {this_process().num_processes + 1} processes, both say {seen}"
+    return f"processes, weights and images as each of them sees it: {sorted(seen)}"
 
 
 @trial("9", "two runs into one folder")

@@ -1,4 +1,4 @@
-"""Kills, damage and broken input in bulk: `python -m benchmarks.robustness kills|damage|fuzz`.
+"""Kills, damage and broken input in bulk: `python -m tests.robustness.trials kills|damage|fuzz`.
 
 kills: a distillation or a sequence is killed with SIGKILL, at a random moment or at a random file
 operation of a checkpoint, up to three times, and then goes on to its end, whose weights are
@@ -46,6 +46,7 @@ from kdc.pipelines import with_unet
 from kdc.training import checkpoints
 from kdc.training.settings import TrainSettings
 from studies.common import ledger
+from tests.helpers import draws_counted, picture
 
 STEPS, SAVE_EVERY = 24, 5
 REFUSALS = (ValueError, TypeError, OSError, FloatingPointError)
@@ -195,13 +196,31 @@ def dying(at: int | None, torn: bool = False):
             setattr(owner, name, original)
 
 
+def _killed(kind, pipeline, folder, inside, draw, operations, seconds) -> bool:
+    """Let a run go on until it is killed; whether it was."""
+    answer = Path(tempfile.mkstemp()[1])
+    at, torn = draw.randint(1, operations), draw.random() < 0.5
+
+    def work():
+        with dying(at if inside else None, torn):
+            return run(kind, pipeline, folder, True)
+
+    child = _in_child(work, answer)
+    if not inside:
+        time.sleep(draw.uniform(0, 0.7 * seconds))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    answer.unlink()
+    return os.WIFSIGNALED(status)
+
+
 def kills(count: int, seed: int) -> list[dict]:
     """`count` runs, each killed one to three times, and what came of them."""
     draw, pipeline, rows = random.Random(seed), narrow(), []
     whole, operations, seconds = {}, {}, {}
     for kind in KINDS:
         folder = Path(tempfile.mkdtemp())
-        started = time.perf_counter()
         whole[kind] = finished(lambda kind=kind: run(kind, pipeline, None, False))["answer"]
 
         def counting(kind=kind, folder=folder):
@@ -216,30 +235,24 @@ def kills(count: int, seed: int) -> list[dict]:
     for number in range(count):
         kind, folder = KINDS[number % len(KINDS)], Path(tempfile.mkdtemp())
         inside = number % 2 == 0
-        deaths = []
-        for _ in range(draw.randint(1, 3)):
-            answer = Path(tempfile.mkstemp()[1])
-            at, torn = draw.randint(1, operations[kind]), draw.random() < 0.5
-
-            def work(kind=kind, folder=folder, at=at, torn=torn, inside=inside):
-                with dying(at if inside else None, torn):
-                    return run(kind, pipeline, folder, True)
-
-            child = _in_child(work, answer)
-            if not inside:
-                time.sleep(draw.uniform(0, 0.7 * seconds[kind]))
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            deaths.append(os.WIFSIGNALED(status))
-            answer.unlink()
+        deaths, wanted = 0, draw.randint(1, 3)
+        for _ in range(10 * wanted):
+            if _killed(kind, pipeline, folder, inside, draw, operations[kind], seconds[kind]):
+                deaths += 1
+                if deaths == wanted:
+                    break
+            elif deaths:
+                break  # through before another death came
+            else:  # through before its first: it does not count
+                shutil.rmtree(folder)
+                folder.mkdir()
         end = finished(lambda kind=kind, folder=folder: run(kind, pipeline, folder, True))
         left = [p.name for p in folder.rglob("*.partial")]
         rows.append(
             {
                 "run": kind,
                 "killed": "at a file operation" if inside else "at any moment",
-                "deaths": sum(deaths),
+                "deaths": deaths,
                 "equal": end.get("answer") == whole[kind],
                 "left behind": len(left),
                 "error": end.get("error"),
@@ -288,17 +301,8 @@ def damage(count: int, seed: int) -> list[dict]:
         folder = Path(tempfile.mkdtemp())
 
         def stopped(folder=folder):
-            steps = []
-            original = LatentDataset.draw
-
-            def draws(self, *args, **kwargs):
-                steps.append(1)
-                if len(steps) == 3 * SAVE_EVERY + 2:
-                    os._exit(9)
-                return original(self, *args, **kwargs)
-
-            LatentDataset.draw = draws
-            return run("distill", pipeline, folder, False)
+            with draws_counted(stop_at=3 * SAVE_EVERY + 2):
+                return run("distill", pipeline, folder, False)
 
         finished(stopped)
         found = checkpoints.checkpoints(folder)
@@ -376,10 +380,9 @@ def fuzz_captions(draw: random.Random, folder: Path) -> str:
     """A spoilt list of captions: each image keeps its own, or the list is refused by name."""
     names = {"train/a/1.png": "first", "train/a/2.png": "second", "train/b/1.png": "third"}
     root = folder / "captioned"
-    for number, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
+    for name in names:
         if not (root / name).exists():
-            Image.new("RGB", (9, 9), (number, 0, 0)).save(root / name)
+            picture(root / name)
     if draw.random() < 0.5:
         other, listing = root / "metadata.csv", root / "metadata.jsonl"
         rows = [json.dumps({"file_name": n, "text": t}) for n, t in names.items()]
