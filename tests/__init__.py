@@ -1,0 +1,1 @@
+"""The tests. A package, because some library installs one of that name."""
