@@ -272,7 +272,7 @@ report.beside_the_paper()
 #
 # 1. Draw at guidance 3 instead of 7.5 (`kdc.evaluate(..., guidance=3)`). Which scores get better, which
 #    get worse, and which of them would you trust?
-# 2. Evaluate with 20 prompts. Which rows are refused? What does the floor of KID look like?
+# 2. Evaluate with 20 prompts. Which rows are refused? What does the real-vs-real baseline of KID look like?
 # 3. Give a folder of photographs as `dataset`. What does the mini teacher's Fréchet distance mean now?
 #
 # ## Provenance

@@ -203,22 +203,22 @@ plt.show()
 #
 # Stored by `make grades`; every number is measured on held-out renderings or on images generated
 # with the default guidance in 25 steps. The Fréchet distance is taken in the mini CLIP's features,
-# and its floor is the distance between two sets of real renderings at the same count.
+# and its real-vs-real baseline is the distance between two sets of real renderings at the same count.
 
 # %%
 grades.report(ledger.read("mini_grades"))
 
 # %% [markdown]
-# One goal is missed, and the next table tells why. It divides the Fréchet distance by its floor for
+# One goal is missed. The next table tells why. It divides the Fréchet distance by that baseline for
 # real renderings that only passed the autoencoder, and for the teacher's images at several guidances
-# (stored by `python -m studies mini fd`, at half the count of the grades, so that the floor is higher
+# (stored by `python -m studies mini fd`, at half the count of the grades, so that the baseline is higher
 # and the ratios are lower). The autoencoder is not to blame, nor is what the teacher has
 # learnt: it is guidance, which makes an image show what was asked for by making all images of a
 # caption alike. Attribute accuracy does not see that. A distance between distributions does.
 
 # %%
 why = ledger.read("mini_fd")
-pd.Series(why["ratios"], name=f"distance / floor, {why['samples']} images").round(1).to_frame()
+pd.Series(why["ratios"], name=f"distance / baseline, {why['samples']} images").round(1).to_frame()
 
 # %% [markdown]
 # ## What would have shown the claim false

@@ -164,8 +164,8 @@ except ValueError as error:
 
 # %% [markdown]
 # What can be said at a small count is how far apart *real* sets of that size are. `kdc.evaluate` puts
-# this floor beside every distance: a score near its floor says that nothing is left to be seen with
-# so few images, not that nothing is there.
+# this real-vs-real baseline beside every distance. A score near it says that so few images show no
+# difference. It does not say that there is none.
 
 # %%
 see = find_extractor("mini-clip")
