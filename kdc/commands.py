@@ -24,6 +24,7 @@ from kdc.paths import STUDENT_FILES, as_path
 from kdc.training.settings import TrainSettings, refuse_unknown
 
 CONFIG = "config.yaml"
+DATASET_NAMES = "worlds, flora, lepidoptera, flowers102, butterflies"
 PACKAGES = ("kdc", "torch", "diffusers", "transformers", "accelerate")
 
 
@@ -277,7 +278,7 @@ COMMANDS: dict[str, Command] = {
             STUDENT,
             PLAN,
             INIT,
-            Option("dataset", "worlds, flora, lepidoptera, or a folder", default="worlds"),
+            Option("dataset", DATASET_NAMES + ", or a folder", default="worlds"),
             IMAGES,
             WEIGHTS,
             *TRAINING,
@@ -328,7 +329,7 @@ COMMANDS: dict[str, Command] = {
                    default="mini"),
             Option("teacher", "compare with its images of the same prompts and noise"),
             *PROMPTS,
-            Option("reference", "real images: worlds, flora, lepidoptera, or a folder"),
+            Option("reference", f"real images: {DATASET_NAMES}, or a folder"),
             Option("count", "captions of the reference that are used without prompts", int, 32),
             Option("metrics", "which; default: all that can be had", many=True),
             Option("extractor", "what computes features", default="mini-clip"),

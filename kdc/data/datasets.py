@@ -1,4 +1,4 @@
-"""Captioned images by name or folder: the procedural worlds, and folders of one's own."""
+"""Captioned images by name or folder: procedural worlds, published sets, folders of one's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch.utils.data import Dataset
 
 from kdc.checks import MOST_SEEDS, whole_number
 from kdc.data import worlds
-from kdc.data.folders import FOLDER_SPLITS, FolderDataset, read_folder
+from kdc.data.folders import FOLDER_SPLITS, FolderDataset, captioned_files, read_folder
+from kdc.data.published import BUTTERFLIES, FLOWERS, Listing, butterfly_files, flower_files
+from kdc.io import plain
 from kdc.paths import as_path
 
 WORLD_COUNT = 2000  # renderings of a world where no count is given
@@ -43,6 +45,14 @@ class WorldDataset(Dataset):
 
     def caption(self, index: int) -> str:
         return worlds.caption(self._draw(index)[0])
+
+    def captions_of(self, index: int) -> tuple[str, ...]:
+        """The caption of an item; no image is drawn."""
+        return (self.caption(index),)
+
+    def identity(self) -> dict:
+        """What the images depend on, in plain values."""
+        return {name: plain(value) for name, value in vars(self).items()}
 
     def _draw(self, index: int):
         if not 0 <= index < self.count:
@@ -80,6 +90,18 @@ def _read_folder(source, split, size, *, count, seed, held_out, **of_folders) ->
     )
 
 
+PUBLISHED: dict[str, Callable[[str], Listing]] = {
+    FLOWERS: flower_files,
+    BUTTERFLIES: butterfly_files,
+}
+
+
+def _read_published(source, split, size, *, count, seed, held_out, **of_folders) -> FolderDataset:
+    found = PUBLISHED[str(source)](split)
+    shown = dict(zip(found.files, found.species, strict=True))
+    return captioned_files(found.root, shown, size, count=count, seed=seed, **of_folders)
+
+
 @dataclass(frozen=True)
 class Kind:
     """One entry of `DATASETS`."""
@@ -95,6 +117,7 @@ class Kind:
 # The first kind that knows a source reads it.
 DATASETS: dict[str, Kind] = {
     "worlds": Kind(lambda source: bool(_world_names(source)), _read_worlds),
+    "published": Kind(lambda source: str(source) in PUBLISHED, _read_published),
     "folder": Kind(lambda source: as_path(source, "the data set").is_dir(), _read_folder),
 }
 
@@ -109,16 +132,20 @@ def load_dataset(
     held_out: bool = False,
     **of_folders,
 ) -> WorldDataset | FolderDataset:
-    """A captioned data set: "flora", "lepidoptera", "worlds" (both), or a folder of images.
+    """A captioned data set: a procedural world, a published data set, or a folder of images.
 
+    "flora", "lepidoptera" and "worlds" (both) are drawn; "flowers102" and "butterflies" are the
+    paper's, see `published` for where they lie; a folder of one of these names is "./flowers102".
     Which kinds there are stands in `DATASETS`. `count` images at most; None: all of a folder, 2,000
     of a world. `held_out` concerns the worlds; `templates`, `crop`, `flip`, `variants` and `check`
     concern folders: see `folders.read_folder`, and `captions` for where captions come from. A
     folder may hold train/ and test/ (or names like these, in any case); where it does not, one
     image in five, chosen by the hash of its name, is for testing.
 
-    Raises `FileNotFoundError` for a missing folder, `ValueError` for one without images or of which
-    several readings are possible, `TypeError` and `ValueError` for arguments that make no sense.
+    Raises `FileNotFoundError` for a missing folder, or a published data set that is neither there
+    nor can be fetched (saying which folder to fill with what), `ValueError` for one without images
+    or of which several readings are possible, `TypeError` and `ValueError` for arguments that make
+    no sense.
     """
     if split not in FOLDER_SPLITS:
         raise ValueError(f"unknown split {split!r}; the splits are train and test")
@@ -131,5 +158,5 @@ def load_dataset(
             return kind.read(name_or_folder, split, size, **how, **of_folders)
     raise FileNotFoundError(
         f"no data set {str(name_or_folder)!r}: neither a folder nor one of "
-        f"{', '.join(worlds.WORLDS)}, worlds"
+        f"{', '.join(worlds.WORLDS)}, worlds, {', '.join(PUBLISHED)}"
     )

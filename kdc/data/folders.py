@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from kdc.checks import as_texts, whole_number
 from kdc.data.captions import LISTS, read_captions
 from kdc.data.images import read_image, suffixes, unreadable
-from kdc.io import checksum
+from kdc.io import checksum, hash_text
 
 FOLDER_SPLITS = {
     "train": ("train", "training"),
@@ -50,6 +50,7 @@ class FolderDataset(Dataset):
         flip: bool = False,
         variants: int = 1,
         seed: int = 0,
+        root: Path | None = None,
     ):
         if crop not in ("center", "random"):
             raise ValueError(f"crop must be center or random, not {crop!r}")
@@ -61,12 +62,30 @@ class FolderDataset(Dataset):
         self.captions = [(c,) if isinstance(c, str) else tuple(c) for c in captions]
         self.size, self.crop, self.flip = size, crop, flip
         self.variants, self.seed = whole_number("variants", variants, 1), seed
+        self.root = root
 
     def __len__(self) -> int:
         return len(self.files) * self.variants
 
     def caption(self, index: int) -> str:
-        return self.captions[index % len(self.files)][0]
+        return self.captions_of(index)[0]
+
+    def captions_of(self, index: int) -> tuple[str, ...]:
+        """All captions of an item; no image is read."""
+        return self.captions[index % len(self.files)]
+
+    def identity(self) -> dict:
+        """What the images depend on, in plain values: names, sizes and times of the files too.
+
+        Names are relative to the folder, which may be moved.
+        """
+        found = []
+        for file in self.files:
+            known = file.stat()
+            name = file.relative_to(self.root) if self.root else file
+            found.append((name.as_posix(), known.st_size, known.st_mtime_ns))
+        how = {"size": self.size, "crop": self.crop, "flip": self.flip}
+        return how | {"variants": self.variants, "seed": self.seed, "files": hash_text(repr(found))}
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
@@ -117,10 +136,7 @@ def read_folder(
     ways, and for captions that cannot be given to an image; `PermissionError` for a folder that may
     not be read.
     """
-    templates = as_texts("templates", templates)
-    for template in templates or [""]:
-        if template.count("{}") != 1:
-            raise ValueError(f"a template must hold one {{}} for the class, not {template!r}")
+    check_templates(templates)
     files = list(walk(folder))
     images = [f for f in files if f.suffix.lower() in suffixes()]
     tops = _split_folders(folder, images)
@@ -132,19 +148,64 @@ def read_folder(
         raise ValueError(f"{folder} holds no readable image for the split {split!r}")
     _warn_of_twins(folder, splits)
     known = read_captions(folder, images, files)
-    chosen = splits[split] if count is None else _in_turn(folder, splits[split], count)
-    wrong = {f: "not an image file" for f in _others(folder, files, images, tops, split)}
+    others = {f: "not an image file" for f in _others(folder, files, images, tops, split)}
+    return captioned_files(
+        folder,
+        {f: _class_name(folder, f, tops) for f in splits[split]},
+        size,
+        groups={f: f.parent for f in splits[split]},
+        known=known,
+        wrong=others,
+        count=count,
+        seed=seed,
+        templates=templates,
+        check=check,
+        **augmentation,
+    )
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise `ValueError` for a template without a place for the class."""
+    for template in as_texts("templates", templates) or [""]:
+        if template.count("{}") != 1:
+            raise ValueError(f"a template must hold one {{}} for the class, not {template!r}")
+
+
+def captioned_files(
+    folder: Path,
+    classes: Mapping[Path, str],
+    size: int,
+    *,
+    groups: Mapping[Path, object] | None = None,
+    known: Mapping[Path, Sequence[str]] | None = None,
+    wrong: Mapping[Path, str] | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    templates: Sequence[str] = TEMPLATES,
+    check: bool = True,
+    **augmentation,
+) -> FolderDataset:
+    """A data set of image files below `folder`, {file: what it shows}; see `read_folder`.
+
+    `groups` says from which files `count` are taken in turn (default: the classes), `known` the
+    captions of some, and `wrong` which other files are named in the warning, and why.
+    """
+    check_templates(templates)
+    chosen, wrong = list(classes), dict(wrong or {})
+    if count is not None:
+        chosen = _in_turn(folder, groups or classes, count)
     if check:
         wrong |= unreadable(chosen, size)
         chosen = [f for f in chosen if f not in wrong]
         _warn_of(folder, wrong)
     if not chosen:
-        raise ValueError(f"{folder} holds no readable image for the split {split!r}")
+        raise ValueError(f"{folder} holds no readable image for this split")
     captions = [
-        known.get(f) or [t.format(_with_article(_class_name(folder, f, tops))) for t in templates]
+        (known or {}).get(f)
+        or [t.format(with_article(classes[f])) for t in as_texts("templates", templates)]
         for f in chosen
     ]
-    return FolderDataset(chosen, captions, size, seed=seed, **augmentation)
+    return FolderDataset(chosen, captions, size, seed=seed, root=folder, **augmentation)
 
 
 def walk(folder: Path) -> Iterator[Path]:
@@ -216,15 +277,15 @@ def _digest(folder: Path, file: Path) -> bytes:
     return hashlib.sha256(file.relative_to(folder).as_posix().encode()).digest()
 
 
-def _in_turn(folder: Path, images: Sequence[Path], count: int) -> list[Path]:
-    """`count` of the images, in turn from each class, and by the hash of their names within it."""
-    classes: dict[Path, list[Path]] = {}
-    for image in images:
-        classes.setdefault(image.parent, []).append(image)
-    for members in classes.values():
-        members.sort(key=lambda image: _digest(folder, image))
-    rounds = max(map(len, classes.values()))
-    order = [c[i] for i in range(rounds) for c in classes.values() if i < len(c)]
+def _in_turn(folder: Path, groups: Mapping[Path, object], count: int) -> list[Path]:
+    """`count` of the images, in turn from each group, and by the hash of their names within it."""
+    members: dict[object, list[Path]] = {}
+    for image, group in groups.items():
+        members.setdefault(group, []).append(image)
+    for images in members.values():
+        images.sort(key=lambda image: _digest(folder, image))
+    rounds = max(map(len, members.values()))
+    order = [m[i] for i in range(rounds) for m in members.values() if i < len(m)]
     return sorted(order[:count])
 
 
@@ -267,7 +328,8 @@ def _warn_of_twins(folder: Path, splits: dict[str, list[Path]]) -> None:
         )
 
 
-def _with_article(name: str) -> str:
+def with_article(name: str) -> str:
+    """ "a rose", "an iris"."""
     return f"{'an' if name.startswith(tuple('aeiou')) else 'a'} {name}"
 
 
