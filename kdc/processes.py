@@ -1,12 +1,16 @@
-"""Which process this is, of how many, and its device: Accelerate's state, made in one place."""
+"""Which process this is, of how many, its device, and which folders are its own."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from filelock import FileLock, Timeout
 
 
 def this_process() -> PartialState:
@@ -25,3 +29,28 @@ def this_process() -> PartialState:
             "train for itself: make kdc's first call before anything else uses Accelerate"
         )
     return state
+
+
+@contextlib.contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """Within it, no other run can write into that folder, which is made; None: nothing.
+
+    The first of several processes holds it for all of them. May be entered again by the process
+    that holds it. The lock goes with the process, however that ends. Raises `RuntimeError` where
+    another run holds it.
+    """
+    if folder is None or not this_process().is_main_process:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.resolve() / ".lock", timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RuntimeError(
+            f"another process writes into {folder}: wait for it, or give another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -23,10 +23,10 @@ from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import forward_process
 from kdc.io import fingerprint, hash_text, plain
 from kdc.pipelines import in_pipeline
-from kdc.processes import this_process
+from kdc.processes import locked, this_process
 from kdc.replay.buffer import ReplayBuffer
 from kdc.training.efficiency import refuse_unusable
-from kdc.training.loop import check_run, identity_of_run, locked
+from kdc.training.loop import check_run, identity_of_run
 from kdc.training.settings import TrainSettings
 
 Evaluate = Callable[[StableDiffusionPipeline, Task], Mapping[str, float]]

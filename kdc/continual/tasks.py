@@ -13,6 +13,7 @@ import torch
 from kdc.checks import MOST_SEEDS, as_texts, whole_number
 from kdc.data import worlds
 from kdc.data.latents import LatentDataset
+from kdc.data.shards import Shards
 from kdc.paths import as_path
 
 
@@ -51,14 +52,19 @@ def select(data: LatentDataset, rows: torch.Tensor) -> LatentDataset:
     used, place = offered.unique(return_inverse=True)
     if used[0] < 0:  # an image with fewer captions than others
         used, place = used[1:], place - 1
+    mean, std, embeddings = (
+        values.take(chosen) if isinstance(values, Shards) else values[chosen]
+        for values, chosen in ((data.mean, rows), (data.std, rows), (data.embeddings, used))
+    )
     return LatentDataset(
-        data.mean[rows],
-        data.std[rows],
-        data.embeddings[used],
+        mean,
+        std,
+        embeddings,
         torch.searchsorted(used, first),
         data.empty,
         [data.captions[i] for i in used.tolist()],
         None if data.choices is None else place,
+        data.note,
     )
 
 

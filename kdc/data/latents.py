@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -13,7 +16,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from kdc.checks import as_texts, whole_number
+from kdc.data.shards import Shards
 from kdc.pipelines import generate, refuse_infinite_images
+from kdc.processes import this_process
 
 
 @dataclass
@@ -23,16 +28,18 @@ class LatentDataset(Dataset):
     mean, std (N, C, h, w) of the scaled latents, so that sampling stays random; embeddings
     (M, L, D) of the distinct captions, `caption_index` (N,) into them, and the empty caption's
     embedding (L, D). Where images have several captions, `choices` (N, K) are all of each, the
-    first K of them, -1 where there are fewer; `caption_index` is the first.
+    first K of them, -1 where there are fewer; `caption_index` is the first. From a cache on disk
+    the large ones are `Shards`, read by need; `note` then says where it lies and how exact it is.
     """
 
-    mean: Tensor
-    std: Tensor
-    embeddings: Tensor
+    mean: Tensor | Shards
+    std: Tensor | Shards
+    embeddings: Tensor | Shards
     caption_index: Tensor
     empty: Tensor
     captions: list[str]
     choices: Tensor | None = None
+    note: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -100,56 +107,126 @@ def embed_captions(
 
 
 def cache_latents(
-    pipeline: StableDiffusionPipeline, dataset: Dataset, batch_size: int = 32
+    pipeline: StableDiffusionPipeline,
+    dataset: Dataset,
+    batch_size: int = 32,
+    *,
+    folder: str | Path | None = None,
+    dtype: str = "float16",
+    workers: int | None = None,
 ) -> LatentDataset:
     """Encode every image and every distinct caption once.
 
+    Without a `folder` all is held in memory, in float32. With one it goes there in shards of
+    `dtype`, "float16" (whose largest error the result's `note` states) or "float32", and is read
+    from there by need; what lies there already, from the same networks, images and captions, is not
+    encoded again. Several processes write their shares side by side. `workers` processes read the
+    images while the encoder runs; None: up to 8 where that is a GPU, else none.
+
     Raises `ValueError` if an image's size is not what the autoencoder and U-Net expect, and
-    `FloatingPointError` naming the image or caption whose encoding is not finite.
+    `FloatingPointError` naming the image or caption whose encoding is not finite; with a folder
+    also what `cache.cache_on_disk` raises.
     """
     count = len(dataset)  # type: ignore[arg-type]
     if count == 0:
         raise ValueError("the data set is empty")
     batch_size = whole_number("batch_size", batch_size, 1)
-    vae = pipeline.vae
-    expected = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    # The loader would draw a seed of its own from the global generator.
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_size, collate_fn=list, generator=torch.Generator()
-    )
+    if workers is not None:
+        workers = whole_number("workers", workers, 0)
+    if folder is not None:
+        from kdc.data.cache import cache_on_disk  # which needs this module
+
+        return cache_on_disk(
+            pipeline, dataset, folder, batch_size=batch_size, dtype=dtype, workers=workers
+        )
     mean = std = torch.empty(0)
     captions: list[Sequence[str]] = []
-    for items in tqdm(loader, desc="encoding", mininterval=2):
-        images = torch.stack([item["image"] for item in items])
+    batches = [part.tolist() for part in torch.arange(count).split(batch_size)]
+    for items, means, stds in encode(pipeline, dataset, batches, workers):
+        if not len(mean):  # one copy of all, filled in place
+            mean = torch.empty(count, *means.shape[1:])
+            std = torch.empty_like(mean)
+        rows = slice(len(captions), len(captions) + len(items))
+        mean[rows], std[rows] = means, stds
+        captions += [item.get("captions") or (item["caption"],) for item in items]
+    distinct, index, choices = number_captions(captions)
+    return LatentDataset(
+        mean,
+        std,
+        embed_captions(pipeline, distinct),
+        index,
+        embed_captions(pipeline, [""])[0],
+        distinct,
+        choices if choices.shape[1] > 1 else None,
+    )
+
+
+def encode(
+    pipeline: StableDiffusionPipeline,
+    dataset: Dataset,
+    batches: list[list[int]],
+    workers: int | None = None,
+) -> Iterator[tuple[list[dict], Tensor, Tensor]]:
+    """Of each batch its items without their images, and mean and std of their scaled latents.
+
+    mean, std (B, C, h, w), float32 on the CPU. Raises as `cache_latents`.
+    """
+    vae, device = pipeline.vae, pipeline.device
+    expected = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    if workers is None:
+        workers = min(8, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
+    loader = torch.utils.data.DataLoader(
+        _Reading(dataset),
+        batch_sampler=batches,
+        collate_fn=_stacked,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # it would draw a seed of its own from the global generator
+    )
+    hidden = not batches or not this_process().is_main_process
+    for found in tqdm(loader, desc="encoding", mininterval=2, disable=hidden):
+        if isinstance(found, Exception):
+            raise found
+        items, images = found
         if images.shape[-2:] != (expected, expected):
             raise ValueError(
                 f"images are {tuple(images.shape[-2:])}, the U-Net expects {expected} x "
                 f"{expected}: load the data set with size={expected}"
             )
         with torch.inference_mode():
-            posterior = vae.encode(images.to(pipeline.device, vae.dtype)).latent_dist
+            inputs = images.to(device, vae.dtype, non_blocking=True)
+            posterior = vae.encode(inputs).latent_dist
+            mean, std = posterior.mean, posterior.std
         names = [item.get("path", item["caption"]) for item in items]
-        for values in (posterior.mean, posterior.std):
+        for values in (mean, std):
             refuse_infinite_images(values, names, "the autoencoder")
-        if not len(mean):  # one copy of all, filled in place
-            mean = torch.empty(count, *posterior.mean.shape[1:])
-            std = torch.empty_like(mean)
-        rows = slice(len(captions), len(captions) + len(items))
-        mean[rows] = posterior.mean.cpu() * vae.config.scaling_factor
-        std[rows] = posterior.std.cpu() * vae.config.scaling_factor
-        captions += [item.get("captions") or (item["caption"],) for item in items]
-    distinct, every = _number([caption for each in captions for caption in each])
-    numbers = every.split([len(each) for each in captions])
-    choices = torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True, padding_value=-1)
-    return LatentDataset(
-        mean,
-        std,
-        embed_captions(pipeline, distinct),
-        choices[:, 0].clone(),
-        embed_captions(pipeline, [""])[0],
-        distinct,
-        choices if choices.shape[1] > 1 else None,
-    )
+        factor = vae.config.scaling_factor
+        yield items, (mean.float().cpu() * factor).clone(), (std.float().cpu() * factor).clone()
+
+
+class _Reading(Dataset):
+    """Items, or what was raised instead: an error in a worker would lose its kind and message."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> dict | Exception:
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            return error
+
+
+def _stacked(items: list) -> tuple[list[dict], Tensor] | Exception:
+    """Items without their images, and these as one tensor (B, 3, H, W)."""
+    for item in items:
+        if isinstance(item, Exception):
+            return item
+    shapes = {tuple(item["image"].shape) for item in items}
+    if len(shapes) > 1:
+        return ValueError(f"images differ in size: {sorted(shapes)}")
+    images = torch.stack([item["image"] for item in items])
+    return [{k: v for k, v in item.items() if k != "image"} for item in items], images
 
 
 def with_captions(
@@ -183,6 +260,17 @@ def latents_of_captions(
     return LatentDataset(
         latents, torch.zeros_like(latents), embeddings[:-1], index, embeddings[-1], distinct
     )
+
+
+def number_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor, Tensor]:
+    """The distinct captions of some images, sorted, and for each image its first and all of them.
+
+    The numbers are (N,) and (N, K), places among the distinct ones; -1 where there are fewer.
+    """
+    distinct, every = _number([caption for each in captions for caption in each])
+    numbers = every.split([len(each) for each in captions])
+    choices = torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True, padding_value=-1)
+    return distinct, choices[:, 0].clone(), choices
 
 
 def _number(captions: Sequence[str]) -> tuple[list[str], Tensor]:

@@ -12,19 +12,19 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch.utils.data import Dataset
 
 from kdc.data.latents import LatentDataset, cache_latents
+from kdc.data.shards import Shards
 from kdc.distillation.features import feature_pairs
 from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import DistillationStep, forward_process
-from kdc.io import fingerprint, plain, read_json, refuse_other_settings
+from kdc.io import fingerprint, hash_text, plain, read_json, refuse_other_settings
 from kdc.paths import STUDENT_FILES
 from kdc.pipelines import check_teacher, load_unet, save_student
-from kdc.processes import this_process
+from kdc.processes import locked, this_process
 from kdc.training.checkpoints import checkpoints, forget_checkpoints
 from kdc.training.efficiency import quickened, reduced, refuse_unusable
 from kdc.training.loop import (
     check_run,
     identity_of_run,
-    locked,
     make_accelerator,
     precision_on,
     train,
@@ -144,11 +144,13 @@ def identity_of(
 
 
 def identity_of_data(data: LatentDataset) -> str:
-    """A fingerprint of all that training draws from."""
-    several = () if data.choices is None else (data.choices,)
-    return fingerprint(
-        data.mean, data.std, data.embeddings, data.caption_index, data.empty, *several
-    )
+    """A fingerprint of all that training draws from; of a cache on disk nothing is read."""
+    large = [data.mean, data.std, data.embeddings]
+    small = [data.caption_index, data.empty] + ([] if data.choices is None else [data.choices])
+    tensors = [part for part in large if not isinstance(part, Shards)]
+    stored = [part.identity() for part in large if isinstance(part, Shards)]
+    found = fingerprint(*tensors, *small)
+    return hash_text(found, *stored) if stored else found
 
 
 def is_finished(folder: Path) -> bool:

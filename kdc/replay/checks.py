@@ -17,6 +17,8 @@ SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 LARGEST = {"float32": torch.float32, "float16": torch.float16, "int8": torch.float32}
 EMBEDDED = {"float32": torch.float32, "float16": torch.float16, "int8": torch.float16}
 
+AT_ONCE = 1024  # rows looked at together, so that memory does not grow with the data set
+
 
 def whole_numbers(
     name: str, values: Tensor | Sequence[int], low: int, high: int, dtypes: Sequence = SIGNED
@@ -97,9 +99,11 @@ def check_items(data: Latents, index: Tensor, shapes: Mapping[str, list], dtype:
                 f"the buffer holds {name}s of shape {tuple(shape)}, these are {tuple(given[name])}"
             )
     for name in ("mean", "std"):
-        _check_finite(f"the latents' {name} is", getattr(data, name)[index], LARGEST[dtype])
-    words = data.embeddings[data.caption_index[index].unique()]
-    _check_finite("the embeddings of captions are", words, EMBEDDED[dtype])
+        for rows in index.split(AT_ONCE):
+            _check_finite(f"the latents' {name} is", getattr(data, name)[rows], LARGEST[dtype])
+    for rows in data.caption_index[index].unique().split(AT_ONCE):
+        words = data.embeddings[rows]
+        _check_finite("the embeddings of captions are", words, EMBEDDED[dtype])
 
 
 def _check_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from kdc.data.shards import Shards
 from kdc.paths import as_path
 
 SCRATCH, LOCK = "rows-", "in-use.lock"  # scratch folders, and what says that they are in use
@@ -156,9 +157,9 @@ def item_bytes(shape: Sequence[int], dtype: str) -> int:
 class Latents(Protocol):
     """What the buffer takes from a `kdc.LatentDataset`."""
 
-    mean: Tensor
-    std: Tensor
-    embeddings: Tensor
+    mean: Tensor | Shards
+    std: Tensor | Shards
+    embeddings: Tensor | Shards
     caption_index: Tensor
     captions: list[str]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kdc.io import refuse_infinite_weights, write_text
 from kdc.paths import try_writing
-from kdc.processes import this_process
+from kdc.processes import locked, this_process
 from kdc.training.checkpoints import (
     Companion,
     Terms,
@@ -74,30 +73,6 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
     # accumulates by itself, as its settings say.
     accelerator.gradient_accumulation_steps = 1
     return accelerator
-
-
-@contextlib.contextmanager
-def locked(output_dir: Path | None) -> Iterator[None]:
-    """Within it, no other process can train into that folder, which is made; None: nothing.
-
-    May be entered again by the process that holds it. The lock goes with the process, however that
-    ends. Raises `RuntimeError` where another process holds it.
-    """
-    if output_dir is None or not this_process().is_main_process:
-        yield
-        return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output_dir.resolve() / ".lock", timeout=0, is_singleton=True)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RuntimeError(
-            f"another process trains into {output_dir}: wait for it, or give another output_dir"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def check_run(

@@ -663,7 +663,7 @@ def _(folder):
 @trial("9", "two runs into one folder")
 def _(folder):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom kdc.training.loop import locked\n"
+        "import sys, time\nfrom pathlib import Path\nfrom kdc.processes import locked\n"
         "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
     )
     other = subprocess.Popen(

@@ -368,7 +368,7 @@ def test_one_process_at_a_time_trains_into_a_folder(tmp_path):
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from kdc.training.loop import locked\n"
+        "from kdc.processes import locked\n"
         "with locked(Path(sys.argv[1])):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"
@@ -379,7 +379,7 @@ def test_one_process_at_a_time_trains_into_a_folder(tmp_path):
     try:
         assert other.stdout.readline() == "held\n"
         model, loss = regression()
-        with pytest.raises(RuntimeError, match="another process trains into"):
+        with pytest.raises(RuntimeError, match="another process writes into"):
             train(model, loss, SETTINGS, tmp_path)
     finally:
         other.kill()
