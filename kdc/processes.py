@@ -6,11 +6,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 
 def this_process() -> PartialState:
@@ -29,6 +31,36 @@ def this_process() -> PartialState:
             "train for itself: make kdc's first call before anything else uses Accelerate"
         )
     return state
+
+
+def own_part(count: int) -> slice:
+    """Which of `count` things that are drawn for all processes are this one's: equal parts.
+
+    Every process draws the same from generators of the same seed, and keeps its part, so that
+    several processes compute what one would. Raises `ValueError` where they cannot be shared out.
+    """
+    process = this_process()
+    each, left = divmod(count, process.num_processes)
+    if left:
+        raise ValueError(f"{count} images cannot be shared by {process.num_processes} processes")
+    return slice(process.process_index * each, (process.process_index + 1) * each)
+
+
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """The mean of a tensor that every process has, in each; of one process the tensor itself."""
+    process = this_process()
+    if process.num_processes == 1:
+        return tensor
+    summed = tensor.detach().clone()
+    torch.distributed.all_reduce(summed)
+    return summed / process.num_processes
+
+
+def first_of_all(value: Any) -> Any:
+    """What the first process has, in each of them: any plain value."""
+    if this_process().num_processes == 1:
+        return value
+    return broadcast_object_list([value])[0]
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from kdc.continual.records import Progress, Records
 from kdc.continual.strategies import Strategy
 from kdc.data.latents import sample_posterior
 from kdc.distillation.step import DistillationStep, forward_process
+from kdc.processes import mean_over_processes, own_part
 from kdc.training.efficiency import quickened
 from kdc.training.loop import train
 
@@ -59,17 +60,19 @@ class Learner:
         new_step, old_step = self._steps(replays, old_model)
         latest: dict = {}
 
+        images = run.images  # of all processes, each of which learns its part
+
         def loss(model, generator):
-            latest.update(model=model, generator=generator)
+            latest.update(generator=generator)
             batch, rows = self._new(t, generator)
             terms = new_step(model, *self._posterior(batch, generator), generator)
-            counts.new_images += settings.batch_size
-            counts.teacher_images += settings.batch_size * run.weights.needs_teacher
-            count = mechanism.old_count(settings.batch_size)
+            counts.new_images += images
+            counts.teacher_images += images * run.weights.needs_teacher
+            count = mechanism.old_count(images)
             items = mechanism.old_items(t, count) if replays else None
             if items is not None:
                 old = self._old_terms(old_step, model, items, _aside(generator))
-                share = count / (settings.batch_size + count)
+                share = count / (images + count)
                 total = (1 - share) * terms["loss"] + share * old["loss"]
                 terms |= {f"old_{name}": value for name, value in old.items()}
                 terms |= {"new_loss": terms["loss"], "loss": total}
@@ -81,10 +84,11 @@ class Learner:
 
         def old_gradient(items: Items) -> list[Tensor]:
             parameters = mechanism.trainable()
-            terms = self._old_terms(old_step, latest["model"], items, _aside(latest["generator"]))
+            # Not of the model that several processes wrap, which would wait for a backward pass.
+            terms = self._old_terms(old_step, run.student, items, _aside(latest["generator"]))
             found = torch.autograd.grad(terms["loss"], parameters, allow_unused=True)
             return [
-                torch.zeros_like(p) if g is None else g
+                torch.zeros_like(p) if g is None else mean_over_processes(g)
                 for p, g in zip(parameters, found, strict=True)
             ]
 
@@ -117,7 +121,7 @@ class Learner:
 
     def _new(self, t: int, generator: torch.Generator) -> tuple[Items, list[tuple[int, Tensor]]]:
         """A batch of new images, and where they stand: numbers of tasks with rows of their data."""
-        rows = self.mechanism.new_rows(t, self.run.settings.batch_size, generator)
+        rows = self.mechanism.new_rows(t, self.run.images, generator)
         data = [self.run.tasks[number].train.pick(index, generator) for number, index in rows]
         return join(data), rows
 
@@ -157,12 +161,17 @@ class Learner:
         return step(model, *self._posterior(items, generator), generator)
 
     def _posterior(self, batch: Items, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return sample_posterior(
-            **{name: batch[name] for name in ("mean", "std", "embedding")},
+        """Latents and embeddings of a batch of all processes: this one's part."""
+        drawn = sample_posterior(
+            batch["mean"],
+            batch["std"],
+            batch["embedding"],
             empty=self.run.tasks[0].train.empty,
             generator=generator,
             drop=self.run.settings.caption_dropout,
         )
+        part = own_part(len(batch["mean"]))
+        return drawn[0][part], drawn[1][part]
 
 
 def _aside(generator: torch.Generator) -> torch.Generator:

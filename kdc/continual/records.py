@@ -29,6 +29,7 @@ from kdc.io import (
     write_json,
 )
 from kdc.pipelines import load_unet, save_student
+from kdc.processes import first_of_all, this_process
 from kdc.training.checkpoints import clean, forget_checkpoints
 
 FILE, PREVIOUS = "sequence.json", "sequence.previous.json"
@@ -93,7 +94,8 @@ class Records:
         """
         if self.root is None:
             return
-        if not is_begun(self.root):
+        begun = first_of_all(is_begun(self.root))
+        if not begun:
             self._save("start")
             self._write()
             return
@@ -124,6 +126,8 @@ class Records:
 
     def _clean(self) -> None:
         """Remove what a stopped process left: half files, and checkpoints of learnt tasks."""
+        if not this_process().is_main_process:
+            return
         forget_partial(self.root / FILE, self.root / PREVIOUS)
         for t in range(self.learnt):
             clean(self.folder(t))
@@ -142,7 +146,9 @@ class Records:
             return
         self._save(f"task-{t}")
         self._write()
-        forget_checkpoints(self.folder(t))
+        if this_process().is_main_process:
+            forget_checkpoints(self.folder(t))
+        this_process().wait_for_everyone()
 
     def has_score(self, t: int, k: int) -> bool:
         """Whether task k was scored after task t."""
@@ -159,6 +165,8 @@ class Records:
         return pd.read_csv(file) if file.is_file() else pd.DataFrame()
 
     def _write(self) -> None:
+        if not this_process().is_main_process:
+            return
         if (self.root / FILE).is_file():
             with replacing(self.root / PREVIOUS) as place:
                 shutil.copyfile(self.root / FILE, place)
@@ -171,6 +179,8 @@ class Records:
         write_json(self.root / FILE, note, indent=1)
 
     def _save(self, name: str) -> None:
+        if not this_process().is_main_process:
+            return
         folder = self.root / name
         save_student(self.student, folder, strategy=self.identity["strategy"]["name"])
         self.mechanism.save(folder)

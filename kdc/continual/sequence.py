@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from kdc.checks import MOST_SEEDS, whole_number
 from kdc.continual.learner import Learner, Learnt
 from kdc.continual.matrix import ScoreMatrix
-from kdc.continual.mechanisms.base import Counts, Run
+from kdc.continual.mechanisms.base import Counts, Run, old_images
 from kdc.continual.records import SEQUENCE_FILES, Records, check_begun, is_begun
 from kdc.continual.strategies import Strategy, find_strategy
 from kdc.continual.tasks import Task
@@ -23,7 +23,7 @@ from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import forward_process
 from kdc.io import fingerprint, hash_text, plain
 from kdc.pipelines import in_pipeline
-from kdc.processes import locked, this_process
+from kdc.processes import first_of_all, locked, this_process
 from kdc.replay.buffer import ReplayBuffer
 from kdc.training.efficiency import refuse_unusable
 from kdc.training.loop import check_run, identity_of_run
@@ -134,6 +134,7 @@ def run_sequence(
     }
     if not (folder and is_begun(folder)):
         mechanism.begin_sequence()
+    this_process().wait_for_everyone()  # all have looked at the folder before one writes there
     with locked(folder):
         records = Records(folder, identity, student, mechanism)
         records.begin(resume)
@@ -144,7 +145,7 @@ def run_sequence(
             asked = range(len(tasks)) if ahead else range(t + 1)
             for k in [*asked, *([len(tasks)] if reference else [])]:
                 if not records.has_score(t, k):
-                    scores = dict(evaluate(in_pipeline(teacher, student), every[k]))
+                    scores = first_of_all(dict(evaluate(in_pipeline(teacher, student), every[k])))
                     if set(scores) != set(higher_is_better):
                         raise ValueError(
                             f"evaluate gave {sorted(scores)}, but higher_is_better names "
@@ -194,8 +195,20 @@ def check_sequence(
     """
     process = forward_process(teacher)
     check_fit(student, teacher, process, weights)
-    if this_process().num_processes > 1:
-        raise ValueError("a sequence runs in one process: launch it without several")
+    processes = this_process().num_processes
+    if processes > 1:
+        if strategy.mechanism.one_process:
+            raise ValueError(
+                f"{strategy.name} runs in one process ({strategy.mechanism.one_process}): launch it"
+                " without several"
+            )
+        old = old_images(strategy.ratio, settings.batch_size * processes)
+        if old % processes:
+            raise ValueError(
+                f"{strategy.name} adds {old} old images to {settings.batch_size} x {processes} new"
+                f" ones, which {processes} processes cannot share: choose batch_size and ratio so"
+                " that it divides"
+            )
     if strategy.mechanism.uses_buffer and buffer is None:
         raise ValueError(f"{strategy.name} needs a buffer: buffer=kdc.ReplayBuffer(...)")
     if buffer is not None and not strategy.mechanism.uses_buffer:

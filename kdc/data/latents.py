@@ -52,26 +52,39 @@ class LatentDataset(Dataset):
         }
 
     def draw(
-        self, count: int, generator: torch.Generator, dropout: float = 0.1
+        self,
+        count: int,
+        generator: torch.Generator,
+        dropout: float = 0.1,
+        part: slice = slice(None),
     ) -> tuple[Tensor, Tensor]:
         """A random batch: latents (B, C, h, w) sampled from their posteriors, embeddings (B, L, D).
 
-        A share `dropout` of the captions is replaced by the empty one.
+        A share `dropout` of the captions is replaced by the empty one. `count` images are drawn,
+        and those of the `part` are read and returned.
         """
         index = torch.randint(len(self), (count,), generator=generator)
-        items = self.pick(index, generator)
-        return sample_posterior(**items, empty=self.empty, generator=generator, drop=dropout)
+        items = self.pick(index, generator, part)
+        return sample_posterior(
+            **items, empty=self.empty, generator=generator, drop=dropout, count=count, part=part
+        )
 
-    def pick(self, index: Tensor, generator: torch.Generator) -> dict:
-        """The items `index` (B,), each with one of its captions drawn at random."""
-        items = self[index]
+    def pick(
+        self, index: Tensor, generator: torch.Generator, part: slice = slice(None)
+    ) -> dict[str, Tensor]:
+        """The items `index` (B,), each with one of its captions drawn at random; of them a part."""
+        captions = self.caption_index[index]
         if self.choices is not None:
             offered = self.choices[index]
             count = (offered >= 0).sum(dim=1)
             which = (torch.rand(len(index), generator=generator) * count).long()
-            chosen = offered.gather(1, which[:, None]).squeeze(1)
-            items["embedding"] = self.embeddings[chosen]
-        return items
+            captions = offered.gather(1, which[:, None]).squeeze(1)
+        own = index[part]
+        return {
+            "mean": self.mean[own],
+            "std": self.std[own],
+            "embedding": self.embeddings[captions[part]],
+        }
 
 
 def sample_posterior(
@@ -82,13 +95,17 @@ def sample_posterior(
     empty: Tensor,
     generator: torch.Generator,
     drop: float,
+    count: int | None = None,
+    part: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
     """Latents drawn from their posteriors, and embeddings of which a share `drop` is `empty`.
 
-    mean, std (B, C, h, w), embedding (B, L, D), empty (L, D) -> (B, C, h, w) and (B, L, D).
+    mean, std (B, C, h, w), embedding (B, L, D), empty (L, D) -> (B, C, h, w) and (B, L, D). They
+    may be the `part` of `count` images for which all is drawn.
     """
-    spread = torch.randn(mean.shape, generator=generator)
-    dropped = torch.rand(len(mean), generator=generator) < drop
+    count = len(mean) if count is None else count
+    spread = torch.randn((count, *mean.shape[1:]), generator=generator)[part]
+    dropped = (torch.rand(count, generator=generator) < drop)[part]
     return mean + std * spread, torch.where(dropped[:, None, None], empty, embedding)
 
 

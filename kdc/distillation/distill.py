@@ -19,7 +19,7 @@ from kdc.distillation.step import DistillationStep, forward_process
 from kdc.io import fingerprint, hash_text, plain, read_json, refuse_other_settings
 from kdc.paths import STUDENT_FILES
 from kdc.pipelines import check_teacher, load_unet, save_student
-from kdc.processes import locked, this_process
+from kdc.processes import locked, own_part, this_process
 from kdc.training.checkpoints import checkpoints, forget_checkpoints
 from kdc.training.efficiency import quickened, reduced, refuse_unusable
 from kdc.training.loop import (
@@ -99,8 +99,11 @@ def distill(
             followed = reduced(followed, torch.bfloat16)
         distillation_step = DistillationStep(student, followed, process, weights, settings.seed)
 
+        images = settings.batch_size * this_process().num_processes
+        part = own_part(images)
+
         def loss(model, generator):
-            batch = data.draw(settings.batch_size, generator, settings.caption_dropout)
+            batch = data.draw(images, generator, settings.caption_dropout, part)
             return distillation_step(model, *batch, generator)
 
         try:
@@ -123,6 +126,7 @@ def distill(
             save_student(student, folder, **notes, made_with=identity_of_run(settings) | identity)
             if not settings.keep_state:
                 forget_checkpoints(folder)
+        accelerator.wait_for_everyone()  # until the student is there
     return log
 
 

@@ -81,6 +81,8 @@ class Parts:
     teacher_features: Sequence[Tensor] = ()
     # A weight for each image's task error (B,).
     task_weight: Tensor | None = None
+    # The mean of a value over all parts of a batch that several processes share.
+    over_parts: Callable[[Tensor], Tensor] = lambda value: value
 
 
 @dataclass(frozen=True)
@@ -130,23 +132,26 @@ def feature_term(
     teacher: Sequence[Tensor],
     normalised: bool = True,
     reduction: str = "mean",
+    over_parts: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> Tensor:
     """Squared errors of features, each divided by the teacher's mean square if normalised.
 
-    `reduction` is "mean" or "sum" over the hooked blocks. Raises `ValueError` when the lists differ
+    `reduction` is "mean" or "sum" over the hooked blocks; the mean squares are those of the whole
+    batch, of which this may be a part. Raises `ValueError` when the lists differ
     in length or a pair differs in shape.
     """
     if not student or len(student) != len(teacher):
         raise ValueError(f"{len(student)} student features for {len(teacher)} teacher features")
-    terms = []
+    errors = []
     for index, (s, t) in enumerate(zip(student, teacher, strict=True)):
         if s.shape != t.shape:
             raise ValueError(f"feature {index}: student {tuple(s.shape)}, teacher {tuple(t.shape)}")
-        s, t = _precise(s), _precise(t)
-        error = F.mse_loss(s, t)
-        terms.append(error / (t.square().mean() + 1e-6) if normalised else error)
-    errors = torch.stack(terms)
-    return errors.mean() if reduction == "mean" else errors.sum()
+        errors.append(F.mse_loss(_precise(s), _precise(t)))
+    terms = torch.stack(errors)
+    if normalised:
+        squares = torch.stack([_precise(t).square().mean() for t in teacher])
+        terms = terms / (over_parts(squares) + 1e-6)
+    return terms.mean() if reduction == "mean" else terms.sum()
 
 
 def _soft(parts: Parts, options: LossOptions) -> Tensor:
@@ -159,6 +164,7 @@ def _feature(parts: Parts, options: LossOptions) -> Tensor:
         parts.teacher_features,
         options.feature_normalised,
         options.feature_reduction,
+        parts.over_parts,
     )
 
 
@@ -294,6 +300,7 @@ class DistillationLoss:
         student_features: Sequence[Tensor] = (),
         teacher_features: Sequence[Tensor] = (),
         task_weight: Tensor | None = None,
+        over_parts: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> dict[str, Tensor]:
         """Scalar terms, unweighted, and their weighted sum under "loss"; see `Parts`.
 
@@ -303,7 +310,8 @@ class DistillationLoss:
         if self.weights.needs_teacher and teacher is None:
             lacking = [name for name in self.weights.enabled if TERMS[name].needs]
             raise ValueError(f"the teacher's prediction is needed for {', '.join(lacking)}")
-        parts = Parts(student, target, teacher, student_features, teacher_features, task_weight)
+        features = student_features, teacher_features
+        parts = Parts(student, target, teacher, *features, task_weight, over_parts)
         weights = self.weights.enabled
         terms = {name: TERMS[name].function(parts, self.weights.options) for name in weights}
         return terms | {"loss": weighted_sum(terms, weights)}

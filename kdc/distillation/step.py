@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdc.distillation.features import FeatureHooks, feature_pairs, projections
 from kdc.distillation.losses import DistillationLoss, LossWeights, min_snr_weight
-from kdc.processes import this_process
+from kdc.processes import mean_over_processes, own_part, this_process
 from kdc.training.efficiency import send
 
 PROJECTIONS = "feature_projections"  # the student's submodule while it is taught, and _2, _3
@@ -39,6 +39,9 @@ class DistillationStep:
     width, the student has projections of its features as a submodule meanwhile, drawn from `seed`
     and trained with it; each step of a student has its own. Call `close` when done: it removes them
     and the hooks.
+
+    Several processes share the images of a step: each gives its own part, and draws noise and
+    timesteps for all. With `shared` False the images are this process's alone.
     """
 
     def __init__(
@@ -48,10 +51,12 @@ class DistillationStep:
         process: DDPMScheduler,
         weights: LossWeights,
         seed: int = 0,
+        *,
+        shared: bool = True,
     ):
         self.student, self.teacher, self.process, self.weights = student, teacher, process, weights
         self.criterion, self.device = DistillationLoss(weights), this_process().device
-        self.several = this_process().num_processes > 1
+        self.processes = this_process().num_processes if shared else 1
         self.snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
         self.hooks: list[FeatureHooks] = []
         self.projections: torch.nn.Module | None = None
@@ -95,9 +100,11 @@ class DistillationStep:
         `model` is the student, wrapped or not; `generator`, on the CPU, draws noise and timesteps.
         """
         process, weights, device = self.process, self.weights, self.device
-        noise = torch.randn(latents.shape, generator=generator)
+        total = len(latents) * self.processes
+        part = own_part(total) if self.processes > 1 else slice(None)
+        noise = torch.randn((total, *latents.shape[1:]), generator=generator)[part]
         count = process.config.num_train_timesteps
-        timesteps = torch.randint(count, (len(latents),), generator=generator)
+        timesteps = torch.randint(count, (total,), generator=generator)[part]
         noisy = process.add_noise(latents, noise, timesteps)
         target = noise_target(process, latents, noise, timesteps)
         inputs = [send(x, device) for x in (noisy, timesteps, prompt_embeds)]
@@ -118,8 +125,11 @@ class DistillationStep:
         if self.projections is not None:
             ours = [layer(x) for layer, x in zip(self.projections, ours, strict=True)]
         target = send(target, device)
-        terms = self.criterion(predicted, target, taught, ours, theirs, task_weight=task_weight)
-        if self.several and weights.leaves_output_out:
+        shared = {"over_parts": mean_over_processes} if self.processes > 1 else {}
+        terms = self.criterion(
+            predicted, target, taught, ours, theirs, task_weight=task_weight, **shared
+        )
+        if self.processes > 1 and weights.leaves_output_out:
             # Processes wait for the gradient of every parameter, of the last layers as well.
             terms["loss"] = terms["loss"] + 0 * predicted.float().sum()
         return terms

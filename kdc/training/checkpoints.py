@@ -161,7 +161,7 @@ class TrainingState:
     def save(self, output_dir: Path, step: int, rows: list[dict], accelerator: Accelerator) -> None:
         """Write `output_dir/checkpoint-<step>`, with the log's `rows`; the newest two stay.
 
-        Every process calls it, for its own generator. Raises `FloatingPointError` before weights
+        Every process calls it, and the first one writes. Raises `FloatingPointError` before weights
         that are not finite would be stored, and `OSError` where the disk is full; nothing is left
         of this checkpoint then, and the ones before it stay.
         """
@@ -180,8 +180,6 @@ class TrainingState:
                 partial.mkdir(parents=True)
                 seal(partial, KIND, ())  # from now on it is known to be ours
             accelerator.wait_for_everyone()
-            own = {"generator": self.generator.get_state()}
-            save_file(own, partial / f"generator-{accelerator.process_index}.safetensors")
             if main:
                 self._write(partial, step, rows)
             accelerator.wait_for_everyone()
@@ -208,6 +206,7 @@ class TrainingState:
             save_file({n: p.contiguous() for n, p in shadow}, folder / "ema.safetensors")
         if self.companion:
             save_file(self.companion.state_dict(), folder / "companion.safetensors")
+        save_file({"generator": self.generator.get_state()}, folder / "generator.safetensors")
         note = {
             "step": step,
             "made_with": self.made_with,
@@ -267,7 +266,7 @@ class TrainingState:
             shadow = load_file(folder / "ema.safetensors")
             self.ema.shadow_params = [shadow[n].to(accelerator.device) for n in self.trained]
             self.ema.optimization_step = note["ema_steps"]
-        own = load_file(folder / f"generator-{accelerator.process_index}.safetensors")
+        own = load_file(folder / "generator.safetensors")
         self.generator.set_state(own["generator"])
         if self.companion:
             self.companion.load_state_dict(load_file(folder / "companion.safetensors"))

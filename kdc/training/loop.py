@@ -58,9 +58,9 @@ def precision_on(device: torch.device, precision: str) -> str:
 
 def identity_of_run(settings: TrainSettings) -> dict[str, Any]:
     """What of the settings, and of the processes here, a run that resumes must share."""
-    process = this_process()
-    precision = precision_on(process.device, settings.precision)
-    return settings.identity() | {"precision": precision, "processes": process.num_processes}
+    process, known = this_process(), settings.identity()
+    known["batch_size"] *= process.num_processes  # of all, who draw together what one would draw
+    return known | {"precision": precision_on(process.device, settings.precision)}
 
 
 def make_accelerator(precision: str = "auto") -> Accelerator:
@@ -115,13 +115,13 @@ def train(
     """Train `model` in place and return its log, a row every `log_every` steps.
 
     `compute_loss(model, generator)` draws everything random from `generator` (on the CPU, so that
-    a seed means the same on every device) and returns scalar terms; `terms["loss"]` is minimised
-    and all of them are logged, as means over processes, beside the number of `images` that all
-    processes have seen, at `settings.batch_size` each. With `settings.accumulation` above 1 it is
-    called so often for one step, and the gradients and logged terms are the means. `before_step()`
-    may look at and change the gradients, after they are complete and before they are clipped. At
-    the end the model holds the averaged weights; however the run ends, it is in evaluation mode, as
-    it was otherwise, and holds no gradients.
+    a seed means the same on every device, and the same in each process: see `own_part`) and returns
+    scalar terms; `terms["loss"]` is minimised and all of them are logged, as means over processes,
+    beside the number of `images` that all processes have seen, at `settings.batch_size` each. With
+    `settings.accumulation` above 1 it is called so often for one step, and the gradients and logged
+    terms are the means. `before_step()` may look at and change the gradients, after they are
+    complete and before they are clipped. At the end the model holds the averaged weights; however
+    the run ends, it is in evaluation mode, as it was otherwise, and holds no gradients.
 
     With an `output_dir`, checkpoints go to `output_dir/checkpoint-<step>`, every
     `settings.saves_after` steps, at least every 15 minutes, and at the end (the last one stays
@@ -167,7 +167,7 @@ class _Run:
         self.model, self.parameters = model, parameters
         self.settings, self.folder, self.accelerator = settings, folder, accelerator
         self.label = label
-        generator = torch.Generator().manual_seed(settings.seed * 1009 + accelerator.process_index)
+        generator = torch.Generator().manual_seed(settings.seed * 1009)  # the same in each process
         self.optimizer = torch.optim.AdamW(
             parameters,
             settings.learning_rate,

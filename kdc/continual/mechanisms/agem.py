@@ -27,7 +27,7 @@ class AGEM(BufferReplay):
     def before_step(self, t: int, old_gradient: Callable[[Items], list[Tensor]]) -> None:
         if not self.replays(t):
             return
-        count = self.old_count(self.run.settings.batch_size)
+        count = self.old_count(self.run.images)
         reference = old_gradient(draw_items(self.run.buffer, count))
         project([p.grad for p in self.trainable()], reference)
 

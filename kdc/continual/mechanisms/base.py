@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdc.continual.tasks import Task
 from kdc.distillation.losses import LossWeights
+from kdc.processes import this_process
 from kdc.replay.buffer import ReplayBuffer
 from kdc.training.settings import TrainSettings, refuse_unknown
 
@@ -62,6 +63,11 @@ class Run:
     # Old images for each new one, from the strategy.
     ratio: float
 
+    @property
+    def images(self) -> int:
+        """New images in one forward pass of all processes together."""
+        return self.settings.batch_size * this_process().num_processes
+
     def seed_of(self, t: int) -> int:
         """The seed of everything that is drawn for task t."""
         return 1000 * self.settings.seed + t
@@ -81,6 +87,8 @@ class Mechanism:
     uses_buffer = False
     # Whether it learns even the first task unlike fine-tuning.
     own_first_task = False
+    # Why it cannot run in several processes, where it cannot.
+    one_process = ""
     # Whether it needs a copy of the student as it was before the task.
     needs_old_model = False
 
@@ -107,7 +115,7 @@ class Mechanism:
 
     def old_count(self, batch_size: int) -> int:
         """How many old images go with a batch of new ones."""
-        return max(1, round(self.run.ratio * batch_size))
+        return old_images(self.run.ratio, batch_size)
 
     def old_items(self, t: int, count: int) -> Items | None:
         """`count` old images that join this forward pass, or None."""
@@ -153,6 +161,11 @@ class Mechanism:
         """The options and their defaults, read off `__init__`."""
         parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
         return {p.name: p.default for p in parameters}
+
+
+def old_images(ratio: float, batch_size: int) -> int:
+    """How many old images go with `batch_size` new ones, at `ratio` of them for each."""
+    return max(1, round(ratio * batch_size))
 
 
 def join(parts: Sequence[Items]) -> Items:

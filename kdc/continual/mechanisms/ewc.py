@@ -47,7 +47,7 @@ class RankOneEWC(Mechanism):
         """The task term of one image, the i-th of a fixed draw."""
         data, student = self.run.tasks[t].train, self.run.student
         process = forward_process(self.run.teacher)
-        step = DistillationStep(student, None, process, LossWeights.only("task"))
+        step = DistillationStep(student, None, process, LossWeights.only("task"), shared=False)
 
         def loss(i: int) -> Tensor:
             generator = torch.Generator().manual_seed(self.run.seed_of(t) * 100_003 + i)

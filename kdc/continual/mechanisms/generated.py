@@ -14,6 +14,7 @@ from kdc.continual.mechanisms.base import Items, Mechanism, Run, draw_items
 from kdc.continual.tasks import Task
 from kdc.data.latents import LatentDataset
 from kdc.pipelines import in_pipeline, refuse_infinite_images, silent
+from kdc.processes import this_process
 from kdc.replay.buffer import ReplayBuffer
 
 FILE = "pool.safetensors"
@@ -59,7 +60,7 @@ class Generated(Mechanism):
                 guidance=self.guidance,
                 seed=self.run.seed_of(t),
             )
-            if folder:
+            if folder and this_process().is_main_process:
                 self.pool.save(folder / FILE)
         self.counts.buffer_bytes = self.pool.sizes()["items"]
 

@@ -23,6 +23,7 @@ class LastSample(Mechanism):
     """
 
     own_first_task = True
+    one_process = "the last image of an update is one, and cannot be shared out"
 
     def __init__(self, run):
         super().__init__(run)
