@@ -45,6 +45,9 @@ from .distillation.fidelity import (
 from .distillation.fidelity import (
     output_error as output_error,
 )
+from .distillation.finetune import (
+    finetune as finetune,
+)
 from .distillation.losses import (
     DistillationLoss as DistillationLoss,
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -85,8 +84,12 @@ PLAN = Option("plan", "which layers the student keeps", default="kdc")
 INIT = Option("init", "first weights of a fresh cut: copy, or random", default="copy")
 RESUME = Option("resume", "go on where a stopped run was", bool, False)
 WEIGHTS = Option("weights", "weights and options of the loss: soft=0.1 temperature=2", many=True)
+LATENTS = Option(
+    "latents", "folder where encoded images stay, for later runs too; default: in memory only"
+)
 IMAGES = Option("images", "training images at most; default: all of a folder, 2000 of a world", int)
 TRAINING = _training_options()
+SAMPLE_PROMPTS = Option("sample_prompts", "what the grids show; default: captions", many=True)
 SAMPLING = (
     Option("seed", "of the starting noise", int, 0),
     Option("steps", "steps of the sampler", int, 25),
@@ -127,9 +130,31 @@ def _distill(values: dict[str, Any]) -> None:
         weights=weights,
         output_dir=values["output_dir"],
         resume=values["resume"],
+        latents=values["latents"],
+        sample_prompts=values["sample_prompts"] or (),
     )
-    print(log.tail(1).to_string(index=False))
-    print(values["output_dir"])
+    _say(log.tail(1).to_string(index=False))
+    _say(values["output_dir"])
+
+
+def _finetune(values: dict[str, Any]) -> None:
+    import kdc
+
+    settings = _settings(values)
+    teacher = kdc.load_teacher(values["teacher"])
+    size = teacher.unet.config.sample_size * teacher.vae_scale_factor
+    dataset = kdc.load_dataset(values["dataset"], "train", size, count=values["images"])
+    log = kdc.finetune(
+        teacher,
+        dataset,
+        settings=settings,
+        output_dir=values["output_dir"],
+        resume=values["resume"],
+        latents=values["latents"],
+        sample_prompts=values["sample_prompts"] or (),
+    )
+    _say(log.tail(1).to_string(index=False))
+    _say(values["output_dir"])
 
 
 def _continue(values: dict[str, Any]) -> None:
@@ -139,6 +164,7 @@ def _continue(values: dict[str, Any]) -> None:
     from kdc.continual.sequence import check_sequence
     from kdc.continual.strategies import find_strategy
     from kdc.evaluation.metrics import METRICS, Evidence
+    from kdc.processes import is_first_process
 
     settings, strategy = _settings(values), find_strategy(values["strategy"])
     weights = _weights(values["weights"]) if values["weights"] else None
@@ -159,7 +185,7 @@ def _continue(values: dict[str, Any]) -> None:
         output_dir=values["output_dir"],
         resume=values["resume"],
     )
-    tasks = _tasks(values["dataset"], teacher, values["images"])
+    tasks = _tasks(values["dataset"], teacher, values["images"], values["latents"])
     error = METRICS["output_error"]
 
     def evaluate(pipeline, task) -> dict[str, float]:
@@ -181,6 +207,8 @@ def _continue(values: dict[str, Any]) -> None:
         output_dir=values["output_dir"],
         resume=values["resume"],
     )
+    if not is_first_process():
+        return
     folder = as_path(values["output_dir"])
     matrices = {name: matrix.to_dict() for name, matrix in result.matrices.items()}
     _write_json(folder / "scores.json", matrices)
@@ -192,6 +220,8 @@ def _continue(values: dict[str, Any]) -> None:
 
 def _generate(values: dict[str, Any]) -> None:
     import kdc
+    from kdc.io import write_image
+    from kdc.pipelines import as_grid
 
     prompts = _prompts(values)
     if not prompts:
@@ -202,8 +232,8 @@ def _generate(values: dict[str, Any]) -> None:
     folder = as_path(values["output_dir"])
     digits = max(3, len(str(len(prompts))))
     for number, image in enumerate(images):
-        _save_image(image, folder / f"{number:0{digits}}.png")
-    _save_image(_grid(images), folder / "grid.png")
+        write_image(folder / f"{number:0{digits}}.png", image)
+    write_image(folder / "grid.png", as_grid(images))
     print(f"{len(images)} images and a grid of them in {folder}")
 
 
@@ -280,12 +310,28 @@ COMMANDS: dict[str, Command] = {
             INIT,
             Option("dataset", DATASET_NAMES + ", or a folder", default="worlds"),
             IMAGES,
+            LATENTS,
             WEIGHTS,
             *TRAINING,
+            SAMPLE_PROMPTS,
             OUTPUT,
             RESUME,
         ),
         _distill,
+    ),
+    "finetune": Command(
+        "train a teacher's U-Net on images first, as the authors did",
+        (
+            TEACHER,
+            Option("dataset", DATASET_NAMES + ", or a folder", default="worlds"),
+            IMAGES,
+            LATENTS,
+            *TRAINING,
+            SAMPLE_PROMPTS,
+            OUTPUT,
+            RESUME,
+        ),
+        _finetune,
     ),
     "continue": Command(
         "learn data sets one after the other, with a strategy against forgetting",
@@ -296,6 +342,7 @@ COMMANDS: dict[str, Command] = {
             INIT,
             Option("dataset", '"A then B"; one name is halved by classes', default="worlds"),
             IMAGES,
+            LATENTS,
             Option("strategy", "how old images are kept in mind", default="replay"),
             Option("capacity", "items of the replay buffer", int, 64),
             Option("policy", "which items stay in it", default="reservoir"),
@@ -461,6 +508,14 @@ def _pipeline(source: str, teacher: str | None):
     return kdc.load_teacher(source)
 
 
+def _say(text: str) -> None:
+    """Print it, once where several processes run the command."""
+    from kdc.processes import is_first_process
+
+    if is_first_process():
+        print(text)
+
+
 def _prompts(values: Mapping[str, Any]) -> list[str]:
     prompts = list(values["prompt"] or ())
     if values["prompts"]:
@@ -471,7 +526,7 @@ def _prompts(values: Mapping[str, Any]) -> list[str]:
     return prompts
 
 
-def _tasks(text: str, teacher, images: int) -> list:
+def _tasks(text: str, teacher, images: int, folder: str | None) -> list:
     """Tasks by a text: "A then B" names a world or folder for each, one name is halved."""
     import kdc
     from kdc.continual.tasks import Task, half_of_classes, names_of, split_classes
@@ -489,36 +544,13 @@ def _tasks(text: str, teacher, images: int) -> list:
         labels = ([label_of(d.caption(i)) for i in range(len(d))] for d in loaded[names[0]])
         half = half_of_classes(names[0], *labels)
     encoded = {
-        name: [kdc.cache_latents(teacher, dataset) for dataset in both]
+        name: [kdc.cache_latents(teacher, dataset, folder=folder) for dataset in both]
         for name, both in loaded.items()
     }
     if len(names) > 1:
         return [Task(Path(n).name, train, test=test) for n, (train, test) in encoded.items()]
     train, test = encoded[names[0]]
     return split_classes(train, label_of, per_task=half, test=test)
-
-
-def _grid(images):
-    """Images (N, 3, H, W) side by side, in about as many rows as columns: (3, H', W')."""
-    import torch
-
-    count, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    canvas = torch.full((channels, rows * height, columns * width), 255, dtype=torch.uint8)
-    for number, image in enumerate(images):
-        top, left = number // columns * height, number % columns * width
-        canvas[:, top : top + height, left : left + width] = image
-    return canvas
-
-
-def _save_image(image, file: Path) -> None:
-    from PIL import Image
-
-    from kdc.io import replacing
-
-    with replacing(file) as place:
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place)
 
 
 def _write_text(file: Path, text: str) -> Path:

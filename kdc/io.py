@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -161,6 +162,13 @@ def write_text(file: str | Path, text: str) -> Path:
     """Write a text beside its place and rename it; the folder is made."""
     with replacing(file) as partial:
         partial.write_text(text, encoding="utf-8")
+    return Path(file)
+
+
+def write_image(file: str | Path, image: Tensor) -> Path:
+    """Write an image (3, H, W) uint8 as PNG, beside its place and then renamed."""
+    with replacing(file) as place:
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(place, "PNG")
     return Path(file)
 
 

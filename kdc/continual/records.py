@@ -31,6 +31,7 @@ from kdc.io import (
 from kdc.pipelines import load_unet, save_student
 from kdc.processes import first_of_all, this_process
 from kdc.training.checkpoints import clean, forget_checkpoints
+from kdc.training.logs import without_speed
 
 FILE, PREVIOUS = "sequence.json", "sequence.previous.json"
 KIND = "kdc-task"
@@ -162,7 +163,7 @@ class Records:
 
     def _read_log(self, t: int) -> pd.DataFrame:
         file = self.folder(t) / "log.csv"
-        return pd.read_csv(file) if file.is_file() else pd.DataFrame()
+        return without_speed(pd.read_csv(file) if file.is_file() else [])
 
     def _write(self) -> None:
         if not this_process().is_main_process:

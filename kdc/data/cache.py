@@ -42,7 +42,7 @@ NOTE, INDEX = "cache.json", "index.safetensors"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-def check_cache(folder: str | Path, dtype: str, dataset) -> Path:
+def check_cache(folder: str | Path, dataset, dtype: str = "float16") -> Path:
     """The folder as a path, looked at before anything is encoded; raises as `cache_on_disk`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -78,7 +78,7 @@ def cache_on_disk(
     another run fills the same cache, another `OSError` where nothing can be written, and as
     `cache_latents`.
     """
-    root = check_cache(folder, dtype, dataset)
+    root = check_cache(folder, dataset, dtype)
     captions = [tuple(dataset.captions_of(i)) for i in range(len(dataset))]
     distinct, index, choices = number_captions(captions)
     made_with = _made_with(pipeline, dataset, captions, dtype)

@@ -39,6 +39,7 @@ from kdc.io import (
 )
 
 KIND = "kdc-checkpoint"
+NUMBER = "#"  # behind the name of a moment that is a number and no tensor
 NAME = re.compile(r"checkpoint-(\d{7,})")
 PARTIAL = re.compile(NAME.pattern + r"\.partial")
 
@@ -195,8 +196,11 @@ class TrainingState:
     def _write(self, folder: Path, step: int, rows: list[dict]) -> None:
         weights = {k: v.contiguous() for k, v in self.model.state_dict().items()}
         save_file(weights, folder / "model.safetensors")
+        # Some optimisers count their steps in whole numbers, others in tensors.
         moments = {
-            f"{name}/{self.trained[index]}": value.contiguous()
+            f"{name}{'' if isinstance(value, Tensor) else NUMBER}/{self.trained[index]}": (
+                value.contiguous() if isinstance(value, Tensor) else torch.tensor(value)
+            )
             for index, entry in self.optimizer.state_dict()["state"].items()
             for name, value in entry.items()
         }
@@ -250,7 +254,8 @@ class TrainingState:
         saved: dict[int, dict] = {}
         for key, value in load_file(folder / "optimizer.safetensors").items():
             name, parameter = key.split("/", 1)
-            saved.setdefault(place[parameter], {})[name] = value
+            read = value.item() if name.endswith(NUMBER) else value
+            saved.setdefault(place[parameter], {})[name.removesuffix(NUMBER)] = read
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
         # The rate of the next step follows this run's schedule, which may be a longer one.
@@ -264,7 +269,10 @@ class TrainingState:
             group["lr"] = rate
         if self.ema:
             shadow = load_file(folder / "ema.safetensors")
-            self.ema.shadow_params = [shadow[n].to(accelerator.device) for n in self.trained]
+            self.ema.shadow_params = [
+                shadow[n].to(old.device)
+                for n, old in zip(self.trained, self.ema.shadow_params, strict=True)
+            ]
             self.ema.optimization_step = note["ema_steps"]
         own = load_file(folder / "generator.safetensors")
         self.generator.set_state(own["generator"])

@@ -115,10 +115,42 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def average(ema: EMAModel, parameters: Sequence[Tensor]) -> None:
-    """`ema.step` in place: that one makes a second copy of all weights on its way."""
+    """`ema.step` in place: that one makes a second copy of all weights on its way.
+
+    Averages on another device, the host's, take in one tensor after the other.
+    """
     ema.optimization_step += 1
     ema.cur_decay_value = ema.get_decay(ema.optimization_step)
-    torch._foreach_lerp_(ema.shadow_params, parameters, 1 - ema.cur_decay_value)
+    share = 1 - ema.cur_decay_value
+    if ema.shadow_params[0].device == parameters[0].device:
+        torch._foreach_lerp_(ema.shadow_params, parameters, share)
+        return
+    for shadow, parameter in zip(ema.shadow_params, parameters, strict=True):
+        shadow.lerp_(parameter.detach().to(shadow.device), share)
+
+
+def make_optimizer(
+    name: str, parameters: Sequence[Tensor], learning_rate: float, **settings
+) -> torch.optim.Optimizer:
+    """AdamW by name: "adamw", fused, or "adamw8bit", whose moments take a quarter of the memory.
+
+    Raises `ValueError` where bitsandbytes, which has the latter, is not installed.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, learning_rate, fused=True, **settings)
+    return find_bitsandbytes().optim.AdamW8bit(parameters, learning_rate, **settings)
+
+
+def find_bitsandbytes():
+    """The package of optimisers in 8 bits. Raises `ValueError` where it does not work."""
+    try:
+        import bitsandbytes
+    except Exception as error:  # it looks for CUDA's libraries while it is imported
+        raise ValueError(
+            "optimizer='adamw8bit' needs bitsandbytes: pip install bitsandbytes, or take"
+            f" optimizer='adamw'. It said: {error}"
+        ) from error
+    return bitsandbytes
 
 
 def refuse_infinite(unseen: list[tuple[int, Tensor]], label: str) -> None:

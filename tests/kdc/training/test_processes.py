@@ -184,20 +184,24 @@ def test_a_run_may_go_on_with_another_number_of_processes(alone, tmp_path):
 
 @pytest.mark.long
 def test_accelerate_launches_the_commands(tmp_path):
-    """Two processes by `accelerate launch -m kdc`, from a file, the latents encoded by both."""
+    """Two processes by `accelerate launch -m kdc`, from a file, the latents encoded by both.
+
+    Accelerate starts several processes only where it is told that there are GPUs; kdc sees that
+    there are none, and takes CPUs.
+    """
     config = {"dataset": "flora", "images": 6, "steps": 2, "batch_size": 2, "log_every": 1,
               "ema_decay": 0.0, "precision": "no", "latents": str(tmp_path / "latents"),
               "output_dir": str(tmp_path / "run")}  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-                "--num_machines", "1", "--mixed_precision", "no", "--main_process_port", "0", "-m",
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+                "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--main_process_port", "0", "-m",
                 "kdc", "distill", "--config", str(tmp_path / "config.yaml")]  # fmt: skip
     done = subprocess.run(
         launcher, env=environment(), capture_output=True, text=True, timeout=300, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(str(tmp_path / "run")) == 1, "only the first process says so"
-    assert "2 processes x 2 images = 4 images an update" in done.stderr
+    assert "2 processes x 2 images = 4 images an update" in done.stderr, done.stderr
     assert pd.read_csv(tmp_path / "run" / "log.csv")["images"].tolist() == [4, 8]
     assert (tmp_path / "run" / "unet" / "config.json").is_file()
     assert len(list((tmp_path / "latents").glob("*/latents-*"))) == 1
