@@ -194,8 +194,9 @@ def test_accelerate_launches_the_commands(tmp_path):
               "output_dir": str(tmp_path / "run")}  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
-                "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--main_process_port", "0", "-m",
-                "kdc", "distill", "--config", str(tmp_path / "config.yaml")]  # fmt: skip
+                "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+                "--main_process_port", "0", "-m", "kdc", "distill",
+                "--config", str(tmp_path / "config.yaml")]  # fmt: skip
     done = subprocess.run(
         launcher, env=environment(), capture_output=True, text=True, timeout=300, cwd=tmp_path
     )
