@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset
 
 from kdc import pipelines
+from kdc.continual.tasks import Task
 from kdc.data import worlds
 from kdc.data.datasets import load_dataset
 from kdc.distillation.distill import distill
@@ -22,22 +23,36 @@ from studies.common.protocol import strip
 from studies.common.runner import Context, Stage
 from studies.replay import variants
 from studies.replay.study import SHOWN, Settings, stem_of, study
-from studies.replay.tasks import beyond, check_dataset, class_tasks, domain_tasks
+from studies.replay.tasks import (
+    Scorer,
+    beyond,
+    check_dataset,
+    class_tasks,
+    domain_tasks,
+    judge_of,
+)
 
 # Of the stage "plain". At the usual rate the shipped student forgets too little to show anything;
 # this one was chosen on a seed that is not reported, by what fine-tuning forgets alone.
 PLAIN = {"recipe": "task", "learning_rate": 2e-3}
+# Of the stage "species": long enough that the first half is learnt before the second comes, and
+# more images, so that each species has 24. Set before anything was measured.
+SPECIES = {"steps": 450, "tuning": 2000, "generated_photos": 288, "learning_rate": 5e-4}
+# What is laid over the settings of a run, by stage.
+OVER = {"plain": PLAIN, "species": SPECIES}
 
 
 def _stage(stage: str, context: Context) -> list[Path]:
     """Measure one stage; writes `forgetting_<stage>.json`, and where images are shown a sheet."""
-    if stage == "photos":
+    if stage in OF_PHOTOS:
         check_dataset(context.photos)  # what is wrong with the folder is said at once
     teacher = pipelines.load_teacher("mini")
-    chosen = Settings(**context.settings)
+    chosen = Settings(**(OVER.get(stage, {}) | context.settings))
     used = dataclasses.replace(chosen, **(PLAIN if stage == "plain" else {}))
     rows, shown = _measure(stage, teacher, used, context.folder, context.photos)
     values = {"rows": rows, "shown": shown}
+    if stage == "species":
+        values |= _of_the_teacher(teacher, used, context.photos)
     path = ledger.write(f"forgetting_{stage}", values, context.results, **vars(used))
     if shown:
         sheet = _sheet(teacher, stage, values, used, context.folder)
@@ -52,7 +67,7 @@ def _measure(
     sizes = {k: getattr(settings, k) for k in ("images", "test_images", "generated")}
     common = dict(variants=variants.STAGES[stage], teacher=teacher, folder=folder)
     # what is known before a task is learnt, domains and photographs tell
-    common |= {"ahead": stage in ("domains", "photos")}
+    common |= {"ahead": stage in ("domains", *OF_PHOTOS)}
     if stage == "classes":  # an order for every seed
         rows = []
         for seed in settings.seeds:
@@ -60,10 +75,9 @@ def _measure(
             one = dataclasses.replace(settings, seeds=(seed,))
             rows += study(stage, orders, settings=one, steps=settings.class_steps, **common)
         return rows, ()
-    if stage == "photos":
-        fine_tune(teacher, [photos], settings, folder / "teacher")
-        sizes["generated"] = settings.generated_photos
-        tasks = class_tasks(teacher, photos, per_task=None, **sizes)
+    if stage in OF_PHOTOS:
+        fine_tune(teacher, [photos], settings, folder / TEACHERS[stage])
+        tasks = _halves(teacher, photos, settings, stage)
         shown = tuple(name for task in tasks for name in sorted(set(task.prompts))[:4])
         common |= {"steps": settings.steps, "shown": shown}
         return study(stage, {"halves": tasks}, settings=settings, **common), shown
@@ -79,6 +93,27 @@ def _measure(
         common["reference"] = beyond(teacher, names, both[0])
     common |= {"steps": settings.steps, "shown": shown}
     return study(stage, orders, settings=settings, **common), shown
+
+
+def _halves(teacher, photos, settings: Settings, stage: str) -> list[Task]:
+    """The two halves of the photographs' classes, in "species" with a judge that names them."""
+    sizes = {k: getattr(settings, k) for k in ("images", "test_images")}
+    size = teacher.unet.config.sample_size * teacher.vae_scale_factor
+    judge = judge_of(photos, size) if stage == "species" else None
+    return class_tasks(
+        teacher, photos, per_task=None, generated=settings.generated_photos, judge=judge, **sizes
+    )
+
+
+def _of_the_teacher(teacher, settings: Settings, photos) -> dict:
+    """What the judge scores on real images that it was not fitted on, and on the teacher's own."""
+    tasks = _halves(teacher, photos, settings, "species")
+    found = {"judge": {"held_out": tasks[0].test.judge.held_out}, "teacher": {}}
+    found["judge"]["species"] = len(tasks[0].test.judge.names)
+    for seed in settings.seeds:
+        scorer = Scorer(teacher, tasks[0], seed, settings.sampling_steps)
+        found["teacher"][seed] = [scorer(teacher, task)["species"] for task in tasks]
+    return found
 
 
 def fine_tune(
@@ -109,6 +144,9 @@ def _sheet(teacher, stage: str, values: dict, settings: Settings, folder: Path) 
     return Image.fromarray(np.concatenate([*strips, *(after for _, after in halves)]))
 
 
+OF_PHOTOS = ("photos", "species")
+# Where the fine-tuned teacher of a stage lies.
+TEACHERS = {"photos": "teacher", "species": "teacher-species"}
 HELP = {
     "domains": "all strategies on two domains in both orders",
     "buffers": "buffers by size, precision and policy",
@@ -117,13 +155,14 @@ HELP = {
     "plain": "the task term alone, from the shipped student, which can generate already",
     "classes": "six classes one after the other, an order for each seed",
     "photos": "two halves of a folder's classes, after the teacher was fine-tuned on all of them",
+    "species": "the same with longer tasks, judged by whether the species asked for is shown",
 }
 STAGES = {
     name: Stage(
         functools.partial(_stage, name),
         HELP[name],
         (f"forgetting_{name}.json",),
-        needs_photos=name == "photos",
+        needs_photos=name in OF_PHOTOS,
     )
     for name in variants.STAGES
 }

@@ -22,6 +22,7 @@ from kdc.data.latents import LatentDataset, cache_latents
 from kdc.evaluation.extractors import find_extractor
 from kdc.evaluation.images import as_bytes
 from kdc.evaluation.metrics import METRICS, Evidence, means, score
+from kdc.evaluation.species import SpeciesJudge, fit_species
 from kdc.evaluation.statistics import share_nearer
 from kdc.io import fingerprint
 from kdc.replay.buffer import ReplayBuffer
@@ -41,6 +42,8 @@ class TaskTest:
     attributes: Sequence[worlds.Attributes] = ()
     # Features (N, 64) of real images; None where they are too few for a Fréchet distance.
     reference: Tensor | None = None
+    # What names the species that the task's prompts ask for; None where nothing does.
+    judge: SpeciesJudge | None = None
 
 
 class Scorer:
@@ -57,6 +60,7 @@ class Scorer:
         self.teacher, self.seed, self.steps = teacher, seed, steps
         names = ["output_error"]
         names += ["accuracy"] if task.test.attributes else []
+        names += ["species"] if task.test.judge is not None else []
         names += ["fd"] if task.test.reference is not None else []
         self.higher_is_better = {name: METRICS[name].higher_is_better for name in names}
         self.last: StableDiffusionPipeline | None = None
@@ -81,6 +85,8 @@ class Scorer:
             extractor=find_extractor("mini-clip"),
             attributes=task.test.attributes,
             reference=task.test.reference,
+            species=task.prompts if task.test.judge is not None else (),
+            species_judge=task.test.judge,
             latents=task.test.latents,
             pipeline=pipeline,
             teacher=self.teacher,
@@ -128,12 +134,13 @@ def class_tasks(
     images: int = 800,
     test_images: int = 96,
     generated: int = 144,
+    judge: SpeciesJudge | None = None,
 ) -> list[Task]:
     """The classes of a world (its kinds) or folder as tasks of `per_task`, each with a `TaskTest`.
 
     `per_task` None makes two tasks, of half the classes each. `order` is that of
     `split_classes`; None is alphabetical, for a folder that of its images. `generated` counts the
-    images of all tasks together.
+    images of all tasks together. A `judge` of a folder's species scores what is generated.
     """
     size = teacher.unet.config.sample_size * teacher.vae_scale_factor
     loaded = [
@@ -162,9 +169,19 @@ def class_tasks(
             real = torch.stack([loaded[0][i]["image"] for i in rows])
             prompts = _repeated(task.train.captions, generated // len(tasks))
             enough = min(len(real), len(prompts)) >= ENOUGH
-            test = TaskTest(task.test, (), _features(real) if enough else None)
+            test = TaskTest(task.test, (), _features(real) if enough else None, judge)
         done.append(dataclasses.replace(task, prompts=prompts, test=test))
     return done
+
+
+def judge_of(folder: str | Path, size: int) -> SpeciesJudge:
+    """A judge of the folder's species at that size: the captions of its images are their names."""
+    real = []
+    for split in ("train", "test"):
+        dataset = load_dataset(folder, split, size)
+        images = as_bytes(torch.stack([item["image"] for item in dataset]))
+        real.append((images, [dataset.caption(i) for i in range(len(dataset))]))
+    return fit_species(*real[0], held_out=real[1])
 
 
 def tasks_of(teacher: StableDiffusionPipeline, dataset: str | Path, **sizes: int) -> list[Task]:

@@ -73,4 +73,5 @@ STAGES: dict[str, Mapping[str, Variant]] = {
     "photos": {
         n: DOMAINS[n] for n in ("finetune", "last_sample", "replay", "replay+distil", "joint")
     },
+    "species": {n: DOMAINS[n] for n in ("finetune", "replay", "joint")},
 }

@@ -13,7 +13,7 @@ import kdc
 from kdc.data import worlds
 from kdc.evaluation import metrics
 from kdc.evaluation.judges import attribute_accuracy
-from studies.common import runner
+from studies.common import ledger, runner
 from studies.replay import report
 from studies.replay import stages as sequences
 from studies.replay import study as forgetting
@@ -150,6 +150,7 @@ def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, 
         "buffers": {n: STAGES["buffers"][n] for n in ("replay 4",)},
         "classes": {n: STAGES["classes"][n] for n in ("replay fifo",)},
         "photos": {n: STAGES["photos"][n] for n in ("finetune",)},
+        "species": {n: STAGES["species"][n] for n in ("finetune",)},
     }
     monkeypatch.setattr(sequences.variants, "STAGES", small)
     monkeypatch.setattr(report, "STAGES", small)
@@ -183,6 +184,12 @@ def test_the_stages_keep_rows_and_write_results(teacher, tmp_path, monkeypatch, 
     assert (folder / "teacher" / "unet").is_dir()
     photo = report.stored("photos", tmp_path)[0]
     assert set(photo["matrices"]) == {"output_error"} and photo["leakage"] is None
+    found = ledger.read("forgetting_species", tmp_path)
+    (row,) = found["rows"]
+    matrix = np.array(row["matrices"]["species"]["values"])
+    assert ((matrix >= 0) & (matrix <= 1)).all() and matrix.shape == (2, 2)
+    assert found["judge"]["species"] == 4 and 0 <= found["judge"]["held_out"] <= 1
+    assert len(found["teacher"]) == 1 and (folder / "teacher-species" / "unet").is_dir()
     images, captions = report.shown("photos", tmp_path)
     assert [c.split()[-1] for c in captions] == ["aster", "iris", "lily", "rose"]
     assert list(images) == ["teacher", "after the first task", "finetune"]
@@ -272,7 +279,7 @@ def test_every_claim_compares_trials_of_its_stage_by_a_known_measure():
             assert {claim.candidate, claim.baseline} <= known, claim
             assert claim.measure in report.MEASURES
     assert len({json.dumps(t.to_dict()) for t in STAGES["classes"].values()}) == 7
-    stages = ["domains", "buffers", "ratios", "teachers", "plain", "classes", "photos"]
+    stages = ["domains", "buffers", "ratios", "teachers", "plain", "classes", "photos", "species"]
     assert list(STAGES) == stages
     alike = [*STAGES["teachers"].values()]
     alike += [STAGES["domains"][name] for name in ("replay", "replay+distil")]
