@@ -5,10 +5,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help book check test lab mini grades slimming distillation replay evaluation metrics fuzz kills lock clean
+.PHONY: help book check test lab mini grades slimming distillation replay evaluation metrics fuzz kills full-smoke lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The stamp makes the environment once, and again when its lists of packages change.
 .venv/.ready: requirements.lock pyproject.toml
@@ -71,6 +71,9 @@ kills: .venv/.ready ## kill and damage runs, and try every fault once found agai
 	$(BIN)/python -m tests.robustness.trials kills
 	$(BIN)/python -m tests.robustness.trials damage
 	$(BIN)/python -m tests.robustness.faults
+
+full-smoke: .venv/.ready ## the whole way at full size on a CPU, random weights (15 minutes, 20 GB)
+	$(BIN)/python -m benchmarks.full_smoke
 
 lock: ## write requirements.lock from the versions now in .venv
 	$(BIN)/python -m pip install --quiet --no-deps -e .

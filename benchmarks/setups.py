@@ -60,12 +60,10 @@ def mini(device: torch.device, count: int = 256) -> Setup:
     return _setup(pipeline, items, 5e-4, 0.999, shared=False)
 
 
-def full(device: torch.device, count: int = 2) -> Setup:
-    """Stable Diffusion 1.x's four networks with random weights, and random images of 512 x 512.
+def sd_pipeline(device: torch.device) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.x's four networks with random weights, for images of 512 x 512.
 
-    Training random weights at this size teaches nothing, so the rate is next to nothing, which
-    keeps all values in range; no step is cheaper for it. No average of weights, as in BK-SDM's
-    script by default. The tokenizer is the mini teacher's, padded to 77 words.
+    The tokenizer is the mini teacher's, padded to 77 words.
     """
     torch.manual_seed(0)
     with torch.device(device):
@@ -86,10 +84,9 @@ def full(device: torch.device, count: int = 2) -> Setup:
                 projection_dim=768,
             )
         )
-    vae.decoder = torch.nn.Identity()  # never called here
     tokenizer = kdc.load_teacher("mini", device="cpu").tokenizer
     tokenizer.model_max_length = 77
-    pipeline = StableDiffusionPipeline(
+    return StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=text.eval(),
         tokenizer=tokenizer,
@@ -101,6 +98,17 @@ def full(device: torch.device, count: int = 2) -> Setup:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def full(device: torch.device, count: int = 2) -> Setup:
+    """Stable Diffusion 1.x with random weights (`sd_pipeline`), and random images of 512 x 512.
+
+    Training random weights at this size teaches nothing, so the rate is next to nothing, which
+    keeps all values in range; no step is cheaper for it. No average of weights, as in BK-SDM's
+    script by default.
+    """
+    pipeline = sd_pipeline(device)
+    pipeline.vae.decoder = torch.nn.Identity()  # never called here
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((count, 3, 512, 512), generator=generator) * 2 - 1
     captions = [f"a red daisy number {i}" for i in range(count)]

@@ -66,6 +66,12 @@ from .evaluation.evaluate import (
 from .evaluation.evaluate import (
     evaluate as evaluate,
 )
+from .handover import (
+    OnnxPipeline as OnnxPipeline,
+)
+from .handover import (
+    export as export,
+)
 from .pipelines import (
     generate as generate,
 )

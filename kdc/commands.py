@@ -274,6 +274,25 @@ def _evaluate(values: dict[str, Any]) -> None:
     print(folder)
 
 
+def _export(values: dict[str, Any]) -> None:
+    import kdc
+
+    teacher = kdc.load_teacher(values["teacher"])
+    source = values["student"]
+    folder = kdc.export(
+        kdc.load_student("mini", teacher).unet if source == "mini-student" else source,
+        teacher,
+        values["output_dir"],
+        teacher_name=values["teacher"],
+        data_name=values["data"],
+        licence=values["licence"],
+        scores=values["scores"],
+        half=values["half"],
+        onnx=values["onnx"],
+    )
+    print(folder)
+
+
 def _costs(values: dict[str, Any]) -> None:
     import pandas as pd
 
@@ -387,6 +406,22 @@ COMMANDS: dict[str, Command] = {
         ),
         _evaluate,
         ("scores.json", "scores.csv"),
+    ),
+    "export": Command(
+        "write a student as a whole pipeline with a model card",
+        (
+            Option("student", "mini-student, or a student's folder", positional=True,
+                   required=True),
+            Option("teacher", "mini, a hub id or a folder: whose student it is", default="mini"),
+            Option("data", "what the card says of the data"),
+            Option("licence", "the teacher's; default: known for teachers with a short name"),
+            Option("scores", "scores.json of `python -m kdc evaluate`, for the card"),
+            Option("half", "store weights as float16", bool, False),
+            Option("onnx", "models for ONNX Runtime as well", bool, False),
+            OUTPUT,
+        ),
+        _export,
+        ("model_index.json", "README.md"),
     ),
     "costs": Command(
         "count parameters and multiply-accumulates of plans",

@@ -289,22 +289,45 @@ def save_student(unet: UNet2DConditionModel, folder: str | Path, **notes) -> Pat
     return folder
 
 
+def write_pipeline(
+    pipeline: StableDiffusionPipeline, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write a whole diffusers pipeline into a folder that is the caller's, its index last.
+
+    Networks are written in `dtype`, None: as they are. Raises `FloatingPointError` where a weight
+    is too large for it.
+    """
+    for name in ("unet", *PARTS):
+        _write_part(getattr(pipeline, name), folder / name, dtype)
+    _write_index(pipeline, folder)
+
+
 def save_other_parts(pipeline: StableDiffusionPipeline, folder: str | Path) -> None:
     """Write all of a pipeline but its U-Net beside the one that is there.
 
     After that the folder is a whole diffusers pipeline; its index is written last.
     """
     folder = as_path(folder)
-    said = "the pipeline could not be written; its U-Net is there"
     for name in PARTS:
         partial, final = folder / f"{name}.partial", folder / name
-        with disk_errors(said, final, partial):
+        with disk_errors("the pipeline could not be written; its U-Net is there", final, partial):
             shutil.rmtree(partial, ignore_errors=True)
-            getattr(pipeline, name).save_pretrained(partial)
-            for file in partial.rglob("*"):
-                sync(file)
+            _write_part(getattr(pipeline, name), partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
+    _write_index(pipeline, folder)
+
+
+def _write_part(part, place: Path, dtype: torch.dtype | None = None) -> None:
+    if dtype is not None and isinstance(part, torch.nn.Module) and part.dtype != dtype:
+        part = torch.nn.Module.to(copy.deepcopy(part), dtype)  # diffusers' own would warn
+        refuse_infinite_weights(part.named_parameters(), f"{place.name} in {dtype}")
+    part.save_pretrained(place)
+    for file in place.rglob("*"):
+        sync(file)
+
+
+def _write_index(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     index = {name: value for name, value in pipeline.config.items() if name != "_name_or_path"}
     write_json(folder / "model_index.json", {"_class_name": type(pipeline).__name__} | index)
 
@@ -324,7 +347,7 @@ def read_plan(folder: str | Path) -> SlimPlan | None:
         raise ValueError(f"{note} holds no slimming plan: {error}") from error
 
 
-def _starts(seed: int, places: range, shape: tuple[int, ...]) -> tuple[Tensor, list]:
+def starts(seed: int, places: range, shape: tuple[int, ...]) -> tuple[Tensor, list]:
     """The first latents of some images, and the generators of all noise that a sampler adds.
 
     Image i has the same in any batch, on any device.
@@ -381,12 +404,12 @@ def generate(
         )
     unet, images = pipeline.unet, []
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    starts = range(0, len(prompts), batch_size)
-    hidden = progress is False or (progress is None and len(starts) == 1)
+    firsts = range(0, len(prompts), batch_size)
+    hidden = progress is False or (progress is None and len(firsts) == 1)
     with silent(pipeline):
-        for start in tqdm(starts, desc="generating", disable=hidden, mininterval=2):
+        for start in tqdm(firsts, desc="generating", disable=hidden, mininterval=2):
             places = range(start, min(start + batch_size, len(prompts)))
-            noise, generators = _starts(seed, places, shape)
+            noise, generators = starts(seed, places, shape)
             asked = [prompts[i] for i in places]
             latents = pipeline(
                 asked,
