@@ -34,6 +34,7 @@ STUDIES = {
     "studies.replay": "common figures",
     "studies.evaluation": "common figures distillation slimming",
     "studies.metrics": "common figures",
+    "studies.full_scale": "common",
 }
 
 
