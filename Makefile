@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help book check test lab mini grades slimming distillation replay evaluation metrics fuzz kills full-smoke lock clean
+.PHONY: help book check test lab mini grades slimming distillation replay evaluation metrics fuzz kills gpu full-smoke lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ kills: .venv/.ready ## kill and damage runs, and try every fault once found agai
 	$(BIN)/python -m tests.robustness.trials kills
 	$(BIN)/python -m tests.robustness.trials damage
 	$(BIN)/python -m tests.robustness.faults
+
+gpu: .venv/.ready ## measure this project on one CUDA device, in eight minutes
+	$(BIN)/python -m benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES))
 
 full-smoke: .venv/.ready ## the whole way at full size on a CPU, random weights (15 minutes, 20 GB)
 	$(BIN)/python -m benchmarks.full_smoke

@@ -92,7 +92,11 @@ def sd_pipeline(device: torch.device) -> StableDiffusionPipeline:
         tokenizer=tokenizer,
         unet=sd_unet(device),
         scheduler=DDPMScheduler(
-            1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+            1000,
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
         ),
         safety_checker=None,
         feature_extractor=None,
