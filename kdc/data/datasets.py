@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from kdc.checks import MOST_SEEDS, whole_number
 from kdc.data import worlds
 from kdc.data.folders import FOLDER_SPLITS, FolderDataset, captioned_files, read_folder
-from kdc.data.published import BUTTERFLIES, FLOWERS, Listing, butterfly_files, flower_files
+from kdc.data.published import PUBLISHED
 from kdc.io import plain
 from kdc.paths import as_path
 
@@ -88,12 +88,6 @@ def _read_folder(source, split, size, *, count, seed, held_out, **of_folders) ->
     return read_folder(
         as_path(source, "the data set"), split, size, count=count, seed=seed, **of_folders
     )
-
-
-PUBLISHED: dict[str, Callable[[str], Listing]] = {
-    FLOWERS: flower_files,
-    BUTTERFLIES: butterfly_files,
-}
 
 
 def _read_published(source, split, size, *, count, seed, held_out, **of_folders) -> FolderDataset:

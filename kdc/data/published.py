@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,3 +131,10 @@ def _butterfly_list(root: Path) -> dict[str, str]:
         stacklevel=5,
     )
     return {}
+
+
+# The data sets that `load_dataset` knows by name: how each lists the files of a split.
+PUBLISHED: dict[str, Callable[[str], Listing]] = {
+    FLOWERS: flower_files,
+    BUTTERFLIES: butterfly_files,
+}

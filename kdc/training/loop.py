@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ from kdc.training.logs import FILE as LOG
 from kdc.training.logs import RunLog, find_writer, without_speed
 from kdc.training.settings import TrainSettings
 
+# How processes may share a run: not at all, or each with the whole network.
+PLAIN = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SAMPLES = "samples"  # the folder of grids
 LossFunction = Callable[[nn.Module, torch.Generator], Terms]
 FILES = (LOG, "checkpoint-0000000/state.json")  # what `train` writes
@@ -77,6 +80,12 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # the state of an earlier run in this process
     accelerator = Accelerator(mixed_precision=precision)
+    if accelerator.distributed_type not in PLAIN:
+        raise ValueError(
+            f"{accelerator.distributed_type.value} is not supported: each process holds the whole"
+            " student, which fits a GPU of 24 GB (with gradient_checkpointing, ema_on_cpu and"
+            " optimizer='adamw8bit' a smaller one). Launch with --multi_gpu"
+        )
     # The environment can set this, and every gradient would then be divided by it. `train`
     # accumulates by itself, as its settings say.
     accelerator.gradient_accumulation_steps = 1

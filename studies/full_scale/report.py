@@ -90,7 +90,7 @@ def hours(results: str | Path | None = None, plan: str = "kdc") -> pd.DataFrame:
     for name, job in JOBS.items():
         work = job.updates * job.images * (job.whole * whole + job.student * student)
         row = {card: work / (share * spec.peak * 1e12) / 3600 for card, spec in CARDS.items()}
-        table[name] = {"images": job.updates * job.images} | row
+        table[name] = row
     return pd.DataFrame(table).T
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import full_smoke, gpu
+from benchmarks import full_smoke, gpu, onnx_latency
 from benchmarks.gpu import PARTS, Place, main, run_all, run_part
 
 CPU = Place(torch.device("cpu"), tiny=True)
@@ -91,3 +91,10 @@ def test_the_whole_way_runs_on_the_mini_teacher(tmp_path, capsys):
     values = json.loads((tmp_path / "full_smoke_tiny.json").read_text())["values"]
     assert len(values["parts"]) == 9 and values["met"] and values["peak_gib"] < 20
     assert "open it with diffusers alone" in values["parts"]
+
+
+@pytest.mark.long
+def test_onnx_is_timed_beside_pytorch(tmp_path):
+    onnx_latency.main(["--rounds", "1", "--steps", "2", "--results", str(tmp_path)])
+    rows = json.loads((tmp_path / "onnx_latency.json").read_text())["values"]["rows"]
+    assert len(rows) == 4 and all(row["median"] > 0 for row in rows.values())

@@ -17,6 +17,7 @@ import yaml
 from IPython.core.inputtransformer2 import TransformerManager
 
 from studies.common import ledger
+from studies.full_scale import report as full_scale
 from studies.replay import report
 from tools import book
 
@@ -224,6 +225,21 @@ def test_the_numbers_that_chapter_04_and_the_readme_state_are_those_stored():
     ):
         assert words in text, words
     assert f"at {best['steps']} steps is {1 / best['ratio']:.1f} times as fast" in text_of("README")
+
+
+def test_the_numbers_that_chapter_05_states_are_those_stored():
+    text = text_of("05_full_scale")
+    rows = ledger.read("throughput_cuda")["rows"]
+    fastest = max(rows, key=lambda row: max(row["images_per_second"]))
+    assert f"{max(fastest['images_per_second'])} images a second go" in text
+    assert f"student at batch {fastest['batch_size']} " in text
+    hours = full_scale.hours().loc["distil, as this chapter does", "H200"]
+    assert f"about {hours:.1f} hours there" in text
+    reached = full_scale.rate() / ledger.read("throughput_cuda")["large_bf16_product_tflops"] / 1e12
+    assert "a third of the rate of a large bf16 product" in text and 0.30 < reached < 0.36
+    smoke = ledger.read("full_smoke")
+    assert f"took {smoke['minutes']:.1f} minutes and {smoke['peak_gib']:.1f} GiB" in text
+    assert smoke["met"]
 
 
 def test_the_numbers_of_appendix_a3_and_of_kills_are_those_stored():

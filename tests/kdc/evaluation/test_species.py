@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,6 +86,20 @@ def test_species_is_a_score_like_any_other(judge, teacher):
         kdc.evaluate(teacher, prompts, species=["disc", "rose"], **how)
     with pytest.raises(ValueError, match="1 species for 2 prompts"):
         kdc.evaluate(teacher, prompts, species=["disc"], **how)
+
+
+def test_a_few_dozen_images_end_no_run(teacher, tmp_path):
+    """Scores that need more say so in their row; the others are there."""
+    from tests.helpers import picture
+
+    for number in range(30):
+        picture(tmp_path / "test" / ("a", "b")[number % 2] / f"{number}.png")
+    found = kdc.evaluate(teacher, ["a photo of an a", "a photo of a b"] * 4, tmp_path, steps=1,
+                         seeds=(0,), extractor="efficientnet-lite0", baseline_draws=2)  # fmt: skip
+    table = found.table
+    assert np.isnan(table.loc["fd", "value"])
+    assert table.loc["fd", "note"] == "8 images, 2560 needed for 1280 dimensions"
+    assert table.loc[["kid", "precision", "recall", "density", "coverage"], "value"].notna().all()
 
 
 def test_what_cannot_be_fitted_is_refused():
