@@ -67,9 +67,11 @@ output.mkdir(parents=True, exist_ok=True)
 
 
 def command(text: str) -> None:
-    """A command as it would be typed, with this page's values in it."""
+    """A command as it would be typed."""
     display(Markdown(f"```bash\n{text}\n```"))
 
+
+there = "outputs/full"  # where the commands below write
 
 # %% [markdown]
 # ## 1. The data
@@ -85,6 +87,7 @@ if dataset == "tiny":
 else:
     text = dataset
 names = names_of(text)
+called = [as_path(name).name for name in names]
 pipeline = kdc.load_teacher(teacher)
 size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 data = {
@@ -122,9 +125,9 @@ print(f"largest error of half precision: {share:.1e} of the latents' deviation")
 
 # %%
 command(
-    f"accelerate launch -m kdc finetune {teacher} --dataset {names[0]} --steps {run.tuning} \\\n"
-    f"    --learning-rate 1e-5 --latents {latents} --sample-every 1000 --tensorboard \\\n"
-    f"    --output-dir {output}/teacher --resume"
+    f"accelerate launch -m kdc finetune {teacher} --dataset {called[0]} \\\n"
+    f"    --steps {run.tuning} --learning-rate 1e-5 --latents {there}/latents \\\n"
+    f"    --sample-every 1000 --tensorboard --output-dir {there}/teacher --resume"
 )
 tuning = kdc.finetune(
     pipeline,
@@ -146,10 +149,10 @@ tuning = kdc.finetune(
 
 # %%
 command(
-    f"accelerate launch -m kdc distill {output}/teacher --plan {plan} --dataset {names[0]} \\\n"
-    f"    --steps {run.steps} --batch-size {run.batch_size} --learning-rate 5e-5 \\\n"
-    f"    --latents {latents} --sample-every 500 --save-minutes 15 --tensorboard \\\n"
-    f"    --output-dir {output}/student --resume"
+    f"accelerate launch -m kdc distill {there}/teacher --plan {plan} \\\n"
+    f"    --dataset {called[0]} --steps {run.steps} --batch-size {run.batch_size} \\\n"
+    f"    --learning-rate 5e-5 --latents {there}/latents --sample-every 500 \\\n"
+    f"    --tensorboard --output-dir {there}/student --resume"
 )
 student = kdc.slim(pipeline.unet, plan)
 log = kdc.distill(
@@ -167,7 +170,7 @@ log = kdc.distill(
 sizes = {name: sum(p.numel() for p in unet.parameters())
          for name, unet in (("teacher", pipeline.unet), ("student", student))}  # fmt: skip
 print(f"{sizes['teacher']:,} -> {sizes['student']:,} parameters")
-display(log.tail(3))
+display(log.tail(3).round(3))
 
 # %% [markdown]
 # ## 5. The second data set, by replay
@@ -177,16 +180,20 @@ display(log.tail(3))
 
 # %%
 command(
-    f"accelerate launch -m kdc continue {output}/teacher --student {output}/student \\\n"
-    f'    --dataset "{text}" --strategy replay --capacity 64 --steps {run.task_steps} \\\n'
-    f"    --batch-size {run.batch_size} --latents {latents} --output-dir {output}/sequence --resume"
+    f"accelerate launch -m kdc continue {there}/teacher --student {there}/student \\\n"
+    f'    --dataset "{" then ".join(called)}" --strategy replay --capacity 64 \\\n'
+    f"    --steps {run.task_steps} --batch-size {run.batch_size} \\\n"
+    f"    --latents {there}/latents --output-dir {there}/sequence --resume"
 )
-tasks = [Task(as_path(name).name, train, test=test) for name, (train, test) in cached.items()]
+tasks = [
+    Task(name, train, test=test)
+    for name, (train, test) in zip(called, cached.values(), strict=True)
+]
 error = METRICS["output_error"]
 
 
 def evaluate(scored, task):
-    """How far the student is from its teacher on images of that task which no training saw."""
+    """How far the student is from its teacher on held-back images of that task."""
     evidence = Evidence(pd.NA, latents=task.test, pipeline=scored, teacher=pipeline)
     return {"output_error": float(error.function(evidence))}
 
@@ -203,7 +210,7 @@ result = kdc.run_sequence(
     batch_size=run.batch_size,
     learning_rate=5e-5,
 )
-display(result.matrix.to_frame())
+display(result.matrix.to_frame().round(3))
 
 # %% [markdown]
 # ## 6. Scores
@@ -216,15 +223,15 @@ display(result.matrix.to_frame())
 
 # %%
 command(
-    f"python -m kdc evaluate {output}/student --teacher {output}/teacher --reference {names[0]} \\\n"
-    f"    --count {run.asked} --extractor inception-v3 --output-dir {output}/scores"
+    f"python -m kdc evaluate {there}/student --teacher {there}/teacher \\\n"
+    f"    --reference {called[0]} --count {run.asked} --extractor inception-v3 \\\n"
+    f"    --output-dir {there}/scores"
 )
 mine = kdc.with_unet(pipeline, student)
 test = data[names[0]][1]
 prompts = [test.caption(i % len(test)) for i in range(run.asked)]
-scores = kdc.evaluate(
-    mine, prompts, teacher=pipeline, seeds=(0, 1), steps=run.sampling_steps, baseline_draws=2
-)
+how = {"steps": run.sampling_steps, "seeds": (0, 1)}
+scores = kdc.evaluate(mine, prompts, teacher=pipeline, **how)
 shown = scores.table[["value", "spread", "samples", "extractor"]]
 display(shown[shown["value"].notna()].round(3))
 
@@ -249,11 +256,17 @@ plt.show()
 
 # %%
 command(
-    f"python -m kdc export {output}/student --teacher {output}/teacher --half \\\n"
-    f"    --scores {output}/scores/scores.json --output-dir {output}/handed-over"
+    f"python -m kdc export {there}/student --teacher {there}/teacher --half \\\n"
+    f"    --scores {there}/scores/scores.json --output-dir {there}/handed-over"
 )
-place = output / f"handed-over-{int(time.time())}"
-folder = kdc.export(student, pipeline, place, teacher_name=teacher, data_name=text, half=True)
+folder = kdc.export(
+    student,
+    pipeline,
+    output / f"handed-over-{int(time.time())}",
+    teacher_name=teacher,
+    data_name=" then ".join(called),
+    half=True,
+)
 print("\n".join((folder / "README.md").read_text().splitlines()[:24]))
 
 # %% [markdown]
@@ -265,8 +278,7 @@ print("\n".join((folder / "README.md").read_text().splitlines()[:24]))
 # from end to end.
 
 # %%
-hours = report.hours(plan=plan if plan in kdc.PLANS else "kdc")
-display(hours.map(lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.2g}"))
+display(report.hours(plan=plan if plan in kdc.PLANS else "kdc").map(report.spoken))
 
 # %% [markdown]
 # Memory of the distillation on the same card, measured, and the cards whose memory is larger:

@@ -94,6 +94,19 @@ def hours(results: str | Path | None = None, plan: str = "kdc") -> pd.DataFrame:
     return pd.DataFrame(table).T
 
 
+def spoken(hours: float) -> str:
+    """Hours in the unit that suits them."""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    return (
+        f"{hours * 60:.0f} min"
+        if hours < 1
+        else f"{hours:,.2g} h"
+        if hours < 10
+        else f"{hours:,.0f} h"
+    )
+
+
 def memory(results: str | Path | None = None) -> pd.DataFrame:
     """What distillation took on the measured card, and which cards have so much memory."""
     rows = []

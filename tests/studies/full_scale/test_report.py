@@ -36,6 +36,11 @@ def test_hours_scale_with_the_cards_and_the_work():
     assert replay["H200"] / plain["H200"] == pytest.approx(2 * 5_000 / 20_000)
 
 
+def test_hours_are_said_in_their_unit():
+    said = [report.spoken(h) for h in (1.5 / 3600, 0.21, 3.29, 49.7, 1234.5)]
+    assert said == ["2 s", "13 min", "3.3 h", "50 h", "1,234 h"]
+
+
 def test_memory_says_which_cards_have_it():
     table = report.memory()
     assert table["GiB"].tolist() == [24, 45, 72, 22]
