@@ -253,6 +253,10 @@ plt.show()
 # The exported folder is a whole diffusers pipeline with a model card, and opens where `kdc` is not
 # installed. The card says what no longer fits: a ControlNet made for the teacher, LoRA by layer
 # name, and, without a mid-block, any new ControlNet. `bk-base` keeps the mid-block.
+#
+# `--onnx` adds models for ONNX Runtime, which draw the same images up to one of 256 levels. On one CPU
+# thread an image of the mini student at 16 steps takes 0.50 of the time that it takes under
+# PyTorch (`results/onnx_latency.json`).
 
 # %%
 command(

@@ -237,6 +237,10 @@ def test_the_numbers_that_chapter_05_states_are_those_stored():
     assert f"about {hours:.1f} hours there" in text
     reached = full_scale.rate() / ledger.read("throughput_cuda")["large_bf16_product_tflops"] / 1e12
     assert "a third of the rate of a large bf16 product" in text and 0.30 < reached < 0.36
+    onnx = ledger.read("onnx_latency")
+    medians = [onnx["rows"][f"student, {name}"]["median"] for name in ("ONNX Runtime", "PyTorch")]
+    words = f"{onnx['steps']} steps takes {medians[0] / medians[1]:.2f} of the time"
+    assert words in text
     smoke = ledger.read("full_smoke")
     assert f"took {smoke['minutes']:.1f} minutes and {smoke['peak_gib']:.1f} GiB" in text
     assert smoke["met"]
