@@ -42,8 +42,8 @@ lab: .venv/.ready ## open the notebooks in JupyterLab
 STUDIES := mini grades slimming distillation replay evaluation metrics
 $(STUDIES): export MALLOC_MMAP_MAX_ = 0
 $(STUDIES): export MALLOC_TRIM_THRESHOLD_ = 8000000000
-mini: .venv/.ready ## train the embedded models from nothing and put them into the package (hours)
-	$(BIN)/python -m studies mini --install
+mini: .venv/.ready ## train the embedded models from nothing and put them into the package (hours); DEVICE=cuda
+	$(BIN)/python -m studies mini --install $(if $(DEVICE),--device $(DEVICE))
 
 grades: .venv/.ready ## grade the embedded models again; PHOTOS=FOLDER adds the autoencoder on photographs
 	$(BIN)/python -m studies mini grades $(if $(PHOTOS),--photos "$(PHOTOS)")

@@ -7,6 +7,11 @@ has seen them passes photographs it never saw.
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -51,15 +56,31 @@ def leaf_images(count: int, seed: int) -> Tensor:
 def world_images(
     count: int, split: str, seed: int = 0, held_out: bool = False
 ) -> tuple[Tensor, list[worlds.Attributes]]:
-    """(count, 3, 64, 64) uint8 renderings, the worlds in turn, and what each shows."""
-    images, shown = [], []
+    """(count, 3, 64, 64) uint8 renderings, the worlds in turn, and what each shows.
+
+    Many are rendered by several processes; each has a seed of its own, so they are the same.
+    """
+    one = functools.partial(_world_image, split=split, seed=seed, held_out=held_out)
+    bar = functools.partial(tqdm, total=count, desc=f"{split} renderings", mininterval=2)
+    processes = min(8, os.cpu_count() or 1) if count >= 1000 else 1
+    if processes == 1:
+        found = list(bar(map(one, range(count))))
+    else:
+        # A process of its own each: this one may have threads and a GPU already.
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            found = list(bar(pool.map(one, range(count), chunksize=64)))
+    images = torch.from_numpy(np.stack([image for image, _ in found]))
+    return images.permute(0, 3, 1, 2).contiguous(), [attributes for _, attributes in found]
+
+
+def _world_image(
+    index: int, split: str, seed: int, held_out: bool
+) -> tuple[np.ndarray, worlds.Attributes]:
     names = list(worlds.WORLDS)
-    for index in tqdm(range(count), desc=f"{split} renderings", mininterval=2):
-        name = names[index % len(names)]
-        rng = worlds.rendering_rng(name, split, index // len(names), seed)
-        shown.append(worlds.draw_attributes(name, rng, held_out))
-        images.append(worlds.render(shown[-1], rng))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), shown
+    name = names[index % len(names)]
+    rng = worlds.rendering_rng(name, split, index // len(names), seed)
+    shown = worlds.draw_attributes(name, rng, held_out)
+    return worlds.render(shown, rng), shown
 
 
 def to_signed(images: Tensor) -> Tensor:

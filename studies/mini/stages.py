@@ -7,12 +7,15 @@ from pathlib import Path
 
 from kdc import pipelines
 from kdc.data.datasets import load_dataset
+from kdc.processes import this_process
 from studies.common import ledger
 from studies.common.runner import Context, Stage
 from studies.mini import grades, make
 
 
 def _train(name: str, context: Context) -> list[Path]:
+    if context.device == "cuda" and this_process().device.type != "cuda":
+        raise ValueError("PyTorch sees no CUDA device here: leave --device out")
     make.make(context.folder, (name,), **context.settings)
     return [context.folder / name / "final"]
 

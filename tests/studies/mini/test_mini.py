@@ -7,8 +7,8 @@ import torch
 from kdc import pipelines
 from kdc.data import worlds
 from kdc.evaluation import judges
-from studies.common import ledger
-from studies.mini import grades, images, text
+from studies.common import ledger, runner
+from studies.mini import grades, images, stages, text
 from studies.mini import make as mini
 
 
@@ -38,6 +38,19 @@ def test_dead_leaves_have_the_spectrum_of_photographs():
     use = (frequency > 0.02) & (frequency < 0.2)
     slope = np.polyfit(np.log(frequency[use]), np.log(power.mean(axis=0)[use]), 1)[0]
     assert -2.8 < slope < -1.9
+
+
+@pytest.mark.long
+def test_many_renderings_are_the_same_by_several_processes(monkeypatch):
+    monkeypatch.setattr(images.os, "cpu_count", lambda: 2)
+    several, shown = images.world_images(1000, "train", seed=3)
+    alone, shown_alone = images.world_images(20, "train", seed=3)
+    assert torch.equal(several[:20], alone) and shown[:20] == shown_alone and len(shown) == 1000
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="sees no CUDA device"):
+        list(stages.STAGES["student"].run(runner.Context(folder=tmp_path, device="cuda")))
 
 
 def test_world_images_show_what_they_say_and_leave_out_the_held_out():
