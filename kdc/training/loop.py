@@ -46,8 +46,8 @@ from kdc.training.logs import FILE as LOG
 from kdc.training.logs import RunLog, find_writer, without_speed
 from kdc.training.settings import TrainSettings
 
-# How processes may share a run: not at all, or each with the whole network.
-PLAIN = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+# Ways of sharing a network's weights out among processes, which checkpoints here know nothing of.
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 SAMPLES = "samples"  # the folder of grids
 LossFunction = Callable[[nn.Module, torch.Generator], Terms]
 FILES = (LOG, "checkpoint-0000000/state.json")  # what `train` writes
@@ -80,7 +80,7 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # the state of an earlier run in this process
     accelerator = Accelerator(mixed_precision=precision)
-    if accelerator.distributed_type not in PLAIN:
+    if accelerator.distributed_type in SHARDING:
         raise ValueError(
             f"{accelerator.distributed_type.value} is not supported: each process holds the whole"
             " student, which fits a GPU of 24 GB (with gradient_checkpointing, ema_on_cpu and"

@@ -241,6 +241,19 @@ def test_what_cannot_be_shared_is_refused(teacher, monkeypatch):
         check("replay", 1, ratio=0.5)
 
 
+def test_sharded_networks_are_refused_by_name(monkeypatch):
+    from accelerate.utils import DistributedType
+
+    from kdc.training import loop
+
+    class Sharding:
+        distributed_type = DistributedType.FSDP
+
+    monkeypatch.setattr(loop, "Accelerator", lambda **settings: Sharding())
+    with pytest.raises(ValueError, match="FSDP is not supported: each process holds the whole"):
+        loop.make_accelerator("no")
+
+
 def test_one_process_is_one(monkeypatch):
     from kdc.processes import own_part, this_process
 
