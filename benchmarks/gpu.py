@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 
 import kdc
+from benchmarks import setups
+from benchmarks.distill_step import as_ratios, race
 from benchmarks.setups import sd_pipeline
 from kdc.continual.tasks import Task
 from kdc.data.latents import LatentDataset
@@ -127,6 +129,16 @@ def throughput(place: Place) -> Rows:
         yield shown | {"images_per_second": rate, "peak_gib": peak_memory(place.device)}
 
 
+def step(place: Place) -> Rows:
+    """A distillation step beside the plain loop's, in one run: in float32, then as it chooses."""
+    setup = (setups.mini if place.tiny else setups.full)(place.device)
+    batch_size, rounds = (2, 2) if place.tiny else (8, 6)
+    for name in ("ours", "chosen"):
+        times, _ = race(["reference", name], setup, place.device, batch_size, rounds)
+        for contender, row in as_ratios(times, batch_size).items():
+            yield {"contender": contender, "beside": name, "batch_size": batch_size} | row
+
+
 def pipelines(place: Place) -> Rows:
     """Text to image, end to end: the teacher at 50 steps, a student of each plan at 50, 25, 16."""
     teacher = place.pipeline(place.dtype)
@@ -182,10 +194,11 @@ class Part:
 
 PARTS = {
     "throughput": Part(throughput, 90),
-    "latency": Part(latency, 100),
-    "pipelines": Part(pipelines, 90),
+    "step": Part(step, 60),
+    "latency": Part(latency, 90),
+    "pipelines": Part(pipelines, 80),
     "replay": Part(replay, 40),
-    "chapters": Part(chapters, 150),
+    "chapters": Part(chapters, 120),
 }
 
 

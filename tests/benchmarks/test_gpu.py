@@ -17,7 +17,7 @@ def rows_of(folder, name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["throughput", "pipelines", "replay"])
+@pytest.mark.parametrize("name", ["throughput", "step", "pipelines", "replay"])
 def test_a_part_measures_and_writes(name, tmp_path):
     run_part(name, CPU, str(tmp_path))
     values = rows_of(tmp_path, name)

@@ -15,6 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import kdc
+from kdc.data.datasets import WorldDataset
 from kdc.training.checkpoints import checkpoints
 from kdc.unet.slimming import slim
 from tests.robustness.trials import narrow
@@ -42,6 +44,16 @@ settings = dict(batch_size={IMAGES} // process.num_processes, log_every=1, save_
                 precision="no")
 found = {{"processes": process.num_processes}}
 for kind in kinds:
+    if kind == "cache":
+        from kdc.data import cache
+        from kdc.data.datasets import WorldDataset
+        wrote, write, cache.ROWS = [], cache.write_shard, 2
+        cache.write_shard = lambda file, rows: (wrote.append(file.name), write(file, rows))
+        data = kdc.cache_latents(pipeline, WorldDataset(["flora"], count=8), 2,
+                                 folder=folder / "latents", dtype="float32")
+        found["cache"] = [data.mean[:].sum().item(), data.embeddings[:].sum().item()]
+        found["wrote"] = [name.split("-")[0] for name in wrote]
+        continue
     student, place = kdc.slim(pipeline.unet, "kdc"), folder / kind
     if kind in STRATEGIES:
         uses = STRATEGIES[kind].mechanism.uses_buffer
@@ -150,6 +162,17 @@ def test_several_processes_are_one_run_and_equal_one_process(processes, alone, t
 
 
 @pytest.mark.long
+def test_processes_fill_a_cache_side_by_side(teacher, tmp_path):
+    found = launch(tmp_path, 2, "cache", 1)
+    alone = kdc.cache_latents(teacher, WorldDataset(["flora"], count=8), 2)
+    sums = [alone.mean.sum().item(), alone.embeddings.sum().item()]
+    for each in found:
+        assert each["cache"] == pytest.approx(sums, rel=1e-5)
+        assert each["wrote"].count("latents") == 2, "two shards of two images each"
+    assert sum("index.safetensors" in each["wrote"] for each in found) == 1
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_kill_of_either_process_is_no_loss(victim, alone, tmp_path):
     """Killed at a checkpoint in the middle; the launcher ends the other, and the run goes on."""
@@ -225,7 +248,7 @@ def test_what_cannot_be_shared_is_refused(teacher, monkeypatch):
             strategy,
             teacher.unet,
             teacher,
-            buffer=__import__("kdc").ReplayBuffer(4) if uses else None,
+            buffer=kdc.ReplayBuffer(4) if uses else None,
             settings=TrainSettings(1, batch_size=batch_size),
             weights=LossWeights.only("task"),
             output_dir=None,
