@@ -484,7 +484,7 @@ laid_out(report.check_stage("photos", tables["photos"]))
 # where it is merely fine-tuned: forgetting is negative for all five strategies, surely so by output
 # error. The halves are alike, and 80 steps after slimming any image helps. Replay still lowers the
 # output error on the old half most. The Fréchet distance differs too widely between three seeds to
-# tell. Measure the forgetting before you add a remedy.
+# tell. With longer tasks and a judge of species they do forget: [chapter 05](05_full_scale.ipynb).
 #
 # ## Exercises
 #

@@ -21,6 +21,8 @@
 #   3.3 hours there. The other columns of the table below are reckoned from it.
 # - The whole way also runs on two CPU cores, with random weights, as a test: `make full-smoke` took
 #   6.9 minutes and 12.7 GiB (`results/full_smoke.json`).
+# - On real photographs, twelve species in two tasks, fine-tuning forgets and replay saves: 53 % and 73 % of
+#   the images show the right one of the first six species (`results/forgetting_species.json`).
 # - **No one has run this chapter at full length yet.** The column "your run" is empty.
 # :::
 #
@@ -50,7 +52,10 @@ from kdc.paths import as_path
 from studies import figures
 from studies.common import ledger
 from studies.common.budgets import settle
+from studies.common.claims import laid_out
+from studies.common.protocol import summary
 from studies.full_scale import report
+from studies.replay import report as replay
 
 started = time.perf_counter()
 table = {
@@ -272,6 +277,33 @@ folder = kdc.export(
     half=True,
 )
 print("\n".join((folder / "README.md").read_text().splitlines()[:24]))
+
+# %% [markdown]
+# ## Do photographs forget?
+#
+# [Chapter 03](03_replay.ipynb) found nothing forgotten on photographs, with tasks of 80 updates and scores
+# that cannot name a species. Here the twelve species are learnt in two tasks of 450 updates, six and then
+# six. A judge names the species of 288 generated images: a linear layer on EfficientNet-Lite0, fitted
+# on the training photographs, right on 96 % of the test photographs at 64 pixels. Written
+# beforehand: replay keeps more of the first six than fine-tuning, costs nothing on the second six,
+# and keeps as much as joint training. Each falls where the 95 % interval over three seeds says otherwise.
+
+# %%
+if teacher == "mini":
+    strips, captions = replay.shown("species")
+    figures.image_grid(strips, captions, scale=0.8)
+    plt.show()
+lines = replay.table(replay.stored("species"))
+measures = ["old_species", "new_species", "forgetting_species"]
+display(summary(lines, measures))
+laid_out(replay.check_stage("species", lines))
+
+# %% [markdown]
+# After the first task the student shows the right species in 68 % of its images (its teacher,
+# fine-tuned on all twelve: 76 %; chance: 8 %). Fine-tuning on six more leaves 53 % of the first
+# six, replay of 64 items 73 %, joint training 73 %. So fine-tuning forgets
+# here and replay saves it: +0.21 [+0.20, +0.22] over fine-tuning. The second claim is refuted: replay
+# costs .07 [.05, .10] on the second six. The third is not refuted, which three seeds make easy.
 
 # %% [markdown]
 # ## Hours and memory

@@ -241,6 +241,22 @@ def test_the_numbers_that_chapter_05_states_are_those_stored():
     medians = [onnx["rows"][f"student, {name}"]["median"] for name in ("ONNX Runtime", "PyTorch")]
     words = f"{onnx['steps']} steps takes {medians[0] / medians[1]:.2f} of the time"
     assert words in text
+    lines = report.table(report.stored("species"))
+    left = lines.groupby("candidate")["old_species"].mean()
+    words = (
+        "on six more leaves {finetune:.0%} of the first six, replay of 64 items {replay:.0%}, joint"
+    )
+    assert words.format(**left).replace("%", " %") in text
+    assert f"saves: {left['finetune']:.0%} and {left['replay']:.0%}".replace("%", " %") in text
+    first, second = report.check_stage("species", lines)[["difference", "outcome"]].values[:2]
+    assert (
+        first[1] == "holds" and first[0].startswith("+0.206 [") and "+0.21 [+0.20, +0.22]" in text
+    )
+    assert (
+        second[1] == "FAILS" and second[0].startswith("-0.0741") and "costs .07 [.05, .10]" in text
+    )
+    held_out = ledger.read("forgetting_species")["judge"]["held_out"]
+    assert f"right on {held_out:.0%}".replace("%", " %") in text
     smoke = ledger.read("full_smoke")
     assert f"took {smoke['minutes']:.1f} minutes and {smoke['peak_gib']:.1f} GiB" in text
     assert smoke["met"]
