@@ -30,7 +30,7 @@ from PIL import Image
 import kdc
 from benchmarks.setups import sd_pipeline
 from kdc.continual.tasks import Task
-from kdc.data.latents import cache_latents
+from kdc.data.cache import cache_latents
 from kdc.pipelines import write_pipeline
 from kdc.unet.slimming import count_parameters
 from studies.common import ledger

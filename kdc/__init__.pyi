@@ -9,14 +9,14 @@ from .continual.sequence import (
 from .continual.tasks import (
     Task as Task,
 )
+from .data.cache import (
+    cache_latents as cache_latents,
+)
 from .data.datasets import (
     load_dataset as load_dataset,
 )
 from .data.latents import (
     LatentDataset as LatentDataset,
-)
-from .data.latents import (
-    cache_latents as cache_latents,
 )
 from .data.worlds import (
     WORLDS as WORLDS,

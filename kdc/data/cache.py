@@ -1,4 +1,4 @@
-"""The cache of latents on disk: shards that several processes write side by side and all can map.
+"""The cache of latents: in memory, or on disk in shards that processes write side by side.
 
     FOLDER/<key>/latents-00000.safetensors    mean, std of 256 images
     FOLDER/<key>/captions-00000.safetensors   embeddings of 256 distinct captions
@@ -12,15 +12,17 @@ that a stopped run goes on where it was; the manifest, with checksums, is writte
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from kdc.checks import whole_number
 from kdc.data.latents import LatentDataset, embed_captions, encode, number_captions
-from kdc.data.shards import open_shards, write_shard
+from kdc.data.shards import FORMAT, VERSION, open_shards, write_shard
 from kdc.io import (
     MANIFEST,
     check_sealed,
@@ -30,6 +32,7 @@ from kdc.io import (
     hash_text,
     plain,
     read_json,
+    read_tensors,
     seal,
     write_json,
 )
@@ -39,7 +42,65 @@ from kdc.processes import locked, this_process
 KIND = "kdc-latents"
 ROWS = 256  # in a shard: 16 MB of Stable Diffusion's latents in half precision
 NOTE, INDEX = "cache.json", "index.safetensors"
+# What a data set must be able to say before its encoded images can lie on a disk.
+PROTOCOL = {
+    "identity": "whatever the images depend on, in plain values",
+    "captions_of": "all captions of item i, without reading its image",
+}
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def cache_latents(
+    pipeline: StableDiffusionPipeline,
+    dataset: Dataset,
+    batch_size: int = 32,
+    *,
+    folder: str | Path | None = None,
+    dtype: str = "float16",
+    workers: int | None = None,
+) -> LatentDataset:
+    """Encode every image and every distinct caption once.
+
+    Without a `folder` all is held in memory, in float32. With one it goes there in shards of
+    `dtype`, "float16" (whose largest error the result's `note` states) or "float32", and is read
+    from there by need; what lies there already, from the same networks, images and captions, is not
+    encoded again. Several processes write their shares side by side. `workers` processes read the
+    images while the encoder runs; None: up to 8 where that is a GPU, else none.
+
+    Raises `ValueError` if an image's size is not what the autoencoder and U-Net expect, and
+    `FloatingPointError` naming the image or caption whose encoding is not finite; with a folder
+    also what `cache_on_disk` raises.
+    """
+    count = len(dataset)  # type: ignore[arg-type]
+    if count == 0:
+        raise ValueError("the data set is empty")
+    batch_size = whole_number("batch_size", batch_size, 1)
+    if workers is not None:
+        workers = whole_number("workers", workers, 0)
+    if folder is not None:
+        return cache_on_disk(
+            pipeline, dataset, folder, batch_size=batch_size, dtype=dtype, workers=workers
+        )
+    mean = std = torch.empty(0)
+    captions: list[Sequence[str]] = []
+    batches = [part.tolist() for part in torch.arange(count).split(batch_size)]
+    for items, means, stds in encode(pipeline, dataset, batches, workers):
+        if not len(mean):  # one copy of all, filled in place
+            mean = torch.empty(count, *means.shape[1:])
+            std = torch.empty_like(mean)
+        rows = slice(len(captions), len(captions) + len(items))
+        mean[rows], std[rows] = means, stds
+        captions += [item.get("captions") or (item["caption"],) for item in items]
+    distinct, index, choices = number_captions(captions)
+    return LatentDataset(
+        mean,
+        std,
+        embed_captions(pipeline, distinct),
+        index,
+        embed_captions(pipeline, [""])[0],
+        distinct,
+        choices if choices.shape[1] > 1 else None,
+    )
 
 
 def check_cache(folder: str | Path, dataset, dtype: str = "float16") -> Path:
@@ -55,12 +116,6 @@ def check_cache(folder: str | Path, dataset, dtype: str = "float16") -> Path:
     return try_writing(folder, (f"{'0' * 16}/{NOTE}",), "the folder of latents")
 
 
-PROTOCOL = {
-    "identity": "whatever the images depend on, in plain values",
-    "captions_of": "all captions of item i, without reading its image",
-}
-
-
 def cache_on_disk(
     pipeline: StableDiffusionPipeline,
     dataset,
@@ -70,7 +125,7 @@ def cache_on_disk(
     dtype: str = "float16",
     workers: int | None = None,
 ) -> LatentDataset:
-    """The encoded data set, from `folder` where it is there already; see `latents.cache_latents`.
+    """The encoded data set, from `folder` where it is there already; see `cache_latents`.
 
     What was encoded with the same networks from the same images and captions is used again; shards
     that are damaged are encoded anew, with a warning. Raises `ValueError` for another dtype,
@@ -91,29 +146,27 @@ def cache_on_disk(
             _mend(place, [*parts, *texts, INDEX, NOTE])
         process.wait_for_everyone()
         if not (place / MANIFEST).is_file():
-            mine = slice(process.process_index, None, process.num_processes)
-            left = {n: rows for n, rows in [*parts.items()][mine] if not (place / n).is_file()}
-            _write_latents(pipeline, dataset, place, left, batch_size, DTYPES[dtype], workers)
-            left = {n: rows for n, rows in [*texts.items()][mine] if not (place / n).is_file()}
-            for name, rows in left.items():
-                embedded = embed_captions(pipeline, [distinct[i] for i in rows])
-                write_shard(place / name, {"embedding": _halved(embedded, DTYPES[dtype])})
+            kept = DTYPES[dtype]
+            _write_latents(pipeline, dataset, place, _own(parts, place), batch_size, kept, workers)
+            _write_captions(pipeline, distinct, place, _own(texts, place), kept)
             process.wait_for_everyone()
             if process.is_main_process:
                 empty = embed_captions(pipeline, [""])[0]
                 numbers = {"caption_index": index, "choices": choices, "empty": empty}
                 write_shard(place / INDEX, numbers)
-                errors = open_shards([place / name for name in parts], "error", "")[:]
                 note = {"made_with": made_with, "images": len(dataset), "captions": distinct}
-                note["largest_error"] = {
-                    "mean": errors[:, 0].max().item(),
-                    "std": errors[:, 1].max().item(),
-                    "mean_over_deviation": errors[:, 2].max().item(),
-                }
+                note["largest_error"] = _largest_error([place / name for name in parts])
                 write_json(place / NOTE, note, indent=1)
                 seal(place, KIND, [place / name for name in (*parts, *texts, INDEX, NOTE)])
         process.wait_for_everyone()
     return _opened(place, list(parts), list(texts))
+
+
+def _own(files: Mapping[str, range], place: Path) -> dict[str, range]:
+    """The shards that this process writes and that are not there yet."""
+    process = this_process()
+    mine = list(files.items())[process.process_index :: process.num_processes]
+    return {name: rows for name, rows in mine if not (place / name).is_file()}
 
 
 def _shards(count: int) -> list[range]:
@@ -176,6 +229,19 @@ def _write_latents(pipeline, dataset, place, left: dict[str, range], batch_size,
         write_shard(place / name, {"mean": mean, "std": std, "error": torch.stack(errors)[None]})
 
 
+def _write_captions(pipeline, captions: list[str], place, left: dict[str, range], dtype):
+    """Embed the captions of these shards."""
+    for name, rows in left.items():
+        embedded = embed_captions(pipeline, [captions[i] for i in rows])
+        write_shard(place / name, {"embedding": _halved(embedded, dtype)})
+
+
+def _largest_error(files: Sequence[Path]) -> dict[str, float]:
+    """The largest rounding errors that the shards note of themselves; see `_write_latents`."""
+    mean, std, relative = open_shards(files, "error", "")[:].amax(dim=0).tolist()
+    return {"mean": mean, "std": std, "mean_over_deviation": relative}
+
+
 def _of(rows: range, encoded: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
     """The encoded batches of one shard."""
     done = 0
@@ -199,15 +265,14 @@ def _halved(values: Tensor, dtype: torch.dtype) -> Tensor:
 def _opened(place: Path, latents: list[str], captions: list[str]) -> LatentDataset:
     note, key = read_json(place / NOTE), place.name
     files = [place / name for name in latents]
-    (index,) = open_shards([place / INDEX], "caption_index", key).parts
-    (choices,) = open_shards([place / INDEX], "choices", key).parts
-    (empty,) = open_shards([place / INDEX], "empty", key).parts
+    index = read_tensors(place / INDEX, FORMAT, VERSION)
+    choices = index["choices"]
     return LatentDataset(
         open_shards(files, "mean", f"{key} mean"),
         open_shards(files, "std", f"{key} std"),
         open_shards([place / name for name in captions], "embedding", f"{key} embedding"),
-        index,
-        empty,
+        index["caption_index"],
+        index["empty"],
         note["captions"],
         choices if choices.shape[1] > 1 else None,
         note=note | {"folder": str(place)},

@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from kdc.checks import as_texts, whole_number
+from kdc.checks import as_texts
 from kdc.data.shards import Shards
 from kdc.pipelines import generate, refuse_infinite_images
 from kdc.processes import this_process
@@ -121,61 +120,6 @@ def embed_captions(
         refuse_infinite_images(embedded, part, "the text encoder")
         parts.append(embedded.float().cpu())
     return torch.cat(parts).clone()
-
-
-def cache_latents(
-    pipeline: StableDiffusionPipeline,
-    dataset: Dataset,
-    batch_size: int = 32,
-    *,
-    folder: str | Path | None = None,
-    dtype: str = "float16",
-    workers: int | None = None,
-) -> LatentDataset:
-    """Encode every image and every distinct caption once.
-
-    Without a `folder` all is held in memory, in float32. With one it goes there in shards of
-    `dtype`, "float16" (whose largest error the result's `note` states) or "float32", and is read
-    from there by need; what lies there already, from the same networks, images and captions, is not
-    encoded again. Several processes write their shares side by side. `workers` processes read the
-    images while the encoder runs; None: up to 8 where that is a GPU, else none.
-
-    Raises `ValueError` if an image's size is not what the autoencoder and U-Net expect, and
-    `FloatingPointError` naming the image or caption whose encoding is not finite; with a folder
-    also what `cache.cache_on_disk` raises.
-    """
-    count = len(dataset)  # type: ignore[arg-type]
-    if count == 0:
-        raise ValueError("the data set is empty")
-    batch_size = whole_number("batch_size", batch_size, 1)
-    if workers is not None:
-        workers = whole_number("workers", workers, 0)
-    if folder is not None:
-        from kdc.data.cache import cache_on_disk  # which needs this module
-
-        return cache_on_disk(
-            pipeline, dataset, folder, batch_size=batch_size, dtype=dtype, workers=workers
-        )
-    mean = std = torch.empty(0)
-    captions: list[Sequence[str]] = []
-    batches = [part.tolist() for part in torch.arange(count).split(batch_size)]
-    for items, means, stds in encode(pipeline, dataset, batches, workers):
-        if not len(mean):  # one copy of all, filled in place
-            mean = torch.empty(count, *means.shape[1:])
-            std = torch.empty_like(mean)
-        rows = slice(len(captions), len(captions) + len(items))
-        mean[rows], std[rows] = means, stds
-        captions += [item.get("captions") or (item["caption"],) for item in items]
-    distinct, index, choices = number_captions(captions)
-    return LatentDataset(
-        mean,
-        std,
-        embed_captions(pipeline, distinct),
-        index,
-        embed_captions(pipeline, [""])[0],
-        distinct,
-        choices if choices.shape[1] > 1 else None,
-    )
 
 
 def encode(

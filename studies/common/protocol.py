@@ -15,8 +15,9 @@ from diffusers import StableDiffusionPipeline
 
 from kdc import pipelines
 from kdc.data import worlds
+from kdc.data.cache import cache_latents
 from kdc.data.datasets import load_dataset
-from kdc.data.latents import LatentDataset, cache_latents
+from kdc.data.latents import LatentDataset
 from kdc.evaluation import metrics
 from kdc.evaluation.extractors import find_extractor
 from kdc.evaluation.metrics import Evidence, metric_of

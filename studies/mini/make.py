@@ -15,8 +15,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_file
 
+from kdc.data.cache import cache_latents
 from kdc.data.datasets import load_dataset
-from kdc.data.latents import cache_latents
 from kdc.distillation.distill import distill
 from kdc.pipelines import ASSETS, load_teacher, save_student
 from kdc.processes import this_process

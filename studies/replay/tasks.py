@@ -17,8 +17,9 @@ from kdc import pipelines
 from kdc.continual.sequence import Task
 from kdc.continual.tasks import half_of_classes, names_of, split_classes
 from kdc.data import worlds
+from kdc.data.cache import cache_latents
 from kdc.data.datasets import load_dataset
-from kdc.data.latents import LatentDataset, cache_latents
+from kdc.data.latents import LatentDataset
 from kdc.evaluation.extractors import find_extractor
 from kdc.evaluation.images import as_bytes
 from kdc.evaluation.metrics import METRICS, Evidence, means, score

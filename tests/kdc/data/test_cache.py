@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import kdc
 from kdc.continual.tasks import select, split_classes
 from kdc.data import cache
+from kdc.data.cache import cache_latents
 from kdc.data.datasets import WorldDataset
-from kdc.data.latents import cache_latents
 from kdc.data.shards import Shards, open_shards, write_shard
 from kdc.distillation.distill import identity_of_data
 from tests.helpers import picture
