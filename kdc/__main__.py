@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Any
 
-from kdc.commands import COMMANDS, CONFIG, Command, settle, write_config
+from kdc.commands import COMMANDS, CONFIG, Command, is_first_process, settle, write_config
 from kdc.paths import try_writing
-
-# Of processes that a launcher started each reports its own errors, and the first one the results.
-FIRST = os.environ.get("RANK", "0") == "0"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         _stop(name, error, 2, traceback)
     try:
         COMMANDS[name].run(values)
-        if "output_dir" in values and FIRST:
+        if "output_dir" in values and is_first_process():
             write_config(name, values, values["output_dir"])
     except KeyboardInterrupt as stopped:
         print(f"python -m kdc {name}: {str(stopped) or 'stopped'}", file=sys.stderr)

@@ -84,8 +84,8 @@ PLAN = Option("plan", "which layers the student keeps", default="kdc")
 INIT = Option("init", "first weights of a fresh cut: copy, or random", default="copy")
 RESUME = Option("resume", "go on where a stopped run was", bool, False)
 WEIGHTS = Option("weights", "weights and options of the loss: soft=0.1 temperature=2", many=True)
-LATENTS = Option(
-    "latents", "folder where encoded images stay, for later runs too; default: in memory only"
+CACHE = Option(
+    "cache_dir", "folder where encoded images stay, for later runs too; default: in memory only"
 )
 IMAGES = Option("images", "training images at most; default: all of a folder, 2000 of a world", int)
 TRAINING = _training_options()
@@ -120,21 +120,8 @@ def _distill(values: dict[str, Any]) -> None:
     settings, weights = _settings(values), _weights(values["weights"])
     teacher = kdc.load_teacher(values["teacher"])
     student = _student(values, teacher)
-    size = teacher.unet.config.sample_size * teacher.vae_scale_factor
-    dataset = kdc.load_dataset(values["dataset"], "train", size, count=values["images"])
-    log = kdc.distill(
-        student,
-        teacher,
-        dataset,
-        settings=settings,
-        weights=weights,
-        output_dir=values["output_dir"],
-        resume=values["resume"],
-        latents=values["latents"],
-        sample_prompts=values["sample_prompts"] or (),
-    )
-    _say(log.tail(1).to_string(index=False))
-    _say(values["output_dir"])
+    how = _images_and_folders(values, teacher)
+    _report(values, kdc.distill(student, teacher, settings=settings, weights=weights, **how))
 
 
 def _finetune(values: dict[str, Any]) -> None:
@@ -142,17 +129,22 @@ def _finetune(values: dict[str, Any]) -> None:
 
     settings = _settings(values)
     teacher = kdc.load_teacher(values["teacher"])
+    how = _images_and_folders(values, teacher)
+    _report(values, kdc.finetune(teacher, settings=settings, **how))
+
+
+def _images_and_folders(values: Mapping[str, Any], teacher) -> dict[str, Any]:
+    """What distillation and fine-tuning are given besides their networks and settings."""
+    import kdc
+
     size = teacher.unet.config.sample_size * teacher.vae_scale_factor
+    named = {name: values[name] for name in ("output_dir", "resume", "cache_dir")}
     dataset = kdc.load_dataset(values["dataset"], "train", size, count=values["images"])
-    log = kdc.finetune(
-        teacher,
-        dataset,
-        settings=settings,
-        output_dir=values["output_dir"],
-        resume=values["resume"],
-        latents=values["latents"],
-        sample_prompts=values["sample_prompts"] or (),
-    )
+    return named | {"dataset": dataset, "sample_prompts": values["sample_prompts"] or ()}
+
+
+def _report(values: Mapping[str, Any], log) -> None:
+    """The last row of a training's log, and where the rest is."""
     _say(log.tail(1).to_string(index=False))
     _say(values["output_dir"])
 
@@ -164,7 +156,6 @@ def _continue(values: dict[str, Any]) -> None:
     from kdc.continual.sequence import check_sequence
     from kdc.continual.strategies import find_strategy
     from kdc.evaluation.metrics import METRICS, Evidence
-    from kdc.processes import is_first_process
 
     settings, strategy = _settings(values), find_strategy(values["strategy"])
     weights = _weights(values["weights"]) if values["weights"] else None
@@ -185,7 +176,7 @@ def _continue(values: dict[str, Any]) -> None:
         output_dir=values["output_dir"],
         resume=values["resume"],
     )
-    tasks = _tasks(values["dataset"], teacher, values["images"], values["latents"])
+    tasks = _tasks(values["dataset"], teacher, values["images"], values["cache_dir"])
     error = METRICS["output_error"]
 
     def evaluate(pipeline, task) -> dict[str, float]:
@@ -329,7 +320,7 @@ COMMANDS: dict[str, Command] = {
             INIT,
             Option("dataset", DATASET_NAMES + ", or a folder", default="worlds"),
             IMAGES,
-            LATENTS,
+            CACHE,
             WEIGHTS,
             *TRAINING,
             SAMPLE_PROMPTS,
@@ -344,7 +335,7 @@ COMMANDS: dict[str, Command] = {
             TEACHER,
             Option("dataset", DATASET_NAMES + ", or a folder", default="worlds"),
             IMAGES,
-            LATENTS,
+            CACHE,
             *TRAINING,
             SAMPLE_PROMPTS,
             OUTPUT,
@@ -361,7 +352,7 @@ COMMANDS: dict[str, Command] = {
             INIT,
             Option("dataset", '"A then B"; one name is halved by classes', default="worlds"),
             IMAGES,
-            LATENTS,
+            CACHE,
             Option("strategy", "how old images are kept in mind", default="replay"),
             Option("capacity", "items of the replay buffer", int, 64),
             Option("policy", "which items stay in it", default="reservoir"),
@@ -543,10 +534,14 @@ def _pipeline(source: str, teacher: str | None):
     return kdc.load_teacher(source)
 
 
-def _say(text: str) -> None:
-    """Print it, once where several processes run the command."""
-    from kdc.processes import is_first_process
+def is_first_process() -> bool:
+    """Whether this is the one process that says and writes what a command came to."""
+    from kdc.processes import this_process
 
+    return this_process().is_main_process
+
+
+def _say(text: str) -> None:
     if is_first_process():
         print(text)
 

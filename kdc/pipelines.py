@@ -40,6 +40,7 @@ TEACHER_FILES = ("model_index.json", *(f"{part}/config.json" for part in PARTS))
 MINI_STUDENT = ASSETS / "mini-student"
 LIBRARIES = ("diffusers", "transformers")  # whose networks can be parts of a teacher
 UNSEEDED = {"DPMSolverSDEScheduler"}  # samplers that draw from a noise of their own
+GRID = 8  # images that show how a training goes
 PREVIOUS = "unet.previous"  # an older student, while a new one takes its place
 
 
@@ -422,6 +423,14 @@ def generate(
             refuse_infinite_images(latents, asked, "the U-Net")
             images.append(_decoded(pipeline, latents, asked) if decode else latents.float().cpu())
     return torch.cat(images)
+
+
+def sample_grid(
+    teacher: StableDiffusionPipeline, unet: UNet2DConditionModel, prompts: Sequence[str], seed: int
+) -> Tensor:
+    """Images of `GRID` of the prompts, evenly chosen, by `unet` in the teacher: (3, H, W) uint8."""
+    chosen = prompts[:: math.ceil(len(prompts) / GRID)]
+    return as_grid(generate(in_pipeline(teacher, unet), chosen, seed=seed, progress=False))
 
 
 def as_grid(images: Tensor) -> Tensor:

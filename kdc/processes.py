@@ -33,11 +33,6 @@ def this_process() -> PartialState:
     return state
 
 
-def is_first_process() -> bool:
-    """Whether this is the process that writes and says what all of them did."""
-    return this_process().is_main_process
-
-
 def own_part(count: int) -> slice:
     """Which of `count` things that are drawn for all processes are this one's: equal parts.
 

@@ -131,7 +131,7 @@ print(f"largest error of half precision: {share:.1e} of the latents' deviation")
 # %%
 command(
     f"accelerate launch -m kdc finetune {teacher} --dataset {called[0]} \\\n"
-    f"    --steps {run.tuning} --learning-rate 1e-5 --latents {there}/latents \\\n"
+    f"    --steps {run.tuning} --learning-rate 1e-5 --cache-dir {there}/latents \\\n"
     f"    --sample-every 1000 --tensorboard --output-dir {there}/teacher --resume"
 )
 tuning = kdc.finetune(
@@ -156,7 +156,7 @@ tuning = kdc.finetune(
 command(
     f"accelerate launch -m kdc distill {there}/teacher --plan {plan} \\\n"
     f"    --dataset {called[0]} --steps {run.steps} --batch-size {run.batch_size} \\\n"
-    f"    --learning-rate 5e-5 --latents {there}/latents --sample-every 500 \\\n"
+    f"    --learning-rate 5e-5 --cache-dir {there}/latents --sample-every 500 \\\n"
     f"    --tensorboard --output-dir {there}/student --resume"
 )
 student = kdc.slim(pipeline.unet, plan)
@@ -188,7 +188,7 @@ command(
     f"accelerate launch -m kdc continue {there}/teacher --student {there}/student \\\n"
     f'    --dataset "{" then ".join(called)}" --strategy replay --capacity 64 \\\n'
     f"    --steps {run.task_steps} --batch-size {run.batch_size} \\\n"
-    f"    --latents {there}/latents --output-dir {there}/sequence --resume"
+    f"    --cache-dir {there}/latents --output-dir {there}/sequence --resume"
 )
 tasks = [
     Task(name, train, test=test)

@@ -17,6 +17,7 @@ from kdc.continual.records import Progress, Records
 from kdc.continual.strategies import Strategy
 from kdc.data.latents import sample_posterior
 from kdc.distillation.step import DistillationStep, forward_process
+from kdc.pipelines import sample_grid
 from kdc.processes import mean_over_processes, own_part
 from kdc.training.efficiency import quickened
 from kdc.training.loop import train
@@ -110,6 +111,7 @@ class Learner:
                     resume=folder is not None,
                     companion=progress,
                     before_step=lambda: mechanism.before_step(t, old_gradient),
+                    samples=lambda: self._samples(t),
                     label=f"{self.strategy.name}: {run.tasks[t].name}",
                 )
         finally:
@@ -118,6 +120,12 @@ class Learner:
         mechanism.finish(t)
         progress.stop()
         return counts, log
+
+    def _samples(self, t: int) -> Tensor:
+        """What the student makes of captions of the tasks so far."""
+        run = self.run
+        captions = [caption for task in run.tasks[: t + 1] for caption in task.train.captions]
+        return sample_grid(run.teacher, run.student, captions, run.seed_of(t))
 
     def _new(self, t: int, generator: torch.Generator) -> tuple[Items, list[tuple[int, Tensor]]]:
         """A batch of new images, and where they stand: numbers of tasks with rows of their data."""

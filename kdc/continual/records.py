@@ -31,7 +31,7 @@ from kdc.io import (
 from kdc.pipelines import load_unet, save_student
 from kdc.processes import first_of_all, this_process
 from kdc.training.checkpoints import clean, forget_checkpoints
-from kdc.training.logs import without_speed
+from kdc.training.logs import read_log
 
 FILE, PREVIOUS = "sequence.json", "sequence.previous.json"
 KIND = "kdc-task"
@@ -95,8 +95,7 @@ class Records:
         """
         if self.root is None:
             return
-        begun = first_of_all(is_begun(self.root))
-        if not begun:
+        if not first_of_all(is_begun(self.root)):
             self._save("start")
             self._write()
             return
@@ -105,7 +104,7 @@ class Records:
         self.learnt, self.counts = note["learnt"], note["counts"]
         self.scores = {(t, k): scores for t, k, scores in note["scores"]}
         self._go_back()
-        self.logs = [self._read_log(t) for t in range(self.learnt)]
+        self.logs = [read_log(self.folder(t)) for t in range(self.learnt)]
         self._clean()
 
     def _go_back(self) -> None:
@@ -160,10 +159,6 @@ class Records:
         self.scores[t, k] = {name: float(value) for name, value in scores.items()}
         if self.root:
             self._write()
-
-    def _read_log(self, t: int) -> pd.DataFrame:
-        file = self.folder(t) / "log.csv"
-        return without_speed(pd.read_csv(file) if file.is_file() else [])
 
     def _write(self) -> None:
         if not this_process().is_main_process:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from diffusers import StableDiffusionPipeline
@@ -14,46 +14,32 @@ from kdc.distillation.distill import distill
 from kdc.distillation.losses import LossWeights
 from kdc.paths import try_writing
 from kdc.pipelines import TEACHER_FILES, save_other_parts
-from kdc.processes import is_first_process, this_process
-from kdc.training.settings import TrainSettings
+from kdc.processes import this_process
 
 
 def finetune(
     teacher: StableDiffusionPipeline,
     dataset: Dataset | LatentDataset,
     *,
-    settings: TrainSettings | None = None,
     output_dir: str | Path | None = None,
-    resume: bool = False,
-    latents: str | Path | None = None,
-    sample_prompts: Sequence[str] = (),
     label: str = "fine-tuning",
-    **changes,
+    **how: Any,
 ) -> pd.DataFrame:
     """Train the U-Net of `teacher` in place on images and captions; returns the log.
 
-    The loss is the task term alone, the error of the noise (Ho et al. 2006.11239, equation 14); all
-    else is as in `distill`, and so is what is raised. With an `output_dir` the whole pipeline is
-    written there, and `load_teacher(output_dir)` opens it. The authors trained theirs for 20,000
-    steps on the images of the first data set.
+    The loss is the task term alone, the error of the noise (Ho et al. 2006.11239, equation 14). All
+    else is as in `distill`, whose other arguments are given by `how`, and so is what is raised.
+    With an `output_dir` the whole pipeline is written there, and `load_teacher(output_dir)` opens
+    it. The authors trained theirs for 20,000 steps on the images of the first data set.
     """
     if output_dir is not None:
         try_writing(output_dir, TEACHER_FILES)
+    only = LossWeights.only("task")
     log = distill(
-        teacher.unet,
-        teacher,
-        dataset,
-        settings=settings,
-        weights=LossWeights.only("task"),
-        output_dir=output_dir,
-        resume=resume,
-        latents=latents,
-        sample_prompts=sample_prompts,
-        label=label,
-        **changes,
+        teacher.unet, teacher, dataset, weights=only, output_dir=output_dir, label=label, **how
     )
     if output_dir is not None:
-        if is_first_process():
+        if this_process().is_main_process:
             save_other_parts(teacher, output_dir)
         this_process().wait_for_everyone()
     return log

@@ -106,6 +106,12 @@ class RunLog:
             self.writer.close()
 
 
+def read_log(folder: Path) -> pd.DataFrame:
+    """What a run in that folder returned as its log; empty where it left none."""
+    file = folder / FILE
+    return without_speed(pd.read_csv(file) if file.is_file() else [])
+
+
 def without_speed(rows: Sequence[dict] | pd.DataFrame) -> pd.DataFrame:
     """The log as a table without the columns of `SPEED`: the same for the same run."""
     return pd.DataFrame(rows).drop(columns=list(SPEED), errors="ignore")

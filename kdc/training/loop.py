@@ -174,6 +174,8 @@ def train(
     up to `log_every` steps late; they are never stored.
     """
     folder = check_run(output_dir, resume, settings)
+    if settings.sample_every and samples is None:
+        raise ValueError("sample_every is given, and nothing says what to show: samples=...")
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("nothing to train: no parameter requires a gradient")
@@ -182,12 +184,11 @@ def train(
         if folder and accelerator.is_main_process:
             clean(folder)
         run = _Run(model, parameters, settings, folder, accelerator, identity, companion, label)
-        run.samples = samples
         if folder and resume:
             run.resume()
         try:
             with Stop(active=folder is not None) as stop:
-                run.go(compute_loss, before_step, stop)
+                run.go(compute_loss, before_step, samples, stop)
         finally:
             run.close()
         return run.finish()
@@ -238,7 +239,6 @@ class _Run:
         self.images_a_step = settings.batch_size * settings.accumulation * accelerator.num_processes
         self.rows: list[dict] = []
         self.log: RunLog | None = None
-        self.samples: Callable[[], Tensor] | None = None
         self.start = self.done = self.saved = 0
         self.prepared: nn.Module | None = None
 
@@ -248,7 +248,7 @@ class _Run:
         self.start, self.rows = found
         self.done = self.saved = self.start
 
-    def go(self, compute_loss: LossFunction, before_step, stop: Stop) -> None:
+    def go(self, compute_loss: LossFunction, before_step, samples, stop: Stop) -> None:
         """All steps that are left."""
         settings, accelerator = self.settings, self.accelerator
         self.prepared, optimizer = accelerator.prepare(self.model, self.optimizer)
@@ -305,7 +305,7 @@ class _Run:
                 if not self.folder:
                     continue
                 if settings.sample_every and done % settings.sample_every == 0 and main:
-                    self._sample(done)
+                    self._sample(done, samples)
                 late = time.monotonic() - last_saved > 60 * settings.save_minutes
                 stops, late = self._agreed(stop.asked is not None, late, logs)
                 if stops or late or (saves and done < settings.steps):
@@ -330,16 +330,14 @@ class _Run:
         )
 
     @torch.no_grad()
-    def _sample(self, step: int) -> None:
+    def _sample(self, step: int, samples: Callable[[], Tensor]) -> None:
         """Write what `samples` shows of the averaged weights."""
-        if self.samples is None:
-            return
         if self.ema:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
         self.model.eval()
         try:
-            image = self.samples()
+            image = samples()
         finally:
             self.model.train()
             if self.ema:

@@ -11,6 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import kdc
+from kdc.continual.tasks import Task
 from kdc.training.checkpoints import checkpoints
 from kdc.training.logs import SPEED, RunLog
 from kdc.training.loop import train
@@ -106,6 +107,19 @@ def test_distillation_shows_its_student(tmp_path):
     assert torch.equal(shown[:, :, :64], expected[0].long())
 
 
+def test_a_sequence_shows_its_student_too(tmp_path):
+    """Grids of captions of the tasks so far: three of one task, then those of both."""
+    pipeline = narrow()
+    tasks = [Task(f"task {t}", latents(pipeline, t)) for t in range(2)]
+    kdc.run_sequence(
+        tasks, "finetune", kdc.slim(pipeline.unet, "kdc"), pipeline, steps=2, batch_size=2,
+        sample_every=2, output_dir=tmp_path, precision="no", ahead=False,
+        evaluate=lambda scored, task: {"none": 0.0}, higher_is_better={"none": True},
+    )  # fmt: skip
+    sizes = [Image.open(f).size for f in sorted(tmp_path.glob("task-*/samples/step-0000002.png"))]
+    assert sizes == [(128, 128), (192, 128)]
+
+
 def test_averages_on_the_host_are_the_same(tmp_path):
     found = []
     for on_cpu in (False, True):
@@ -161,6 +175,8 @@ def test_what_has_nowhere_to_go_or_is_not_installed_is_refused_first(tmp_path, m
     for changes in ({"tensorboard": True}, {"sample_every": 2}):
         with pytest.raises(ValueError, match="write into an output_dir: give one"):
             train(model, loss, dataclasses.replace(SETTINGS, **changes))
+    with pytest.raises(ValueError, match="nothing says what to show: samples="):
+        train(model, loss, dataclasses.replace(SETTINGS, sample_every=2), tmp_path)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"not installed: pip install 'kdc\[logs\]'"):
         train(model, loss, dataclasses.replace(SETTINGS, tensorboard=True), tmp_path)

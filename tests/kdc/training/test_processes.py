@@ -213,7 +213,7 @@ def test_accelerate_launches_the_commands(tmp_path):
     there are none, and takes CPUs.
     """
     config = {"dataset": "flora", "images": 6, "steps": 2, "batch_size": 2, "log_every": 1,
-              "ema_decay": 0.0, "precision": "no", "latents": str(tmp_path / "latents"),
+              "ema_decay": 0.0, "precision": "no", "cache_dir": str(tmp_path / "latents"),
               "output_dir": str(tmp_path / "run")}  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
