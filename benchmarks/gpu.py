@@ -74,11 +74,8 @@ def latency(place: Place) -> Rows:
     rounds = 2 if place.tiny else 20
     for compiled in (False, True):
         for batch_size in (1, 8):
-            started = time.perf_counter()
-            if compiled:
-                compile_regions(unet)
-            plans = PLANS if not compiled else {"kdc": PLANS["kdc"]}
-            times = time_plans(unet, plans, rounds=rounds, batch_size=batch_size)
+            started, prepare = time.perf_counter(), compile_regions if compiled else None
+            times = time_plans(unet, PLANS, rounds, prepare, batch_size=batch_size)
             for name, row in times.iterrows():
                 shown = {"plan": name, "batch_size": batch_size, "compiled": compiled}
                 yield shown | row.to_dict() | {"part_seconds": time.perf_counter() - started}

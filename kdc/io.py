@@ -165,10 +165,12 @@ def write_text(file: str | Path, text: str) -> Path:
     return Path(file)
 
 
-def write_image(file: str | Path, image: Tensor) -> Path:
-    """Write an image (3, H, W) uint8 as PNG, beside its place and then renamed."""
+def write_image(file: str | Path, image: Tensor | Image.Image) -> Path:
+    """Write an image, Pillow's or (3, H, W) uint8, beside its place and then renamed."""
+    if isinstance(image, Tensor):
+        image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     with replacing(file) as place:
-        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(place, "PNG")
+        image.save(place)
     return Path(file)
 
 

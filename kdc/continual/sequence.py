@@ -202,8 +202,9 @@ def check_sequence(
                 f"{strategy.name} runs in one process ({strategy.mechanism.one_process}): launch it"
                 " without several"
             )
-        old = old_images(strategy.ratio, settings.batch_size * processes)
-        if old % processes:
+        mechanism, images = strategy.mechanism, settings.batch_size * processes
+        old = old_images(strategy.ratio, images)
+        if old % processes and (mechanism.uses_buffer or mechanism.needs_old_model):
             raise ValueError(
                 f"{strategy.name} adds {old} old images to {settings.batch_size} x {processes} new"
                 f" ones, which {processes} processes cannot share: choose batch_size and ratio so"

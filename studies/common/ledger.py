@@ -11,9 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
 
-from kdc.io import replacing, write_json
+from kdc.io import write_json
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torchmetrics", "lpips")
@@ -74,13 +73,6 @@ def write(name: str, values: dict, folder: str | Path | None = None, **settings)
     """
     path = Path(folder or RESULTS) / f"{name}.json"
     return write_json(path, {"values": values, "provenance": provenance(**settings)})
-
-
-def write_image(file: Path, image: Image.Image) -> Path:
-    """Write a picture beside its place and rename it."""
-    with replacing(file) as place:
-        image.save(place)
-    return file
 
 
 def read(name: str, folder: str | Path | None = None) -> dict:

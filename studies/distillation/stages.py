@@ -11,7 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from kdc import pipelines
-from kdc.io import make_once
+from kdc.io import make_once, write_image
 from studies.common import ledger
 from studies.common.protocol import Setup, prepare, score, slug, strip
 from studies.common.recipes import AUTHORS, RECIPES, Recipe
@@ -52,7 +52,7 @@ def _recipes(context: Context) -> list[Path]:
         strip(setup.teacher, SHOWN, settings.sampling_steps),
         *(np.asarray(Image.open(file)) for file in first),
     ]
-    ledger.write_image(path.with_suffix(".png"), Image.fromarray(np.concatenate(strips)))
+    write_image(path.with_suffix(".png"), Image.fromarray(np.concatenate(strips)))
     return [path]
 
 

@@ -23,9 +23,8 @@ from kdc.distillation.features import feature_pairs
 from kdc.distillation.fidelity import output_error
 from kdc.distillation.losses import LossWeights
 from kdc.distillation.step import DistillationStep, forward_process
-from kdc.io import fingerprint, make_once
+from kdc.io import fingerprint, make_once, write_image
 from kdc.unet.slimming import slim
-from studies.common import ledger
 from studies.common.protocol import Extent, Setup, score, slug, strip
 from studies.common.recipes import RECIPES, Recipe, images_of
 from studies.common.teacher_cache import Answer, remembering
@@ -186,7 +185,7 @@ def study(
                 if seed == settings.seeds[0] and setup.asked:
                     student = pipelines.with_unet(setup.teacher, unet)
                     shown = Image.fromarray(strip(student, SHOWN, settings.sampling_steps))
-                    ledger.write_image(stem.with_suffix(".png"), shown)
+                    write_image(stem.with_suffix(".png"), shown)
                 return {"row": judge(setup, unet, seed), "log": log.to_dict("list")}
 
             made_with = fixed | {"recipe": recipe.to_dict(), "seed": seed}

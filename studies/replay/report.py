@@ -216,7 +216,7 @@ CLAIMS: dict[str, list[Claim]] = {
         Claim("replay costs nothing new", "replay", "finetune", "new_fd", "not worse"),
         Claim("replay keeps as much as joint training", "replay", "joint", "old_fd", "not worse"),
     ],
-    # Each falls where the 95 % interval over seeds of the difference holds 0.
+    # The first falls where its 95 % interval over seeds holds 0, the others where it lies below 0.
     "species": [
         Claim("replay keeps the old species", "replay", "finetune", "old_species"),
         Claim("replay costs nothing new", "replay", "finetune", "new_species", "not worse"),

@@ -18,6 +18,7 @@ from kdc.data import worlds
 from kdc.data.datasets import load_dataset
 from kdc.distillation.distill import distill
 from kdc.distillation.losses import LossWeights
+from kdc.io import write_image
 from studies.common import ledger
 from studies.common.protocol import strip
 from studies.common.runner import Context, Stage
@@ -32,14 +33,17 @@ from studies.replay.tasks import (
     judge_of,
 )
 
-# Of the stage "plain". At the usual rate the shipped student forgets too little to show anything;
-# this one was chosen on a seed that is not reported, by what fine-tuning forgets alone.
-PLAIN = {"recipe": "task", "learning_rate": 2e-3}
-# Of the stage "species": long enough that the first half is learnt before the second comes, and
-# more images, so that each species has 24. Set before anything was measured.
-SPECIES = {"steps": 450, "tuning": 2000, "generated_photos": 288, "learning_rate": 5e-4}
-# What is laid over the settings of a run, by stage.
-OVER = {"plain": PLAIN, "species": SPECIES}
+# What a stage has instead of the usual settings.
+OVER: dict[str, dict] = {
+    # At the usual rate the shipped student forgets too little to show anything; this one was chosen
+    # on a seed that is not reported, by what fine-tuning forgets alone.
+    "plain": {"recipe": "task", "learning_rate": 2e-3},
+    # Long enough that the first half is learnt before the second comes, and 24 images of each of
+    # twelve species. Set before anything was measured.
+    "species": {"steps": 450, "tuning": 2000, "generated_photos": 288},
+}
+# The stages that need photographs, and where each keeps the teacher that was fine-tuned on them.
+OF_PHOTOS = {"photos": "teacher", "species": "teacher-species"}
 
 
 def _stage(stage: str, context: Context) -> list[Path]:
@@ -47,23 +51,17 @@ def _stage(stage: str, context: Context) -> list[Path]:
     if stage in OF_PHOTOS:
         check_dataset(context.photos)  # what is wrong with the folder is said at once
     teacher = pipelines.load_teacher("mini")
-    chosen = Settings(**(OVER.get(stage, {}) | context.settings))
-    used = dataclasses.replace(chosen, **(PLAIN if stage == "plain" else {}))
-    rows, shown = _measure(stage, teacher, used, context.folder, context.photos)
-    values = {"rows": rows, "shown": shown}
-    if stage == "species":
-        values |= _of_the_teacher(teacher, used, context.photos)
+    used = Settings(**(OVER.get(stage, {}) | context.settings))
+    values = _measure(stage, teacher, used, context.folder, context.photos)
     path = ledger.write(f"forgetting_{stage}", values, context.results, **vars(used))
-    if shown:
+    if values["shown"]:
         sheet = _sheet(teacher, stage, values, used, context.folder)
-        ledger.write_image(path.with_suffix(".png"), sheet)
+        write_image(path.with_suffix(".png"), sheet)
     return [path]
 
 
-def _measure(
-    stage: str, teacher, settings: Settings, folder: Path, photos
-) -> tuple[list[dict], tuple[str, ...]]:
-    """The rows of a stage, and the prompts drawn after each task."""
+def _measure(stage: str, teacher, settings: Settings, folder: Path, photos) -> dict:
+    """The `rows` of a stage, the prompts `shown` after each task, and what else belongs to them."""
     sizes = {k: getattr(settings, k) for k in ("images", "test_images", "generated")}
     common = dict(variants=variants.STAGES[stage], teacher=teacher, folder=folder)
     # what is known before a task is learnt, domains and photographs tell
@@ -74,13 +72,18 @@ def _measure(
             orders = {f"order {seed}": class_tasks(teacher, "flora", order=seed, **sizes)}
             one = dataclasses.replace(settings, seeds=(seed,))
             rows += study(stage, orders, settings=one, steps=settings.class_steps, **common)
-        return rows, ()
+        return {"rows": rows, "shown": ()}
     if stage in OF_PHOTOS:
-        fine_tune(teacher, [photos], settings, folder / TEACHERS[stage])
-        tasks = _halves(teacher, photos, settings, stage)
+        fine_tune(teacher, [photos], settings, folder / OF_PHOTOS[stage])
+        sizes["generated"] = settings.generated_photos
+        size = teacher.unet.config.sample_size * teacher.vae_scale_factor
+        judge = judge_of(photos, size) if stage == "species" else None
+        tasks = class_tasks(teacher, photos, per_task=None, judge=judge, **sizes)
         shown = tuple(name for task in tasks for name in sorted(set(task.prompts))[:4])
         common |= {"steps": settings.steps, "shown": shown}
-        return study(stage, {"halves": tasks}, settings=settings, **common), shown
+        values = {"rows": study(stage, {"halves": tasks}, settings=settings, **common)}
+        values |= {"shown": shown}
+        return values | (_of_the_teacher(teacher, tasks, settings) if judge else {})
     names = tuple(worlds.WORLDS)
     both = domain_tasks(teacher, names, **sizes)
     orders = {f"{names[0]} first": both}
@@ -92,28 +95,17 @@ def _measure(
     if shown:
         common["reference"] = beyond(teacher, names, both[0])
     common |= {"steps": settings.steps, "shown": shown}
-    return study(stage, orders, settings=settings, **common), shown
+    return {"rows": study(stage, orders, settings=settings, **common), "shown": shown}
 
 
-def _halves(teacher, photos, settings: Settings, stage: str) -> list[Task]:
-    """The two halves of the photographs' classes, in "species" with a judge that names them."""
-    sizes = {k: getattr(settings, k) for k in ("images", "test_images")}
-    size = teacher.unet.config.sample_size * teacher.vae_scale_factor
-    judge = judge_of(photos, size) if stage == "species" else None
-    return class_tasks(
-        teacher, photos, per_task=None, generated=settings.generated_photos, judge=judge, **sizes
-    )
-
-
-def _of_the_teacher(teacher, settings: Settings, photos) -> dict:
-    """What the judge scores on real images that it was not fitted on, and on the teacher's own."""
-    tasks = _halves(teacher, photos, settings, "species")
-    found = {"judge": {"held_out": tasks[0].test.judge.held_out}, "teacher": {}}
-    found["judge"]["species"] = len(tasks[0].test.judge.names)
+def _of_the_teacher(teacher, tasks: Sequence[Task], settings: Settings) -> dict:
+    """What the judge of species reports of itself, and what it says of the teacher's own images."""
+    judge, found = tasks[0].test.judge, {}
     for seed in settings.seeds:
         scorer = Scorer(teacher, tasks[0], seed, settings.sampling_steps)
-        found["teacher"][seed] = [scorer(teacher, task)["species"] for task in tasks]
-    return found
+        found[seed] = [scorer(teacher, task)["species"] for task in tasks]
+    about = {"held_out": judge.held_out, "species": len(judge.names)}
+    return {"judge": about, "teacher": found}
 
 
 def fine_tune(
@@ -144,9 +136,6 @@ def _sheet(teacher, stage: str, values: dict, settings: Settings, folder: Path) 
     return Image.fromarray(np.concatenate([*strips, *(after for _, after in halves)]))
 
 
-OF_PHOTOS = ("photos", "species")
-# Where the fine-tuned teacher of a stage lies.
-TEACHERS = {"photos": "teacher", "species": "teacher-species"}
 HELP = {
     "domains": "all strategies on two domains in both orders",
     "buffers": "buffers by size, precision and policy",

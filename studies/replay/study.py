@@ -21,10 +21,9 @@ from kdc.continual.learner import Learnt
 from kdc.continual.sequence import Evaluate, SequenceResult, learn_first, run_sequence
 from kdc.continual.tasks import Task
 from kdc.distillation.features import feature_pairs
-from kdc.io import fingerprint, make_once
+from kdc.io import fingerprint, make_once, write_image
 from kdc.replay.buffer import ReplayBuffer
 from kdc.unet.slimming import slim
-from studies.common import ledger
 from studies.common.protocol import slug, strip
 from studies.common.recipes import RECIPES, STUDENT_RECIPE
 from studies.common.teacher_cache import Answer, remembering
@@ -171,7 +170,7 @@ def study(
                         )  # fmt: skip
                     if draws:  # all strips but the first, which is from before the first task
                         sheet = Image.fromarray(np.concatenate(strips[1:]))
-                        ledger.write_image(stem.with_suffix(".png"), sheet)
+                        write_image(stem.with_suffix(".png"), sheet)
                     return {
                         "matrices": {k: m.to_dict() for k, m in result.matrices.items()},
                         "counts": result.counts.to_dict("list"),

@@ -40,14 +40,22 @@ def test_a_part_measures_and_writes(name, tmp_path):
 
 @pytest.mark.long
 def test_latency_times_all_plans_at_both_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "compile_regions", lambda unet: None)  # minutes on a CPU
+    compiled = []  # what would take minutes on a CPU
+    monkeypatch.setattr(gpu, "compile_regions", compiled.append)
     run_part("latency", CPU, str(tmp_path))
     rows = rows_of(tmp_path, "latency")["rows"]
-    eager = [row for row in rows if not row["compiled"]]
-    assert {(row["plan"], row["batch_size"]) for row in eager} == {
-        (plan, batch) for plan in gpu.PLANS for batch in (1, 8)
-    }
-    assert all(row["median"] > 0 for row in rows) and any(row["compiled"] for row in rows)
+    assert [(row["plan"], row["batch_size"], row["compiled"]) for row in rows] == [
+        (plan, batch, how) for how in (False, True) for batch in (1, 8) for plan in gpu.PLANS
+    ]
+    assert all(row["median"] > 0 for row in rows)
+    sizes = [sum(p.numel() for p in unet.parameters()) for unet in compiled]
+    assert sizes == [row["parameters"] for row in rows if row["compiled"]], "each plan, both times"
+
+
+def test_regions_are_what_is_compiled(tiny_unet):
+    gpu.compile_regions(tiny_unet)
+    done = {type(m).__name__ for m in tiny_unet.modules() if m._compiled_call_impl is not None}
+    assert done == set(gpu.REPEATED)
 
 
 def test_what_was_measured_before_an_end_stays(tmp_path, monkeypatch):

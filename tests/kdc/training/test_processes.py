@@ -258,6 +258,7 @@ def test_what_cannot_be_shared_is_refused(teacher, monkeypatch):
     assert this_process().num_processes == 1
     monkeypatch.setattr(sequence, "this_process", Two)
     check("replay", 2)
+    check("ewc", 1, ratio=0.5)  # which has no old images
     with pytest.raises(ValueError, match="last_sample runs in one process .* cannot be shared out"):
         check("last_sample", 2)
     with pytest.raises(ValueError, match="replay adds 1 old images to 1 x 2 new ones"):
