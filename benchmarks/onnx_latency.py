@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 import kdc
-from kdc.handover import OnnxPipeline
 from studies.common import ledger
 
 PROMPT, STEPS = "a red rose on a night background", 16
@@ -32,9 +31,8 @@ def main(argv: list[str] | None = None) -> None:
         calls, sizes = {}, {}
         for name, pipeline in (("teacher", teacher), ("student", student)):
             place = kdc.export(pipeline.unet, teacher, Path(folder) / name, onnx=True)
-            runtime = OnnxPipeline(place)
-            calls[f"{name}, PyTorch"] = lambda p=pipeline: kdc.generate(p, [PROMPT], **how)
-            calls[f"{name}, ONNX Runtime"] = lambda r=runtime: r.generate([PROMPT], **how)
+            for package, drawn in (("PyTorch", pipeline), ("ONNX Runtime", kdc.load_onnx(place))):
+                calls[f"{name}, {package}"] = lambda p=drawn: kdc.generate(p, [PROMPT], **how)
             sizes[name] = (place / "onnx" / "unet" / "model.onnx").stat().st_size
         times = kdc.measure_latency(calls, rounds=args.rounds, warmup=2)
     values = {"rows": times.to_dict("index"), "unet_bytes": sizes, "steps": args.steps}

@@ -66,11 +66,11 @@ from .evaluation.evaluate import (
 from .evaluation.evaluate import (
     evaluate as evaluate,
 )
-from .handover import (
-    OnnxPipeline as OnnxPipeline,
-)
-from .handover import (
+from .handover.export import (
     export as export,
+)
+from .handover.onnx import (
+    load_onnx as load_onnx,
 )
 from .pipelines import (
     generate as generate,

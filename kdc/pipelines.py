@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -78,11 +79,10 @@ def load_teacher(
     folder = _folder_of(source, variant)
     index = read_json(folder / "model_index.json")
     parts: dict[str, torch.nn.Module] = {}
-    for name, (library, kind) in _networks(index).items():
+    for name, kind in classes_of(index, ("unet", "vae", "text_encoder")).items():
         if not (folder / name / "config.json").is_file():
             raise FileNotFoundError(f"{folder} has no {name}/config.json: a part is missing")
-        module = importlib.import_module(library)
-        parts[name] = _load_part(getattr(module, kind), folder, name, dtype, variant)
+        parts[name] = _load_part(kind, folder, name, dtype, variant)
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             str(folder),
@@ -123,17 +123,20 @@ def _folder_of(source: str | Path, variant: str | None) -> Path:
     return path
 
 
-def _networks(index: dict) -> dict[str, tuple[str, str]]:
-    """Library and class of the networks that a `model_index.json` names."""
+def classes_of(index: dict, names: Sequence[str]) -> dict[str, Any]:
+    """The classes that a `model_index.json` gives for some parts; they are from `LIBRARIES` only.
+
+    Raises `ValueError` naming a part that is of none of them.
+    """
     found = {}
-    for name in ("unet", "vae", "text_encoder"):
+    for name in names:
         entry = index.get(name)
         if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in LIBRARIES):
             raise ValueError(
                 f"model_index.json gives {entry!r} for the {name}: only Stable Diffusion 1.x and"
                 f" 2.x can teach, whose parts are of {' and '.join(LIBRARIES)}"
             )
-        found[name] = (entry[0], entry[1])
+        found[name] = getattr(importlib.import_module(entry[0]), entry[1])
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
@@ -93,3 +94,8 @@ def captions_in(root: Path, split: str = "train", **how) -> dict[str, str]:
     dataset = kdc.load_dataset(root, split, 8, **how)
     files = enumerate(dataset.files)
     return {file.relative_to(root).as_posix(): dataset.caption(i) for i, file in files}
+
+
+def head_of(card):
+    """The first lines of a model card, as values."""
+    return yaml.safe_load(card.split("---\n")[1])

@@ -6,21 +6,14 @@ import sys
 
 import pytest
 import torch
-import yaml
-from diffusers import ControlNetModel
 
 import kdc
-from kdc import handover
-from kdc.__main__ import main
-from kdc.handover import OnnxPipeline, export, model_card
+from kdc.handover.export import export
 from kdc.pipelines import with_unet
+from tests.helpers import head_of
 from tests.robustness.trials import latents, narrow
 
 PROMPTS = ["a red rose on a night background", "a white tulip on a sand background"]
-
-
-def head_of(card):
-    return yaml.safe_load(card.split("---\n")[1])
 
 
 @pytest.fixture(scope="module")
@@ -81,49 +74,6 @@ def test_the_card_says_how_it_was_made(distilled, tmp_path):
     assert "fid" not in card and "not recorded" not in card
 
 
-def test_what_is_not_known_is_said_to_be_so(distilled, tmp_path):
-    pipeline, _ = distilled
-    card = model_card(kdc.slim(pipeline.unet, "bk-base"), pipeline.unet, {})
-    assert card.count("not recorded") == 5 and "It is not known for a teacher" in card
-    assert "license" not in head_of(card) and "None were given" in card
-    named = model_card(pipeline.unet, pipeline.unet, {}, teacher_name="sd-v1-5")
-    assert head_of(named)["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    assert head_of(named)["license"] == "creativeml-openrail-m"
-    assert "mid-block" not in named and "ControlNet" not in named, "nothing was taken out"
-
-
-def test_what_the_card_says_of_controlnets_is_so(distilled):
-    """Tried with diffusers: residuals of a teacher's ControlNet, and one begun from the student."""
-    pipeline, _ = distilled
-    whole = ControlNetModel.from_unet(pipeline.unet)
-    width = pipeline.unet.config.cross_attention_dim
-    inputs = torch.zeros(1, 4, 16, 16), torch.tensor(3), torch.zeros(1, 8, width)
-    down, mid = whole(*inputs, torch.zeros(1, 3, 128, 128), return_dict=False)
-    for name, plan in kdc.PLANS.items():
-        unet = kdc.slim(pipeline.unet, plan)
-        card = model_card(unet, pipeline.unet, {})
-        more = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        if name == "full":
-            unet(*inputs, **more)
-            continue
-        said = (
-            f"adds 12 residuals to the skip connections, and this U-Net has {handover._skips(unet)}"
-        )
-        assert len(down) == 12 and said in card
-        with pytest.raises(RuntimeError, match="must match"):
-            unet(*inputs, **more)
-        if plan.mid:
-            assert "no mid-block.**" not in card
-            assert len(ControlNetModel.from_unet(unet).controlnet_down_blocks) == handover._skips(
-                unet
-            )
-        else:
-            assert "The plans that keep the mid-block are bk-base, kdc-v2" in card
-            with pytest.raises(ValueError, match="unknown mid_block_type : None"):
-                ControlNetModel.from_unet(unet)
-        assert ("FreeU acts on other stages" in card) == bool(plan.dropped)
-
-
 def test_half_precision_is_half_the_size_and_refuses_what_it_cannot_hold(distilled, tmp_path):
     pipeline, student = distilled
     sizes = []
@@ -154,21 +104,3 @@ def test_nothing_is_written_over_and_errors_come_first(distilled, tmp_path, monk
     with pytest.raises(ValueError, match=r"pip install 'kdc\[onnx\]'"):
         export(student, pipeline, tmp_path / "new", onnx=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["used"]
-
-
-@pytest.mark.long
-def test_onnx_runtime_draws_the_same_images(tmp_path, teacher, capsys):
-    """The embedded student, which has no mid-block, by the command; other numbers of images too."""
-    main(["export", "mini-student", "--onnx", "--output-dir", str(tmp_path / "out")])
-    assert str(tmp_path / "out") in capsys.readouterr().out
-    whole = kdc.load_student("mini", teacher)
-    runtime = OnnxPipeline(tmp_path / "out", threads=1)
-    for prompts, guidance in ((PROMPTS, 7.5), (PROMPTS[:1], 1.0), (PROMPTS * 2, 3.0)):
-        ours = runtime.generate(prompts, seed=1, steps=5, guidance=guidance)
-        expected = kdc.generate(whole, prompts, seed=1, steps=5, guidance=guidance)
-        difference = (ours.int() - expected.int()).abs()
-        assert ours.shape == expected.shape and difference.max() <= 1
-        assert (difference > 0).float().mean() < 0.01
-    assert "onnx/" in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(FileNotFoundError, match="export it with onnx=True"):
-        OnnxPipeline(tmp_path)
