@@ -1,4 +1,4 @@
-"""What full size takes: steps, hours and memory by GPU, measured on one and reckoned for others."""
+"""What full size takes: steps, hours and memory by GPU, measured on one and computed for others."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from kdc.data import worlds
 from kdc.unet.costs import count_costs
 from kdc.unet.layouts import sd_unet
 from kdc.unet.slimming import slim
@@ -127,8 +125,8 @@ def memory(results: str | Path | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("batch")
 
 
-# What others report: FID and CLIP score on COCO-30K at 256 pixels (Kim et al. 2305.15798, table 2),
-# and the authors' own FID of 5 generated against 11 real images of one class.
+# What others report: FID and CLIP score (of ViT-g/14) on COCO-30K at 256 pixels (Kim et al.
+# 2305.15798, table 2), and the authors' own FID of 5 generated against 11 real images of one class.
 OTHERS = {
     "Stable Diffusion 1.4": {"parameters": 859_520_964, "FID": 13.05, "CLIP": 0.2958},
     "BK-SDM-Base": {"parameters": 579_384_964, "FID": 15.76, "CLIP": 0.2878},
@@ -151,25 +149,3 @@ def beside(yours: str | Path | None = None) -> pd.DataFrame:
         own |= {"FID": scores.get("fid", np.nan), "CLIP": scores.get("clip", np.nan) / 100}
     table.loc["your run"] = own
     return table
-
-
-def tiny_folders(root: str | Path, images: int = 12, size: int = 96) -> list[Path]:
-    """Two small folders of images with a class a folder, drawn; what stands in for photographs.
-
-    They have train/ and test/, as a reader's own may, and are written once.
-    """
-    folders = []
-    for name, world in worlds.WORLDS.items():
-        folder = Path(root) / name
-        folders.append(folder)
-        for split, count in (("train", images), ("test", images // 3)):
-            for number in range(count):
-                rng = worlds.rendering_rng(name, split, number)
-                shown = worlds.draw_attributes(name, rng)
-                if shown.kind not in world.kinds[:3]:
-                    continue
-                file = folder / split / shown.kind / f"{number}.png"
-                if not file.is_file():
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(worlds.render(shown, rng, size)).save(file)
-    return folders

@@ -1,6 +1,7 @@
 """The paper's two data sets, as small folders of exactly their shapes."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ import scipy.io
 from torchvision.datasets import Flowers102
 
 import kdc
+from kdc.__main__ import main
+from kdc.commands import DATASET_NAMES
 from kdc.continual.tasks import names_of
-from kdc.data import published
+from kdc.data import published, worlds
+from studies.replay.tasks import check_dataset
 from tests.helpers import picture
 
 SPLITS = {"trnid": [1, 2, 5], "valid": [3, 9], "tstid": [4, 6, 7, 8]}
@@ -115,10 +119,17 @@ def test_a_list_that_cannot_be_read_is_named_with_its_line(butterflies):
         kdc.load_dataset("butterflies", "train", 32)
 
 
-def test_both_are_tasks_by_name(flowers, butterflies):
+def test_both_are_tasks_by_name(flowers, butterflies, tmp_path):
     assert names_of("flowers102 then butterflies") == ["flowers102", "butterflies"]
-    for name in published.FLOWERS, published.BUTTERFLIES:
-        assert isinstance(kdc.load_dataset(name, "train", 32)[0]["image"].sum().item(), float)
+    assert check_dataset("flowers102 then butterflies") == ["flowers102", "butterflies"]
+    main(["continue", "--dataset", "flowers102 then butterflies", "--steps", "1", "--batch-size",
+          "2", "--output-dir", str(tmp_path / "out")])  # fmt: skip
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["output_error"]["names"] == ["flowers102", "butterflies"]
+
+
+def test_the_help_names_every_data_set():
+    assert DATASET_NAMES.split(", ") == ["worlds", *worlds.WORLDS, *published.PUBLISHED]
 
 
 def test_a_broken_photograph_is_left_out_and_named(butterflies):

@@ -9,6 +9,7 @@ import pytest
 import kdc
 from studies.common import ledger
 from studies.full_scale import report
+from studies.full_scale.folders import tiny_folders
 
 
 def test_a_step_has_the_operations_that_were_counted():
@@ -58,12 +59,12 @@ def test_the_readers_row_is_filled_from_scores(tmp_path):
 
 
 def test_two_tiny_folders_can_be_read_as_data_sets(tmp_path):
-    for folder in report.tiny_folders(tmp_path, images=24):
+    for folder in tiny_folders(tmp_path, images=24):
         train, test = (kdc.load_dataset(folder, split, 64) for split in ("train", "test"))
         assert len(train) >= 6 and len(test) >= 2
         assert 2 <= len({train.caption(i) for i in range(len(train))}) <= 3
     before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.png")}
-    report.tiny_folders(tmp_path, images=24)
+    tiny_folders(tmp_path, images=24)
     assert before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.png")}
 
 
