@@ -29,13 +29,13 @@ from kdc.data.latents import LatentDataset
 from kdc.evaluation.latency import time_images
 from kdc.pipelines import with_unet
 from kdc.training.logs import peak_memory
+from kdc.training.sharding import REPEATED
 from kdc.unet.plans import PLANS
 from studies.common import ledger
 from studies.slimming.full_size import borrow, time_plans
 from tools import book
 
 Rows = Iterator[dict]
-REPEATED = ("BasicTransformerBlock", "ResnetBlock2D")  # what is compiled, each by itself
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,11 @@ def check_sequence(
                 " without several"
             )
         mechanism, images = strategy.mechanism, settings.batch_size * processes
+        if settings.shard_weights and mechanism.touches_weights():
+            raise ValueError(
+                f"{strategy.name} looks at whole weights or gradients between the passes: leave"
+                " shard_weights out"
+            )
         old = old_images(strategy.ratio, images)
         if old % processes and (mechanism.uses_buffer or mechanism.needs_old_model):
             raise ValueError(

@@ -37,6 +37,7 @@ from kdc.io import (
     sync,
     write_json,
 )
+from kdc.training.sharding import own, part_of, shared_as, whole
 
 KIND = "kdc-checkpoint"
 NUMBER = "#"  # behind the name of a moment that is a number and no tensor
@@ -166,10 +167,12 @@ class TrainingState:
         that are not finite would be stored, and `OSError` where the disk is full; nothing is left
         of this checkpoint then, and the ones before it stay.
         """
-        refuse_infinite_weights(self.model.named_parameters(), f"step {step}")
+        main = accelerator.is_main_process
+        weights = ((name, whole(p.detach())) for name, p in self.model.named_parameters())
+        refuse_infinite_weights(weights, f"step {step}")
+        tensors = self._tensors(main)
         final = output_dir / f"checkpoint-{step:07d}"
         partial = final.with_name(final.name + ".partial")
-        main = accelerator.is_main_process
         said = (
             f"the checkpoint of step {step} could not be written; the ones before it are whole: "
             "make room and go on with resume=True"
@@ -182,7 +185,7 @@ class TrainingState:
                 seal(partial, KIND, ())  # from now on it is known to be ours
             accelerator.wait_for_everyone()
             if main:
-                self._write(partial, step, rows)
+                self._write(partial, step, rows, tensors)
             accelerator.wait_for_everyone()
             if main:
                 seal(partial, KIND)
@@ -193,21 +196,43 @@ class TrainingState:
                     shutil.rmtree(later)  # damaged, and passed over when this run began
             forget_checkpoints(output_dir, but_newest=2)
 
-    def _write(self, folder: Path, step: int, rows: list[dict]) -> None:
-        weights = {k: v.contiguous() for k, v in self.model.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
+    def _parameters(self) -> list[Tensor]:
+        """What is trained, in the optimiser's order; shared out where the weights are."""
+        named = dict(self.model.named_parameters())
+        return [named[name] for name in self.trained]
+
+    def _tensors(self, keep: bool) -> dict[str, dict[str, Tensor]]:
+        """What each file of a checkpoint holds; every process calls it, those that `keep` have it.
+
+        Of weights that are shared out one tensor after the other is put together.
+        """
+        found: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "ema": {}}
+
+        def put(file: str, name: str, tensor: Tensor) -> None:
+            put_together = whole(tensor)
+            if keep:
+                shared = put_together is not tensor
+                found[file][name] = put_together.cpu() if shared else tensor.contiguous()
+
+        for name, value in self.model.state_dict().items():
+            put("model", name, value)
         # Some optimisers count their steps in whole numbers, others in tensors.
-        moments = {
-            f"{name}{'' if isinstance(value, Tensor) else NUMBER}/{self.trained[index]}": (
-                value.contiguous() if isinstance(value, Tensor) else torch.tensor(value)
-            )
-            for index, entry in self.optimizer.state_dict()["state"].items()
-            for name, value in entry.items()
-        }
-        save_file(moments, folder / "optimizer.safetensors")
-        if self.ema:
-            shadow = zip(self.trained, self.ema.shadow_params, strict=True)
-            save_file({n: p.contiguous() for n, p in shadow}, folder / "ema.safetensors")
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            for name, value in entry.items():
+                is_tensor = isinstance(value, Tensor)
+                key = f"{name}{'' if is_tensor else NUMBER}/{self.trained[index]}"
+                put("optimizer", key, value if is_tensor else torch.tensor(value))
+        shadows = self.ema.shadow_params if self.ema else []
+        for name, shadow, parameter in zip(self.trained, shadows, self._parameters(), strict=False):
+            put("ema", name, part_of(shadow, parameter))
+        return found
+
+    def _write(
+        self, folder: Path, step: int, rows: list[dict], tensors: dict[str, dict[str, Tensor]]
+    ) -> None:
+        for name, held in tensors.items():
+            if name != "ema" or self.ema:
+                save_file(held, folder / f"{name}.safetensors")
         if self.companion:
             save_file(self.companion.state_dict(), folder / "companion.safetensors")
         save_file({"generator": self.generator.get_state()}, folder / "generator.safetensors")
@@ -249,13 +274,18 @@ class TrainingState:
         return note["step"], note["rows"]
 
     def _read(self, folder: Path, note: dict, accelerator: Accelerator) -> None:
-        self.model.load_state_dict(load_file(folder / "model.safetensors"))
+        now, parameters = self.model.state_dict(), self._parameters()
+        weights = load_file(folder / "model.safetensors")
+        self.model.load_state_dict(
+            {name: shared_as(value, now.get(name, value)) for name, value in weights.items()}
+        )
         place = {name: index for index, name in enumerate(self.trained)}
         saved: dict[int, dict] = {}
         for key, value in load_file(folder / "optimizer.safetensors").items():
             name, parameter = key.split("/", 1)
-            read = value.item() if name.endswith(NUMBER) else value
-            saved.setdefault(place[parameter], {})[name.removesuffix(NUMBER)] = read
+            index = place[parameter]
+            read = value.item() if name.endswith(NUMBER) else shared_as(value, parameters[index])
+            saved.setdefault(index, {})[name.removesuffix(NUMBER)] = read
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
         # The rate of the next step follows this run's schedule, which may be a longer one.
@@ -270,12 +300,14 @@ class TrainingState:
         if self.ema:
             shadow = load_file(folder / "ema.safetensors")
             self.ema.shadow_params = [
-                shadow[n].to(old.device)
-                for n, old in zip(self.trained, self.ema.shadow_params, strict=True)
+                own(shared_as(shadow[name], parameter)).to(old.device)
+                for name, parameter, old in zip(
+                    self.trained, parameters, self.ema.shadow_params, strict=True
+                )
             ]
             self.ema.optimization_step = note["ema_steps"]
-        own = load_file(folder / "generator.safetensors")
-        self.generator.set_state(own["generator"])
+        drawn = load_file(folder / "generator.safetensors")
+        self.generator.set_state(drawn["generator"])
         if self.companion:
             self.companion.load_state_dict(load_file(folder / "companion.safetensors"))
 

@@ -45,8 +45,9 @@ from kdc.training.interrupt import Stop
 from kdc.training.logs import FILE as LOG
 from kdc.training.logs import RunLog, find_writer, without_speed
 from kdc.training.settings import TrainSettings
+from kdc.training.sharding import gather, own, share_out, whole
 
-# Ways of sharing a network's weights out among processes, which checkpoints here know nothing of.
+# Accelerate's own ways of sharing weights out; here `shard_weights` does it.
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 SAMPLES = "samples"  # the folder of grids
 LossFunction = Callable[[nn.Module, torch.Generator], Terms]
@@ -82,9 +83,8 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
     accelerator = Accelerator(mixed_precision=precision)
     if accelerator.distributed_type in SHARDING:
         raise ValueError(
-            f"{accelerator.distributed_type.value} is not supported: each process holds the whole"
-            " student, which fits a GPU of 24 GB (with gradient_checkpointing, ema_on_cpu and"
-            " optimizer='adamw8bit' a smaller one). Launch with --multi_gpu"
+            f"{accelerator.distributed_type.value} is not supported: launch with --multi_gpu, and"
+            " set shard_weights, which shares weights, moments and averages out among the processes"
         )
     # The environment can set this, and every gradient would then be divided by it. `train`
     # accumulates by itself, as its settings say.
@@ -152,6 +152,10 @@ def train(
     complete and before they are clipped. At the end the model holds the averaged weights; however
     the run ends, it is in evaluation mode, as it was otherwise, and holds no gradients.
 
+    With `settings.shard_weights` several processes share out gradients, moments and averages, and
+    what is trained is a twin of `model`, see `sharding.share_out`. So `before_step` must not look
+    at gradients then, nor `compute_loss` at weights.
+
     With an `output_dir`, checkpoints go to `output_dir/checkpoint-<step>`, every
     `settings.saves_after` steps, at least every `save_minutes`, and at the end (the last one stays
     where `settings.keep_state` is set). Ctrl-C and SIGTERM write one after the step they meet, and
@@ -204,6 +208,13 @@ class _Run:
         self.settings, self.folder, self.accelerator = settings, folder, accelerator
         self.label = label
         generator = torch.Generator().manual_seed(settings.seed * 1009)  # the same in each process
+        model.to(accelerator.device)
+        self.given = model  # what the caller has: `model` itself, or what its parts came from
+        self.shares = settings.shard_weights and accelerator.num_processes > 1
+        if self.shares:
+            self.model = model = share_out(model)
+            self.parameters = parameters = [p for p in model.parameters() if p.requires_grad]
+        self.own = [own(p) for p in parameters]  # what this process holds of them
         self.optimizer = make_optimizer(
             settings.optimizer,
             parameters,
@@ -217,11 +228,10 @@ class _Run:
             num_warmup_steps=min(settings.warmup, settings.steps),
             num_training_steps=settings.steps,
         )
-        model.to(accelerator.device)
         self.ema = None
         if settings.ema_decay:
             self.ema = EMAModel(
-                parameters,
+                self.own,
                 decay=settings.ema_decay,
                 use_ema_warmup=True,
                 inv_gamma=10.0,
@@ -251,7 +261,10 @@ class _Run:
     def go(self, compute_loss: LossFunction, before_step, samples, stop: Stop) -> None:
         """All steps that are left."""
         settings, accelerator = self.settings, self.accelerator
-        self.prepared, optimizer = accelerator.prepare(self.model, self.optimizer)
+        if self.shares:
+            self.prepared, optimizer = self.model, accelerator.prepare(self.optimizer)
+        else:
+            self.prepared, optimizer = accelerator.prepare(self.model, self.optimizer)
         self.prepared.train()
         main = accelerator.is_main_process
         place = self.folder if main else None
@@ -291,12 +304,12 @@ class _Run:
                 self.schedule.step()
                 optimizer.zero_grad()
                 if self.ema:
-                    average(self.ema, self.parameters)
+                    average(self.ema, self.own)
                 self.done = done
                 if logs:
                     row = {"step": done} | self._means(parts)
                     row |= {
-                        "grad_norm": float(norm),
+                        "grad_norm": float(whole(norm)),
                         "learning_rate": self.schedule.get_last_lr()[0],
                         "images": done * self.images_a_step,
                     }
@@ -304,7 +317,7 @@ class _Run:
                     bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                 if not self.folder:
                     continue
-                if settings.sample_every and done % settings.sample_every == 0 and main:
+                if settings.sample_every and done % settings.sample_every == 0:
                     self._sample(done, samples)
                 late = time.monotonic() - last_saved > 60 * settings.save_minutes
                 stops, late = self._agreed(stop.asked is not None, late, logs)
@@ -331,19 +344,22 @@ class _Run:
 
     @torch.no_grad()
     def _sample(self, step: int, samples: Callable[[], Tensor]) -> None:
-        """Write what `samples` shows of the averaged weights."""
+        """The first process writes what `samples` shows of the averaged weights."""
         if self.ema:
-            self.ema.store(self.parameters)
-            self.ema.copy_to(self.parameters)
-        self.model.eval()
+            self.ema.store(self.own)
+            self.ema.copy_to(self.own)
         try:
-            image = samples()
+            if self.shares:
+                gather(self.model, self.given)
+            if self.accelerator.is_main_process:
+                self.given.eval()
+                image = samples()
+                write_image(self.folder / SAMPLES / f"step-{step:07d}.png", image)
+                self.log.add_image("samples", image, step)
         finally:
             self.model.train()
             if self.ema:
-                self.ema.restore(self.parameters)
-        write_image(self.folder / SAMPLES / f"step-{step:07d}.png", image)
-        self.log.add_image("samples", image, step)
+                self.ema.restore(self.own)
 
     def _agreed(self, stops: bool, late: bool, logs: bool) -> tuple[bool, bool]:
         """Whether any process wants to stop or save; several ask each other where they log."""
@@ -376,17 +392,21 @@ class _Run:
             return
         # The wrapper for mixed precision, so that the model computes as it did before.
         self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False).eval()
+        self.given.eval()
         for parameter in self.parameters:
             parameter.grad = None
 
     def finish(self) -> pd.DataFrame:
         """The averaged weights, looked at; the last checkpoint; the log."""
-        refuse_infinite_weights(self.model.named_parameters(), f"{self.label}, at its end")
+        weights = ((name, whole(p.detach())) for name, p in self.model.named_parameters())
+        refuse_infinite_weights(weights, f"{self.label}, at its end")
         if self.folder and self.settings.keep_state:
             if self.saved < self.settings.steps:
                 self._save()
         if self.ema:
-            self.ema.copy_to(self.parameters)
+            self.ema.copy_to(self.own)
+        if self.shares:
+            gather(self.model, self.given)
         if self.folder and self.accelerator.is_main_process and self.settings.keep_state:
             forget_checkpoints(self.folder, but_newest=1)
         return without_speed(self.rows)

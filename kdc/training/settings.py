@@ -19,6 +19,10 @@ PRECISIONS = ("auto", "no", "bf16")
 # What may change while a run goes on: how long it is, and what it writes on its way.
 FREE = (
     "steps", "log_every", "save_every", "save_minutes", "sample_every", "tensorboard", "keep_state",
+    "shard_weights",
+)  # fmt: skip
+SWITCHES = (
+    "compile", "gradient_checkpointing", "keep_state", "ema_on_cpu", "tensorboard", "shard_weights",
 )  # fmt: skip
 OPTIMIZERS = ("adamw", "adamw8bit")
 
@@ -51,6 +55,7 @@ class TrainSettings:
     precision: Annotated[str, "auto: bf16 where the device has units for it; or no, bf16"] = "auto"
     compile: Annotated[bool, "run the networks through torch.compile"] = False
     gradient_checkpointing: Annotated[bool, "recompute activations: less memory, more time"] = False
+    shard_weights: Annotated[bool, "share weights and moments among processes (FSDP)"] = False
     log_every: Annotated[int, "updates between two rows of the log"] = 10
     save_every: Annotated[
         int | None, "updates between two checkpoints; None: a tenth of the run, at least 20"
@@ -93,10 +98,13 @@ class TrainSettings:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
                 )
-        switches = ("compile", "gradient_checkpointing", "keep_state", "ema_on_cpu", "tensorboard")
-        for name in switches:
+        for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.shard_weights and (self.compile or self.optimizer == "adamw8bit"):
+            raise ValueError(
+                "shard_weights goes with neither compile nor optimizer='adamw8bit': leave one out"
+            )
 
     @property
     def saves_after(self) -> int:

@@ -95,6 +95,11 @@ class Mechanism:
     def __init__(self, run: Run):
         self.run, self.counts = run, Counts()
 
+    @classmethod
+    def touches_weights(cls) -> bool:
+        """Whether it looks at weights or gradients between the passes, which must be whole then."""
+        return cls.penalty is not Mechanism.penalty or cls.before_step is not Mechanism.before_step
+
     def begin_sequence(self) -> None:
         """A new sequence starts. Raises `ValueError` where something is left of another one."""
 

@@ -34,6 +34,8 @@ from kdc.continual.sequence import run_sequence
 from kdc.continual.strategies import STRATEGIES
 from kdc.continual.tasks import Task
 from kdc.processes import this_process
+from kdc.training.checkpoints import TrainingState
+from kdc.training.sharding import own
 from safetensors.torch import save_file
 from tests.robustness.trials import latents, narrow
 
@@ -41,7 +43,14 @@ folder, kinds, steps = Path(sys.argv[1]), sys.argv[2].split(), int(sys.argv[3])
 process, pipeline = this_process(), narrow()
 settings = dict(batch_size={IMAGES} // process.num_processes, log_every=1, save_every=2,
                 ema_decay=0.9, schedule="constant", warmup=0, learning_rate=1e-3,
-                precision="no")
+                precision="no") | json.loads(sys.argv[4])
+save, held = TrainingState.save, []
+def saves(self, *args):
+    moments = [v for entry in self.optimizer.state.values() for v in entry.values()]
+    held.append([sum(own(v).numel() for v in moments if v.dim()),
+                 sum(v.numel() for v in moments if v.dim())])
+    save(self, *args)
+TrainingState.save = saves
 found = {{"processes": process.num_processes}}
 for kind in kinds:
     if kind == "cache":
@@ -82,6 +91,7 @@ for kind in kinds:
         state = {{k: v.contiguous() for k, v in student.state_dict().items()}}
         save_file(state, folder / f"{{kind}}.safetensors")
     found[f"{{kind}} sum"] = sum(p.double().sum().item() for p in student.parameters())
+found["held"] = held
 (folder / f"found-{{process.process_index}}.json").write_text(json.dumps(found))
 """
 
@@ -98,12 +108,12 @@ def environment():
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
-def start(folder, processes, kinds, steps):
+def start(folder, processes, kinds, steps, **settings):
     folder.mkdir(exist_ok=True, parents=True)
     script = folder / "run.py"
     script.write_text(CODE)
     return subprocess.Popen(
-        command(processes, script, folder, kinds, steps),
+        command(processes, script, folder, kinds, steps, json.dumps(settings)),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -111,9 +121,9 @@ def start(folder, processes, kinds, steps):
     )
 
 
-def launch(folder, processes, kinds, steps):
+def launch(folder, processes, kinds, steps, **settings):
     """What each process found, and what was printed; the run must end well."""
-    running = start(folder, processes, kinds, steps)
+    running = start(folder, processes, kinds, steps, **settings)
     said, _ = running.communicate(timeout=300)
     assert running.returncode == 0, said[-3000:]
     return [json.loads(f.read_text()) for f in sorted(folder.glob("found-*.json"))]
@@ -198,11 +208,43 @@ def children(pid):
     return [int(one) for one in listed.stdout.split()]
 
 
+SHARED = {"shard_weights": True}
+ALL = "task+output+soft+feature"
+
+
 @pytest.mark.long
-def test_a_run_may_go_on_with_another_number_of_processes(alone, tmp_path):
-    launch(tmp_path, 2, "task+output", 2)
-    launch(tmp_path, 1, "task+output", 3)
-    check_equal(tmp_path, alone, "task+output")
+@pytest.mark.parametrize("processes", [2, 3])
+def test_shared_out_weights_change_nothing_but_who_holds_them(processes, alone, tmp_path):
+    kinds = f"{ALL} replay+distil joint" if processes == 2 else ALL
+    sampled = {"sample_every": 2} if processes == 2 else {}
+    (one,) = [json.loads(f.read_text()) for f in alone.glob("found-*.json")]
+    found = launch(tmp_path, processes, kinds, 3, **sampled, **SHARED)
+    for kind in kinds.split():
+        assert len({f[f"{kind} sum"] for f in found}) == 1, f"{kind}: not the same weights"
+        assert found[0][kind] == pytest.approx(one[kind], rel=1e-5), kind
+        check_equal(tmp_path, alone, kind)
+    for each in found:
+        for parts, all_of_them in each["held"]:
+            assert parts < 1.2 * all_of_them / processes
+    shown = list(tmp_path.rglob("samples/*.png"))
+    assert len(shown) == (5 if sampled else 0) and {f.stem for f in shown} <= {"step-0000002"}
+
+
+@pytest.mark.long
+def test_shared_out_weights_can_be_recomputed_accumulated_and_averaged_elsewhere(tmp_path):
+    how = {"accumulation": 2, "ema_on_cpu": True}
+    launch(tmp_path / "one", 1, ALL, 2, **how)
+    launch(tmp_path / "two", 2, ALL, 2, gradient_checkpointing=True, **how, **SHARED)
+    check_equal(tmp_path / "two", tmp_path / "one", ALL)
+
+
+@pytest.mark.long
+def test_a_run_goes_on_with_another_number_of_processes_and_other_ways(alone, tmp_path):
+    """Weights shared out by two, then whole in one, then shared out again."""
+    launch(tmp_path, 2, ALL, 1, **SHARED)
+    launch(tmp_path, 1, ALL, 2)
+    launch(tmp_path, 2, ALL, 3, **SHARED)
+    check_equal(tmp_path, alone, ALL)
 
 
 @pytest.mark.long
@@ -241,7 +283,7 @@ def test_what_cannot_be_shared_is_refused(teacher, monkeypatch):
     class Two:
         num_processes, device, is_main_process = 2, torch.device("cpu"), True
 
-    def check(name, batch_size, **changes):
+    def check(name, batch_size, shard_weights=False, **changes):
         strategy = find_strategy(name).replace(**changes)
         uses = strategy.mechanism.uses_buffer
         sequence.check_sequence(
@@ -249,7 +291,7 @@ def test_what_cannot_be_shared_is_refused(teacher, monkeypatch):
             teacher.unet,
             teacher,
             buffer=kdc.ReplayBuffer(4) if uses else None,
-            settings=TrainSettings(1, batch_size=batch_size),
+            settings=TrainSettings(1, batch_size=batch_size, shard_weights=shard_weights),
             weights=LossWeights.only("task"),
             output_dir=None,
             resume=False,
@@ -263,9 +305,15 @@ def test_what_cannot_be_shared_is_refused(teacher, monkeypatch):
         check("last_sample", 2)
     with pytest.raises(ValueError, match="replay adds 1 old images to 1 x 2 new ones"):
         check("replay", 1, ratio=0.5)
+    check("replay", 2, shard_weights=True)
+    for name in ("agem", "ewc"):
+        with pytest.raises(ValueError, match=f"{name} looks at whole weights .* shard_weights out"):
+            check(name, 2, shard_weights=True)
+    with pytest.raises(ValueError, match="shard_weights goes with neither compile nor"):
+        TrainSettings(1, shard_weights=True, compile=True)
 
 
-def test_sharded_networks_are_refused_by_name(monkeypatch):
+def test_accelerates_own_sharding_is_refused_by_name(monkeypatch):
     from accelerate.utils import DistributedType
 
     from kdc.training import loop
@@ -274,7 +322,7 @@ def test_sharded_networks_are_refused_by_name(monkeypatch):
         distributed_type = DistributedType.FSDP
 
     monkeypatch.setattr(loop, "Accelerator", lambda **settings: Sharding())
-    with pytest.raises(ValueError, match="FSDP is not supported: each process holds the whole"):
+    with pytest.raises(ValueError, match="FSDP is not supported: .* set shard_weights"):
         loop.make_accelerator("no")
 
 
