@@ -46,6 +46,7 @@ NAMES = {
     "checkpointed": "kdc.distill in float32, gradient_checkpointing=True",
     "channels last": "kdc.distill in float32, both networks in that memory format",
     "chosen": "kdc.distill in the precision it chooses itself on this device",
+    "chosen, compiled": "the same, compile=True",
 }
 
 
@@ -74,6 +75,7 @@ def loop_of(
         "checkpointed": {"precision": "no", "gradient_checkpointing": True},
         "channels last": {"precision": "no"},
         "chosen": {"precision": "auto"},
+        "chosen, compiled": {"precision": "auto", "compile": True},
     }[name]
     return lambda wait: kdc.distill(
         student, setup.pipeline, waiting(setup.cache, wait), label=name, **common

@@ -28,8 +28,8 @@ from kdc.continual.tasks import Task
 from kdc.data.latents import LatentDataset
 from kdc.evaluation.latency import time_images
 from kdc.pipelines import with_unet
+from kdc.training.efficiency import compile_unet
 from kdc.training.logs import peak_memory
-from kdc.training.sharding import REPEATED
 from kdc.unet.plans import PLANS
 from studies.common import ledger
 from studies.slimming.full_size import borrow, time_plans
@@ -74,19 +74,11 @@ def latency(place: Place) -> Rows:
     rounds = 2 if place.tiny else 20
     for compiled in (False, True):
         for batch_size in (1, 8):
-            started, prepare = time.perf_counter(), compile_regions if compiled else None
+            started, prepare = time.perf_counter(), compile_unet if compiled else None
             times = time_plans(unet, PLANS, rounds, prepare, batch_size=batch_size)
             for name, row in times.iterrows():
                 shown = {"plan": name, "batch_size": batch_size, "compiled": compiled}
                 yield shown | row.to_dict() | {"part_seconds": time.perf_counter() - started}
-
-
-def compile_regions(unet) -> None:
-    """Compile the blocks that repeat, one for each shape, so that compiling ends."""
-    torch._dynamo.config.recompile_limit = 64
-    for module in unet.modules():
-        if type(module).__name__ in REPEATED:
-            module.compile(dynamic=False)
 
 
 def throughput(place: Place) -> Rows:
@@ -127,10 +119,10 @@ def throughput(place: Place) -> Rows:
 
 
 def step(place: Place) -> Rows:
-    """A distillation step beside the plain loop's, in one run: in float32, then as it chooses."""
+    """A distillation step beside the plain loop's: in float32, as it chooses, and compiled so."""
     setup = (setups.mini if place.tiny else setups.full)(place.device)
     batch_size, rounds = (2, 2) if place.tiny else (8, 6)
-    for name in ("ours", "chosen"):
+    for name in ("ours", "chosen") if place.tiny else ("ours", "chosen", "chosen, compiled"):
         times, _ = race(["reference", name], setup, place.device, batch_size, rounds)
         for contender, row in as_ratios(times, batch_size).items():
             yield {"contender": contender, "beside": name, "batch_size": batch_size} | row

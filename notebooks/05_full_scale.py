@@ -361,8 +361,8 @@ display(beside.map(lambda x: "" if pd.isna(x) else f"{x:,.4g}" if x < 1e4 else f
 #
 # - No pretrained weights and no photographs of either data set could be fetched where this book is
 #   built. What was run at full size used random weights.
-# - Compiled networks were not measured on a GPU. With `compile=True` a full-size run had not reached its
-#   fourth step after a minute on the H200.
+# - Compiled networks were not measured on a GPU. Compiled whole, a full-size run had not reached its
+#   fourth step after a minute on the H200; `compile=True` now compiles block by block there.
 # - The hours of other cards assume an equal share of their peak, and nothing for slower memory.
 #
 # ## Exercises

@@ -17,6 +17,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# The blocks that repeat in a U-Net: compiled, or their shared-out weights put together, one by one.
+REPEATED = ("BasicTransformerBlock", "ResnetBlock2D")
+
 
 def reduced(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
     """`unet` itself where it has that precision or a lower one, else a frozen copy that has it.
@@ -40,25 +43,44 @@ def quickened(
 ) -> Iterator[None]:
     """Both networks compiled, or the student's inner activations recomputed instead of kept.
 
+    See `compile_unet` for what of them is compiled.
+
     Enter it when the hooks hang in the networks already: a compiled network keeps the hooks that it
     was compiled with. A step with `gradient_checkpointing` computes the same for less memory and
     the time of one more forward pass of the student. Raises `ValueError` for both at once (the
     compiler chooses by itself what to recompute) and where `torch.compile` does not work.
     """
     refuse_unusable(compile, gradient_checkpointing, student.device)
-    unets = (student, teacher) if compile else ()
+    compiled: list[nn.Module] = []
     recomputes = gradient_checkpointing and not student.is_gradient_checkpointing
     try:
-        for unet in unets:
-            unet.compile(dynamic=False)
+        for unet in (student, teacher) if compile else ():
+            compiled += compile_unet(unet)
         if recomputes:
             student.enable_gradient_checkpointing(_recomputed_in_silence(hooks))
         yield
     finally:
-        for unet in unets:
-            unet._compiled_call_impl = None  # what `nn.Module.compile` set
+        for module in compiled:
+            module._compiled_call_impl = None  # what `nn.Module.compile` set
         if recomputes:
             student.disable_gradient_checkpointing()
+
+
+def compile_unet(unet: UNet2DConditionModel, by_regions: bool | None = None) -> list[nn.Module]:
+    """Compile a U-Net, and return the modules that were; they compile when they are called.
+
+    `by_regions` compiles the blocks that repeat, each by itself, so that equal ones are compiled
+    once; the hooks between them are not traced. None: on a GPU, where compiling a training step of
+    full size had not ended after a minute; on CPUs the network is one piece, which runs faster.
+    """
+    if by_regions is None:
+        by_regions = unet.device.type == "cuda"
+    parts = [m for m in unet.modules() if type(m).__name__ in REPEATED] if by_regions else [unet]
+    # Blocks of other shapes are compilations of the same code, of which PyTorch allows eight.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for part in parts:
+        part.compile(dynamic=False)
+    return parts
 
 
 def refuse_unusable(compile: bool, gradient_checkpointing: bool, device: torch.device) -> None:

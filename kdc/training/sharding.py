@@ -16,9 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kdc.processes import this_process
-
-# The layers of a U-Net that are put together, or compiled, each by itself.
-REPEATED = ("BasicTransformerBlock", "ResnetBlock2D")
+from kdc.training.efficiency import REPEATED
 
 
 def whole(tensor: Tensor) -> Tensor:

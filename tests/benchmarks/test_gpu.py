@@ -41,7 +41,7 @@ def test_a_part_measures_and_writes(name, tmp_path):
 @pytest.mark.long
 def test_latency_times_all_plans_at_both_batches(tmp_path, monkeypatch):
     compiled = []  # what would take minutes on a CPU
-    monkeypatch.setattr(gpu, "compile_regions", compiled.append)
+    monkeypatch.setattr(gpu, "compile_unet", compiled.append)
     run_part("latency", CPU, str(tmp_path))
     rows = rows_of(tmp_path, "latency")["rows"]
     assert [(row["plan"], row["batch_size"], row["compiled"]) for row in rows] == [
@@ -50,12 +50,6 @@ def test_latency_times_all_plans_at_both_batches(tmp_path, monkeypatch):
     assert all(row["median"] > 0 for row in rows)
     sizes = [sum(p.numel() for p in unet.parameters()) for unet in compiled]
     assert sizes == [row["parameters"] for row in rows if row["compiled"]], "each plan, both times"
-
-
-def test_regions_are_what_is_compiled(tiny_unet):
-    gpu.compile_regions(tiny_unet)
-    done = {type(m).__name__ for m in tiny_unet.modules() if m._compiled_call_impl is not None}
-    assert done == set(gpu.REPEATED)
 
 
 def test_what_was_measured_before_an_end_stays(tmp_path, monkeypatch):

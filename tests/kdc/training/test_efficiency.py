@@ -1,3 +1,4 @@
+import functools
 import subprocess
 import sys
 
@@ -9,7 +10,14 @@ from torch import nn
 
 import kdc
 from kdc.distillation.features import FeatureHooks
-from kdc.training.efficiency import average, quickened, reduced, refuse_infinite
+from kdc.training.efficiency import (
+    REPEATED,
+    average,
+    compile_unet,
+    quickened,
+    reduced,
+    refuse_infinite,
+)  # fmt: skip
 
 
 def inputs(unet, count=2):
@@ -109,8 +117,18 @@ def tiny_pair():
     return unets, [FeatureHooks(unet, names) for unet in unets]
 
 
+def test_regions_are_the_blocks_that_repeat(tiny_unet):
+    parts = compile_unet(tiny_unet, by_regions=True)
+    compiled = [m for m in tiny_unet.modules() if m._compiled_call_impl is not None]
+    assert parts == compiled and {type(m).__name__ for m in parts} == set(REPEATED)
+    assert compile_unet(tiny_unet) == [tiny_unet], "one piece on a CPU"
+
+
 @pytest.mark.slow
-def test_hooks_and_gradients_survive_compiling():
+@pytest.mark.parametrize("by_regions", [False, True])
+def test_hooks_and_gradients_survive_compiling(by_regions, monkeypatch):
+    how = functools.partial(compile_unet, by_regions=by_regions)
+    monkeypatch.setattr("kdc.training.efficiency.compile_unet", how)
     (student, teacher), (ours, theirs) = tiny_pair()
     student.train()
     batch, results = inputs(student), []
