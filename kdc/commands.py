@@ -23,7 +23,7 @@ from kdc.paths import STUDENT_FILES, as_path
 from kdc.training.settings import TrainSettings, refuse_unknown
 
 CONFIG = "config.yaml"
-DATASET_NAMES = "worlds, flora, lepidoptera, flowers102, butterflies"
+DATASET_NAMES = "worlds, flora, lepidoptera, scenes, flowers102, butterflies"
 PACKAGES = ("kdc", "torch", "diffusers", "transformers", "accelerate")
 
 

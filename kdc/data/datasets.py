@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from kdc.checks import MOST_SEEDS, whole_number
-from kdc.data import worlds
+from kdc.data import scenes, worlds
 from kdc.data.folders import FOLDER_SPLITS, FolderDataset, captioned_files, read_folder
 from kdc.data.published import PUBLISHED
 from kdc.io import plain
@@ -20,11 +21,53 @@ from kdc.paths import as_path
 WORLD_COUNT = 2000  # renderings of a world where no count is given
 
 
-class WorldDataset(Dataset):
-    """Renderings of one world or of both in turn, drawn when asked for.
+def said(shown: worlds.Attributes | scenes.Scene) -> str:
+    """The caption of what an image shows."""
+    return scenes.caption(shown) if isinstance(shown, scenes.Scene) else worlds.caption(shown)
+
+
+class Renderings(Dataset):
+    """Images that are drawn when they are asked for; a subclass says what they show.
 
     Items: {"image" (3, size, size) in [-1, 1], "caption", "attributes"}.
     """
+
+    def __init__(self, split: str, size: int, count: int, seed: int, held_out: bool):
+        self.split, self.size, self.count = split, size, count
+        self.seed, self.held_out = seed, held_out
+
+    def _draw(self, index: int) -> tuple[Any, np.random.Generator]:
+        """What an item shows, and the generator that its rendering goes on with."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.count
+
+    def caption(self, index: int) -> str:
+        return said(self._draw(self._checked(index))[0])
+
+    def captions_of(self, index: int) -> tuple[str, ...]:
+        """The caption of an item; no image is drawn."""
+        return (self.caption(index),)
+
+    def identity(self) -> dict:
+        """What the images depend on, in plain values."""
+        return {name: plain(value) for name, value in vars(self).items()}
+
+    def _checked(self, index: int) -> int:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return index
+
+    def __getitem__(self, index: int) -> dict:
+        shown, rng = self._draw(self._checked(index))
+        draw = scenes.render if isinstance(shown, scenes.Scene) else worlds.render
+        image = torch.from_numpy(draw(shown, rng, self.size)).permute(2, 0, 1)
+        return {"image": image.float() / 127.5 - 1, "caption": said(shown), "attributes": shown}
+
+
+class WorldDataset(Renderings):
+    """Renderings of one world or of both in turn."""
 
     def __init__(
         self,
@@ -35,40 +78,33 @@ class WorldDataset(Dataset):
         seed: int = 0,
         held_out: bool = False,
     ):
+        super().__init__(split, size, count, seed, held_out)
         self.names = [worlds.world(name).name for name in names]
-        self.split, self.size, self.count = split, size, count
-        self.seed, self.held_out = seed, held_out
         worlds.rendering_rng(self.names[0], split, 0)  # an unknown split is refused here
 
-    def __len__(self) -> int:
-        return self.count
-
-    def caption(self, index: int) -> str:
-        return worlds.caption(self._draw(index)[0])
-
-    def captions_of(self, index: int) -> tuple[str, ...]:
-        """The caption of an item; no image is drawn."""
-        return (self.caption(index),)
-
-    def identity(self) -> dict:
-        """What the images depend on, in plain values."""
-        return {name: plain(value) for name, value in vars(self).items()}
-
-    def _draw(self, index: int):
-        if not 0 <= index < self.count:
-            raise IndexError(index)
+    def _draw(self, index: int) -> tuple[worlds.Attributes, np.random.Generator]:
         name = self.names[index % len(self.names)]
         rng = worlds.rendering_rng(name, self.split, index // len(self.names), self.seed)
         return worlds.draw_attributes(name, rng, self.held_out), rng
 
-    def __getitem__(self, index: int) -> dict:
-        attributes, rng = self._draw(index)
-        image = torch.from_numpy(worlds.render(attributes, rng, self.size)).permute(2, 0, 1)
-        return {
-            "image": image.float() / 127.5 - 1,
-            "caption": worlds.caption(attributes),
-            "attributes": attributes,
-        }
+
+class SceneDataset(Renderings):
+    """Renderings of scenes of one to three objects, drawn at random."""
+
+    def __init__(
+        self,
+        split: str = "train",
+        size: int = 64,
+        count: int = 2000,
+        seed: int = 0,
+        held_out: bool = False,
+    ):
+        super().__init__(split, size, count, seed, held_out)
+        scenes.rendering_rng(split, 0)  # an unknown split is refused here
+
+    def _draw(self, index: int) -> tuple[scenes.Scene, np.random.Generator]:
+        rng = scenes.rendering_rng(self.split, index, self.seed)
+        return scenes.draw_scene(rng, held_out=self.held_out), rng
 
 
 def _world_names(source: str | Path) -> list[str]:
@@ -82,6 +118,12 @@ def _read_worlds(source, split, size, *, count, seed, held_out, **of_folders) ->
     if of_folders:
         raise TypeError(f"{', '.join(of_folders)} concern folders of images, not {source!r}")
     return WorldDataset(_world_names(source), split, size, count or WORLD_COUNT, seed, held_out)
+
+
+def _read_scenes(source, split, size, *, count, seed, held_out, **of_folders) -> SceneDataset:
+    if of_folders:
+        raise TypeError(f"{', '.join(of_folders)} concern folders of images, not {source!r}")
+    return SceneDataset(split, size, count or WORLD_COUNT, seed, held_out)
 
 
 def _read_folder(source, split, size, *, count, seed, held_out, **of_folders) -> FolderDataset:
@@ -111,6 +153,7 @@ class Kind:
 # The first kind that knows a source reads it.
 DATASETS: dict[str, Kind] = {
     "worlds": Kind(lambda source: bool(_world_names(source)), _read_worlds),
+    "scenes": Kind(lambda source: str(source) == "scenes", _read_scenes),
     "published": Kind(lambda source: str(source) in PUBLISHED, _read_published),
     "folder": Kind(lambda source: as_path(source, "the data set").is_dir(), _read_folder),
 }
@@ -125,15 +168,16 @@ def load_dataset(
     seed: int = 0,
     held_out: bool = False,
     **of_folders,
-) -> WorldDataset | FolderDataset:
+) -> Renderings | FolderDataset:
     """A captioned data set: a procedural world, a published data set, or a folder of images.
 
-    "flora", "lepidoptera" and "worlds" (both) are drawn; "flowers102" and "butterflies" are the
-    paper's, see `published` for where they lie; a folder of one of these names is "./flowers102".
+    "flora", "lepidoptera" and "worlds" (both) are drawn, and so are "scenes" of several objects;
+    "flowers102" and "butterflies" are the paper's, see `published` for where they lie; a folder of
+    one of these names is "./flowers102".
     Which kinds there are stands in `DATASETS`. `count` images at most; None: all of a folder, 2,000
-    of a world. `held_out` concerns the worlds; `templates`, `crop`, `flip`, `variants` and `check`
-    concern folders: see `folders.read_folder`, and `captions` for where captions come from. A
-    folder may hold train/ and test/ (or names like these, in any case); where it does not, one
+    of a world. `held_out` concerns worlds and scenes; `templates`, `crop`, `flip`, `variants` and
+    `check` concern folders: see `folders.read_folder`, and `captions` for where captions come from.
+    A folder may hold train/ and test/ (or names like these, in any case); where it does not, one
     image in five, chosen by the hash of its name, is for testing.
 
     Raises `FileNotFoundError` for a missing folder, or a published data set that is neither there

@@ -6,7 +6,7 @@ its coverage falls linearly over one pixel, which is the anti-aliasing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -30,18 +30,39 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Canvas:
-    """An image in the making: `pixels` (size, size, 3) in [0, 1]."""
+    """An image in the making, or a part of one in which an object is drawn."""
 
+    # (height, width, 3) in [0, 1]: the whole image, or a view of the part.
     pixels: np.ndarray
+    # The size of a pixel in the coordinates of this canvas.
+    pixel: float = field(default=0.0)
+    # The coordinates of the pixels; None: from -1 to 1.
+    coordinates: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __post_init__(self):
+        self.pixel = self.pixel or 2.0 / len(self.pixels)
 
     @property
     def grid(self) -> tuple[np.ndarray, np.ndarray]:
-        return _grid(len(self.pixels))
+        return self.coordinates or _grid(len(self.pixels))
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is a part of an image."""
+        return self.coordinates is not None
+
+    def part(self, cx: float, cy: float, scale: float) -> Canvas:
+        """The part around (cx, cy) as a canvas of its own, where `scale` here is 1 there."""
+        size, reach = len(self.pixels), 1.25 * scale
+        columns = slice(_clipped(cx - reach, size), _clipped(cx + reach, size))
+        rows = slice(_clipped(-cy - reach, size), _clipped(-cy + reach, size))
+        x, y = self.grid
+        there = (x[rows, columns] - cx) / scale, (y[rows, columns] - cy) / scale
+        return Canvas(self.pixels[rows, columns], self.pixel / scale, there)
 
     def cover(self, distance: np.ndarray, softness: float = 1.0) -> np.ndarray:
         """Coverage in [0, 1] of a signed distance, over `softness` pixels."""
-        pixel = 2.0 / len(self.pixels) * softness
-        return np.clip(0.5 - distance / pixel, 0, 1)
+        return np.clip(0.5 - distance / (self.pixel * softness), 0, 1)
 
     def paint(self, colour: np.ndarray, alpha: np.ndarray) -> None:
         """Lay a colour (3,) or a coloured map (size, size, 3) over the image."""
@@ -49,6 +70,11 @@ class Canvas:
 
     def to_uint8(self) -> np.ndarray:
         return (np.clip(self.pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _clipped(place: float, size: int) -> int:
+    """The pixel at a place from -1 to 1, within the image."""
+    return int(np.clip(round((place + 1) / 2 * size), 0, size))
 
 
 def shade(colour: np.ndarray, light: np.ndarray) -> np.ndarray:
@@ -113,7 +139,10 @@ def _stem(canvas, rng, cx, cy, night_light):
     green = np.array([0.16, 0.45, 0.16]) * night_light
     bend = rng.uniform(-0.18, 0.18)
     middle = cx + bend * (y - cy) * (y + 1.2)
-    canvas.paint(green, canvas.cover(np.abs(x - middle) - 0.045) * canvas.cover(y - cy))
+    stem = canvas.cover(np.abs(x - middle) - 0.045) * canvas.cover(y - cy)
+    if canvas.is_part:  # elsewhere it grows out of the lower edge
+        stem = stem * canvas.cover(-1.0 - y)
+    canvas.paint(green, stem)
     first = 1 if rng.random() < 0.5 else -1
     for side in (first, -first)[: int(rng.integers(1, 3))]:
         ly = rng.uniform(-0.85, -0.6)
@@ -227,3 +256,72 @@ def _body(canvas, u, v, scale):
     canvas.paint(INK, 0.9 * canvas.cover(feeler * scale))
     body = _ellipse(u, v, 0, -0.04, 0.075, 0.50)
     canvas.paint(shade(INK, 1.0 + 0.25 * np.exp(-((u / 0.03) ** 2))), canvas.cover(body * scale))
+
+
+def fish(canvas: Canvas, species: str, colour: np.ndarray, rng: np.random.Generator) -> None:
+    """Draw one fish from the side, a stingray from above; `species` as in `scenes.REEF`."""
+    x, y = canvas.grid
+    cx, cy = rng.uniform(-0.06, 0.06), rng.uniform(-0.10, 0.10)
+    scale, turn = rng.uniform(0.80, 0.90), rng.uniform(-0.2, 0.2)
+    looks = 1 if rng.random() < 0.5 else -1
+    u, v = _turned(x, y, cx, cy, turn, scale)
+    u = u * looks
+    fins, body, eye = _outlines(species, u, v)
+    for fin in fins:
+        tone = 0.74 + 0.16 * np.cos(16 * np.arctan2(v, u + 0.2))
+        canvas.paint(shade(colour, tone), canvas.cover(fin * scale))
+    tone = (0.98 + 0.26 * v) * (1 - 0.35 * np.exp(np.minimum(body, 0) / 0.05))
+    canvas.paint(shade(colour, tone), canvas.cover(body * scale))
+    for place, width, paint in BANDS.get(species, ()):
+        band = np.abs(u + 0.25 * v * v - place) - width
+        canvas.paint(np.array(paint), canvas.cover(np.maximum(band, body + 0.01) * scale))
+    for ex, ey in eye:
+        ring = np.hypot(u - ex, v - ey)
+        canvas.paint(CREAM, canvas.cover((ring - 0.095) * scale))
+        canvas.paint(INK, canvas.cover((ring - 0.05) * scale))
+
+
+# Bands across a fish: where, half as wide as, and in which colour; the later lie over the earlier.
+BANDS: dict[str, tuple[tuple[float, float, tuple[float, float, float]], ...]] = {
+    "clownfish": tuple(
+        (place, width, paint)
+        for place in (0.26, -0.30)
+        for width, paint in ((0.15, tuple(INK)), (0.105, (0.97, 0.96, 0.93)))
+    ),
+    "angelfish": tuple((place, 0.05, tuple(INK)) for place in (0.22, -0.02, -0.26)),
+}
+
+
+def _outlines(species: str, u, v):
+    """Signed distances to the fins (behind) and to the body, and where the eyes are."""
+    if species == "guppy":  # a slim body, and a tail like a fan
+        tail = np.maximum(np.hypot(u + 0.20, v * 0.95) - 0.74, np.abs(v) + 0.95 * (u + 0.12))
+        body = _ellipse(u, v, 0.30, 0.0, 0.48, 0.21)
+        return [tail], body, [(0.58, 0.05)]
+    if species == "angelfish":  # high, with long fins above and below
+        fins = [
+            np.maximum(_ellipse(u, v, -0.24, 0.50 * s, 0.17, 0.58, 0.42 * s), -s * v)
+            for s in (1, -1)
+        ]
+        tail = np.maximum(np.abs(v) + 0.8 * (u + 0.42), -0.84 - u)
+        return [*fins, tail], _ellipse(u, v, 0.06, 0.0, 0.54, 0.44), [(0.38, 0.10)]
+    if species == "pufferfish":  # a ball of spines
+        theta, r = np.arctan2(v, u), np.hypot(u, v)
+        spines = r - 0.60 - 0.22 * np.abs(np.mod(theta * 16 / (2 * np.pi), 1) - 0.5) * 2
+        tail = np.maximum(np.abs(v) + 0.9 * (u + 0.52), -1.02 - u)
+        return [spines, tail], _ellipse(u, v, 0, 0, 0.62, 0.60), [(0.36, 0.20)]
+    if species == "swordfish":  # long, with a sword, a sickle for a tail and a high fin
+        sword = np.maximum(np.abs(v - 0.02) - 0.045, np.abs(u - 0.70) - 0.34)
+        ring = np.abs(np.hypot(u + 1.10, v) - 0.42) - 0.09
+        tail = np.maximum(ring, -0.86 - u)
+        back = np.maximum(_ellipse(u, v, 0.10, 0.28, 0.18, 0.36, 0.5), 0.05 - v)
+        return [sword, tail, back], _ellipse(u, v, -0.08, 0.0, 0.62, 0.20), [(0.36, 0.04)]
+    if species == "clownfish":  # plump, with round fins
+        tail = _ellipse(u, v, -0.70, 0.0, 0.22, 0.30)
+        fins = [_ellipse(u, v, -0.05, 0.40 * s, 0.34, 0.18) for s in (1, -1)]
+        return [tail, *fins], _ellipse(u, v, 0.05, 0.0, 0.64, 0.42), [(0.50, 0.10)]
+    if species == "stingray":  # a diamond from above, with a long tail
+        tail = np.maximum(np.abs(u - 0.10 * np.sin(4 * v)) - 0.035, np.maximum(v, -1.05 - v))
+        wide = np.abs(u) / 0.92 + np.abs(v - 0.14) / 0.62 + 0.10 * np.cos(6.3 * u) - 0.98
+        return [tail], 0.48 * wide, [(-0.15, 0.34), (0.15, 0.34)]
+    raise ValueError(f"unknown species of fish {species!r}")

@@ -129,7 +129,7 @@ def test_both_are_tasks_by_name(flowers, butterflies, tmp_path):
 
 
 def test_the_help_names_every_data_set():
-    assert DATASET_NAMES.split(", ") == ["worlds", *worlds.WORLDS, *published.PUBLISHED]
+    assert DATASET_NAMES.split(", ") == ["worlds", *worlds.WORLDS, "scenes", *published.PUBLISHED]
 
 
 def test_a_broken_photograph_is_left_out_and_named(butterflies):
