@@ -230,7 +230,7 @@ def _generate(values: dict[str, Any]) -> None:
 
 def _evaluate(values: dict[str, Any]) -> None:
     import kdc
-    from kdc.data import worlds
+    from kdc.data import scenes, worlds
 
     pipeline = _pipeline(values["pipeline"], values["teacher"])
     prompts, reference = _prompts(values), values["reference"]
@@ -239,15 +239,18 @@ def _evaluate(values: dict[str, Any]) -> None:
         dataset = kdc.load_dataset(reference or "worlds", "test", size, count=values["count"])
         count = min(values["count"], len(dataset))
         prompts = [dataset.caption(index) for index in range(count)]
-    try:
-        attributes = [worlds.read_caption(prompt) for prompt in prompts]
-    except ValueError:  # not of the procedural worlds, whose answers are known
-        attributes = []
+    asked: dict[str, Any] = {}
+    for name, module in (("attributes", worlds), ("scenes", scenes)):
+        try:
+            asked = {name: [module.read_caption(prompt) for prompt in prompts]}
+            break
+        except ValueError:  # not of the procedural ones, whose answers are known
+            continue
     scores = kdc.evaluate(
         pipeline,
         prompts,
         reference,
-        attributes=attributes,
+        **asked,
         teacher=_pipeline(values["teacher"], "mini") if values["teacher"] else None,
         metrics=tuple(values["metrics"] or ()),
         extractor=values["extractor"],

@@ -106,6 +106,8 @@ class Place:
     y: float
     # Half of its side, over half of the image's.
     scale: float
+    # The same without the size that is named.
+    usual: float
 
 
 # Half sides of objects by their number in the row, and the middles of rows by the number of rows.
@@ -119,14 +121,14 @@ def places(scene: Scene) -> list[Place]:
     whole = [group for group in scene.groups for _ in range(group.count)]
     if len(whole) == 1:
         scale = {"": ALONE, "small": 0.45, "large": 0.92}[whole[0].size]
-        return [Place(whole[0], 0.0, 0.0, scale)]
+        return [Place(whole[0], 0.0, 0.0, scale, ALONE)]
     rows = [[g] * g.count for g in scene.groups] if scene.relation == "above" else [whole]
     found = []
     for row, y in zip(rows, ROWS[len(rows)], strict=True):
         for number, group in enumerate(row):
             x = (2 * number + 1) / len(row) - 1
-            scale = IN_ROW[len(row)] * (0.9 if len(rows) == 2 else 1.0)
-            found.append(Place(group, x, y, scale * SCALES[group.size]))
+            usual = IN_ROW[len(row)] * (0.9 if len(rows) == 2 else 1.0)
+            found.append(Place(group, x, y, usual * SCALES[group.size], usual))
     return found
 
 

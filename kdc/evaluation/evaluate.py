@@ -17,6 +17,7 @@ from kdc.checks import as_seeds, as_texts, finite_number, whole_number
 from kdc.data import worlds
 from kdc.data.datasets import load_dataset
 from kdc.data.latents import LatentDataset
+from kdc.data.scenes import Scene
 from kdc.evaluation import judges
 from kdc.evaluation.extractors import Extractor, Perceptual, find_extractor, find_perceptual
 from kdc.evaluation.images import as_bytes, check_images
@@ -30,6 +31,7 @@ from kdc.evaluation.metrics import (
     refuse_named,
     score,
 )
+from kdc.evaluation.scene_judge import scene_judge
 from kdc.evaluation.species import SpeciesJudge
 from kdc.evaluation.statistics import real_vs_real, student_interval
 from kdc.io import fingerprint
@@ -64,6 +66,7 @@ def evaluate(
     reference: Tensor | Dataset | str | Path | None = None,
     *,
     attributes: Sequence[worlds.Attributes] = (),
+    scenes: Sequence[Scene] = (),
     species: Sequence[str] = (),
     species_judge: SpeciesJudge | None = None,
     teacher: StableDiffusionPipeline | Scores | None = None,
@@ -82,10 +85,11 @@ def evaluate(
     `reference` are real images: uint8 (M, 3, H, W), a data set of `load_dataset`, a folder or a
     world's name. Fréchet distance, KID, precision and recall compare N generated with N of them (or
     all, if there are fewer), the real-vs-real baseline real with real at the same count.
-    `attributes` are those of the prompts, for the accuracy on the worlds; `species` what each asks
-    for, of those that a `species_judge` knows (see `species.fit_species`). `teacher` generates from
-    the same prompts and noise, or is what an earlier `evaluate` found of it: `lpips_to_teacher` is
-    the paired distance. With a teacher pipeline and held-back `latents` there is an `output_error`.
+    `attributes` are those of the prompts, for the accuracy on the worlds; `scenes` those that they
+    ask for, where they have several objects; `species` what each asks for, of those that a
+    `species_judge` knows (see `species.fit_species`). `teacher` generates from the same prompts and
+    noise, or is what an earlier `evaluate` found of it: `lpips_to_teacher` is the paired distance.
+    With a teacher pipeline and held-back `latents` there is an `output_error`.
     `diversity` is the perceptual distance of images of one prompt from two seeds; two seeds make
     one pair, which has no spread.
 
@@ -108,10 +112,13 @@ def evaluate(
     for place, one in enumerate(attributes):
         if not isinstance(one, worlds.Attributes):
             raise TypeError(f"attributes must be worlds.Attributes, but number {place} is {one!r}")
+    for place, asked in enumerate(scenes):
+        if not isinstance(asked, Scene):
+            raise TypeError(f"scenes must be scenes.Scene, but number {place} is {asked!r}")
     species = as_texts("species", species)
-    for what, given in {"attributes": len(attributes), "species": len(species)}.items():
-        if given and given != len(prompts):
-            raise ValueError(f"{given} {what} for {len(prompts)} prompts")
+    for what, given in {"attributes": attributes, "scenes": scenes, "species": species}.items():
+        if given and len(given) != len(prompts):
+            raise ValueError(f"{len(given)} {what} for {len(prompts)} prompts")
     if species and species_judge and (unknown := sorted(set(species) - set(species_judge.names))):
         names = ", ".join(species_judge.names)
         raise ValueError(f"the judge of species does not know {unknown}, only {names}")
@@ -126,6 +133,7 @@ def evaluate(
     real = _features_of(reference, see, pipeline) if reference is not None else None
     chosen = _same_count(real, len(prompts)) if real is not None else None
     has = _available(see, real, attributes, teacher, latents, seeds)
+    has |= {"scenes"} if scenes else set()
     has |= {"species"} if species and species_judge else set()
     refused = refusals(has, len(prompts), see.width, None if real is None else len(real))
     wanted = [name for name in METRICS if not metrics or name in _names(metrics)]
@@ -151,6 +159,7 @@ def evaluate(
             perceptual=distance,
             prompts=prompts,
             attributes=attributes,
+            scenes=scenes,
             species=species,
             species_judge=species_judge,
             reference=chosen,
@@ -191,7 +200,7 @@ def evaluate(
             "note": refused.get(name) or _note(name, len(prompts), seeds, real),
         }
     generated_with |= {"extractor": extractor, "perceptual": perceptual}
-    generated_with |= {"attributes": list(attributes), "species": species}
+    generated_with |= {"attributes": list(attributes), "scenes": list(scenes), "species": species}
     table = pd.DataFrame(rows).T.rename_axis("score")
     numbers = ["value", "spread", "low", "high", "real_vs_real", "real_vs_real_spread"]
     table[numbers] = table[numbers].astype(float)
@@ -234,6 +243,8 @@ def _judge_of(
     needs = METRICS[name].needs
     if "attributes" in needs:
         return "mini-classifier", fingerprint(*judges.attribute_classifier().state_dict().values())
+    if "scenes" in needs:
+        return "mini-scene-judge", fingerprint(*scene_judge().state_dict().values())
     if "species" in needs:
         return (species.name, species.checksum) if species else ("-", "-")
     if needs & {"pairs", "seeds"}:

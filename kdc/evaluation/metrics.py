@@ -23,8 +23,9 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from kdc.data import worlds
 from kdc.data.latents import LatentDataset
+from kdc.data.scenes import Scene
 from kdc.distillation.fidelity import output_error
-from kdc.evaluation import judges
+from kdc.evaluation import judges, scene_judge
 from kdc.evaluation.extractors import Extractor, Perceptual
 from kdc.evaluation.species import SpeciesJudge
 
@@ -131,6 +132,8 @@ class Evidence:
     # What each image was asked to show: its prompt, and its attributes on the procedural worlds.
     prompts: Sequence[str] = ()
     attributes: Sequence[worlds.Attributes] = ()
+    # Or the scene of one to three objects that each was asked to show.
+    scenes: Sequence[Scene] = ()
     # The species that each was asked to show, of those that the judge knows.
     species: Sequence[str] = ()
     species_judge: SpeciesJudge | None = None
@@ -154,6 +157,11 @@ class Evidence:
         """Whether each image shows the asked-for attributes, and "all" of them: (N,) bool."""
         return judges.shown_attributes(self.images, self.attributes)
 
+    @functools.cached_property
+    def scenes_shown(self) -> dict[str, Tensor]:
+        """What of its scene each image shows, see `scene_judge.shown_scenes`: (N,) bool."""
+        return scene_judge.shown_scenes(self.images, self.scenes)
+
     @property
     def has(self) -> set[str]:
         """Which needs of metrics it meets."""
@@ -162,6 +170,7 @@ class Evidence:
             "reference": self.extractor is not None and self.reference is not None,
             "prompts": self.extractor is not None and bool(self.extractor.read and self.prompts),
             "attributes": len(self.attributes) > 0,
+            "scenes": len(self.scenes) > 0,
             "species": self.species_judge is not None and len(self.species) > 0,
             "pairs": self.teacher_images is not None,
             "seeds": self.other_images is not None,
@@ -176,6 +185,7 @@ MISSING: Mapping[str, str] = {
     "reference": "there are no reference images",
     "prompts": "the extractor reads no texts",
     "attributes": "the attributes of the prompts are not known",
+    "scenes": "the scenes that the prompts ask for are not known",
     "species": "no judge of species was fitted, or the prompts' species are not known",
     "pairs": "there is no teacher",
     "seeds": "it needs two seeds",
@@ -221,6 +231,13 @@ def _shows(attribute: str) -> Metric:
         return evidence.shown[attribute].float()
 
     return Metric(function, True, frozenset({"attributes"}), per_image=True)
+
+
+def _of_scenes(what: str) -> Metric:
+    def function(evidence: Evidence) -> Tensor:
+        return evidence.scenes_shown[what].float()
+
+    return Metric(function, True, frozenset({"scenes"}), per_image=True)
 
 
 def _species(evidence: Evidence) -> Tensor:
@@ -270,6 +287,9 @@ METRICS: dict[str, Metric] = {
     "colour": _shows("colour"),
     "kind": _shows("kind"),
     "background": _shows("background"),
+    "binding": _of_scenes("binding"),
+    "count": _of_scenes("count"),
+    "place": _of_scenes("place"),
     "species": Metric(_species, True, frozenset({"species"}), per_image=True),
     "clip": Metric(_clip, True, frozenset({"features", "prompts"}), per_image=True),
     "fd": _of_sets(frechet_distance, False, lambda width: 2 * width),

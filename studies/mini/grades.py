@@ -15,7 +15,9 @@ from kdc.data import worlds
 from kdc.data.datasets import load_dataset
 from kdc.evaluation.extractors import find_extractor
 from kdc.evaluation.metrics import METRICS, Evidence, means, score
+from kdc.evaluation.scene_judge import shown_scenes
 from studies.common.renderings import balanced_prompts, renderings_of
+from studies.mini.images import scene_images
 
 GOALS = {  # what was asked of the models; lower is better for "fd_over_real_vs_real" only
     "classifier": 0.99,
@@ -28,6 +30,7 @@ GOALS = {  # what was asked of the models; lower is better for "fd_over_real_vs_
     "fd_over_real_vs_real": 3.0,
 }
 STEPS, GUIDANCE, SEED = 25, 7.5, 2026
+SCENE_JUDGE_GOAL = 0.98  # of scenes in which it must find all right
 ACCURACIES = ("colour", "kind", "background", "accuracy")
 
 
@@ -53,6 +56,21 @@ def grade_classifier(copies: int = 6) -> dict[str, float]:
     evidence = Evidence(images=renderings_of(shown, seed=1), attributes=shown)
     found = means(score(evidence, ACCURACIES)[0])
     return {_all(name): found[name] for name in ACCURACIES}
+
+
+def grade_scene_judge(count: int = 400) -> dict[str, dict[str, float]]:
+    """What the judge of scenes says of real renderings, by the number of objects; see `METRICS`.
+
+    "rare": of scenes with a combination that no generator is trained on.
+    """
+    found = {}
+    for objects in (1, 2, 3):
+        for name, held_out in ((str(objects), False), (f"{objects} rare", True)):
+            images, asked = scene_images(count, "test", 1, held_out, objects)
+            found[name] = {
+                k: v.float().mean().item() for k, v in shown_scenes(images, asked).items()
+            }
+    return found
 
 
 def grade_autoencoder(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kdc.data import worlds
+from kdc.data import scenes, worlds
 
 
 def dead_leaves(rng: np.random.Generator, size: int = 64, shapes: int = 70) -> np.ndarray:
@@ -53,6 +54,24 @@ def leaf_images(count: int, seed: int) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
+def scene_images(
+    count: int, split: str, seed: int = 0, held_out: bool = False, objects: int | None = None
+) -> tuple[Tensor, list[scenes.Scene]]:
+    """(count, 3, 64, 64) uint8 renderings of scenes, and what each shows; see `world_images`."""
+    one = functools.partial(
+        _scene_image, split=split, seed=seed, held_out=held_out, objects=objects
+    )
+    return _rendered(one, count, f"{split} scenes")
+
+
+def _scene_image(
+    index: int, split: str, seed: int, held_out: bool, objects: int | None
+) -> tuple[np.ndarray, scenes.Scene]:
+    rng = scenes.rendering_rng(split, index, seed)
+    shown = scenes.draw_scene(rng, objects, held_out)
+    return scenes.render(shown, rng), shown
+
+
 def world_images(
     count: int, split: str, seed: int = 0, held_out: bool = False
 ) -> tuple[Tensor, list[worlds.Attributes]]:
@@ -61,7 +80,12 @@ def world_images(
     Many are rendered by several processes; each has a seed of its own, so they are the same.
     """
     one = functools.partial(_world_image, split=split, seed=seed, held_out=held_out)
-    bar = functools.partial(tqdm, total=count, desc=f"{split} renderings", mininterval=2)
+    return _rendered(one, count, f"{split} renderings")
+
+
+def _rendered(one: Callable, count: int, said: str) -> tuple[Tensor, list]:
+    """What `one(index)` draws for so many indices: images (count, 3, H, W), and what they show."""
+    bar = functools.partial(tqdm, total=count, desc=said, mininterval=2)
     processes = min(8, os.cpu_count() or 1) if count >= 1000 else 1
     if processes == 1:
         found = list(bar(map(one, range(count))))
@@ -70,7 +94,7 @@ def world_images(
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             found = list(bar(pool.map(one, range(count), chunksize=64)))
     images = torch.from_numpy(np.stack([image for image, _ in found]))
-    return images.permute(0, 3, 1, 2).contiguous(), [attributes for _, attributes in found]
+    return images.permute(0, 3, 1, 2).contiguous(), [shown for _, shown in found]
 
 
 def _world_image(

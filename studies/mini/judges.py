@@ -17,14 +17,21 @@ from kdc.evaluation.judges import (
     labels_of,
     new_clip,
 )
+from kdc.evaluation.scene_judge import (
+    SceneJudge,
+    boxes_of,
+    judge_loss,
+    object_labels,
+    scene_labels,
+)
 from kdc.training.loop import train
 from kdc.training.settings import TrainSettings
-from studies.mini.images import leaf_images, to_signed, world_images
+from studies.mini.images import leaf_images, scene_images, to_signed, world_images
 from studies.mini.text import new_tokenizer, text_config, tokenize
 
 # The judges see every combination, held-out ones too: they must recognise what they grade. Their
 # renderings come from seeds of their own, apart from those of the generator and of the grades.
-SEEDS = {"classifier": 101, "clip": 102, "trunk": 103}
+SEEDS = {"classifier": 101, "clip": 102, "trunk": 103, "scene-judge": 104}
 
 
 def judge_pool(count: int, seed: int) -> tuple[Tensor, list]:
@@ -66,6 +73,42 @@ def train_classifier(
     return model, train(
         model, loss, settings, output_dir, resume=True, label="attribute classifier"
     )
+
+
+def train_scene_judge(
+    output_dir: Path, steps: int = 2400, batch_size: int = 48, pool: int = 16000
+) -> tuple[SceneJudge, object]:
+    """Train the judge of scenes, with noise and blur, and with boxes that are not quite right."""
+    torch.manual_seed(SEEDS["scene-judge"])
+    usual, shown = scene_images(pool * 3 // 4, "train", SEEDS["scene-judge"])
+    rare, shown_rare = scene_images(pool // 4, "train", SEEDS["scene-judge"], held_out=True)
+    images, shown = torch.cat([usual, rare]), shown + shown_rare
+    model = SceneJudge()
+
+    def loss(model, generator):
+        index = _choose(generator, len(images), batch_size)
+        asked = [shown[i] for i in index.tolist()]
+        batch = to_signed(images[index])
+        if torch.rand((), generator=generator) < 0.3:
+            batch = vision.gaussian_blur(batch, 3, 0.3 + torch.rand((), generator=generator).item())
+        level = 0.08 * torch.rand((batch_size, 1, 1, 1), generator=generator)
+        batch = batch + level * torch.randn(batch.shape, generator=generator)
+        boxes, owners, groups = boxes_of(asked)
+        jitter = 1 + 0.06 * torch.randn((len(boxes), 1), generator=generator)
+        shift = 0.08 * torch.randn((len(boxes), 2), generator=generator) * boxes[:, 2:]
+        boxes = torch.cat([boxes[:, :2] + shift, boxes[:, 2:] * jitter], dim=1)
+        device = next(model.parameters()).device
+        logits = model(batch.to(device), boxes.to(device), owners.to(device))
+        labels = [
+            {name: values.to(device) for name, values in found.items()}
+            for found in (object_labels(groups), scene_labels(asked))
+        ]
+        return {"loss": judge_loss(logits, (labels[0], labels[1]))}
+
+    settings = TrainSettings(
+        steps, batch_size=batch_size, learning_rate=2e-3, warmup=50, ema_decay=0.995
+    )
+    return model, train(model, loss, settings, output_dir, resume=True, label="judge of scenes")
 
 
 def train_clip(

@@ -23,7 +23,7 @@ from kdc.processes import this_process
 from kdc.unet.slimming import slim
 from studies.common.recipes import RECIPES, STUDENT_RECIPE, images_of
 from studies.mini.autoencoder import train_autoencoder
-from studies.mini.judges import train_classifier, train_clip, train_trunk
+from studies.mini.judges import train_classifier, train_clip, train_scene_judge, train_trunk
 from studies.mini.teacher import sampling_scheduler, train_teacher
 
 
@@ -46,6 +46,11 @@ def make_clip(out: Path, **settings) -> None:
     (model, tokenizer), _ = train_clip(out / "run", **settings)
     model.half().save_pretrained(out / "new")
     tokenizer.save_pretrained(out / "new")
+
+
+def make_scene_judge(out: Path, **settings) -> None:
+    model, _ = train_scene_judge(out / "run", **settings)
+    _save_module(model, out / "new")
 
 
 def make_teacher(out: Path, **settings) -> None:
@@ -93,6 +98,7 @@ TRAININGS: dict[str, Callable] = {
     "classifier": make_classifier,
     "clip": make_clip,
     "trunk": make_trunk,
+    "scene-judge": make_scene_judge,
     "teacher": make_teacher,
     "student": make_student,
 }

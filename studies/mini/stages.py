@@ -37,6 +37,11 @@ def _grades(context: Context) -> list[Path]:
     return [path]
 
 
+def _scenes(context: Context) -> list[Path]:
+    values = {"goal": grades.SCENE_JUDGE_GOAL, "judge": grades.grade_scene_judge()}
+    return [ledger.write("scene_judge", values, context.results)]
+
+
 def _fd(context: Context) -> list[Path]:
     values = grades.explain_fd(pipelines.load_teacher("mini"))
     return [ledger.write("mini_fd", values, context.results, seed=grades.SEED + 1)]
@@ -50,5 +55,6 @@ STAGES = {
     "grades": Stage(
         _grades, "grade the installed models on held-out renderings", ("mini_grades.json",)
     ),
+    "scenes": Stage(_scenes, "grade the judge of scenes on real renderings", ("scene_judge.json",)),
     "fd": Stage(_fd, "say where the teacher's Fréchet distance comes from", ("mini_fd.json",)),
 }
