@@ -1,7 +1,8 @@
-"""The mini autoencoder: 64x64 images to 16x16x4 latents, as Stable Diffusion's does by 8."""
+"""The mini autoencoder: 64x64 images to 16x16x4 latents (or 32x32), Stable Diffusion's by 8."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,13 +16,14 @@ from studies.mini.images import leaf_images, to_signed, world_images
 KL_WEIGHT = 1e-6
 
 
-def new_autoencoder() -> AutoencoderKL:
-    """A randomly initialised autoencoder of 0.65M parameters."""
+def new_autoencoder(factor: int = 4) -> AutoencoderKL:
+    """A randomly initialised autoencoder, of 0.65M parameters by 4 and 0.16M by 2."""
+    widths = {4: (16, 32, 64), 2: (16, 32)}[factor]
     return AutoencoderKL(
-        block_out_channels=(16, 32, 64),
+        block_out_channels=widths,
         layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
         latent_channels=4,
         norm_num_groups=8,
         sample_size=64,
@@ -43,16 +45,23 @@ def autoencoder_loss(vae: nn.Module, images: Tensor, generator: torch.Generator)
 
 
 def train_autoencoder(
-    output_dir: Path, steps: int = 3400, batch_size: int = 16, pool: int = 6000, seed: int = 0
+    output_dir: Path,
+    steps: int = 3400,
+    batch_size: int = 16,
+    pool: int = 6000,
+    seed: int = 0,
+    draw: Callable = world_images,
+    factor: int = 4,
 ) -> tuple[AutoencoderKL, object]:
     """Train on renderings and dead leaves, half and half; returns the model and its log.
 
+    `draw` is `world_images` or `scene_images`, `factor` what sides are divided by, 4 or 2.
     The scale that makes latents of unit deviation is measured and stored in the configuration.
     """
     torch.manual_seed(seed)
-    worlds_pool, _ = world_images(pool, "train", seed=seed)
+    worlds_pool, _ = draw(pool, "train", seed=seed)
     leaves = leaf_images(pool // 2, seed)
-    vae = new_autoencoder()
+    vae = new_autoencoder(factor)
 
     def loss(model, generator):
         half = batch_size // 2

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from kdc.data.cache import cache_latents
@@ -24,7 +24,7 @@ from kdc.unet.slimming import slim
 from studies.common.recipes import RECIPES, STUDENT_RECIPE, images_of
 from studies.mini.autoencoder import train_autoencoder
 from studies.mini.judges import train_classifier, train_clip, train_scene_judge, train_trunk
-from studies.mini.teacher import sampling_scheduler, train_teacher
+from studies.mini.teacher import as_pipeline, train_teacher
 
 
 def make_autoencoder(out: Path, **settings) -> None:
@@ -56,16 +56,7 @@ def make_scene_judge(out: Path, **settings) -> None:
 def make_teacher(out: Path, **settings) -> None:
     vae = AutoencoderKL.from_pretrained(out.parent / "autoencoder" / "final", dtype=torch.float32)
     model, tokenizer, _ = train_teacher(vae, out / "run", **settings)
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=model.text_encoder,
-        tokenizer=tokenizer,
-        unet=model.unet,
-        scheduler=sampling_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = as_pipeline(vae, model, tokenizer)
     pipeline.to(torch.float16).save_pretrained(out / "new", safe_serialization=True)
 
 

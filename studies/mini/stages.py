@@ -10,7 +10,7 @@ from kdc.data.datasets import load_dataset
 from kdc.processes import this_process
 from studies.common import ledger
 from studies.common.runner import Context, Stage
-from studies.mini import grades, make
+from studies.mini import grades, make, pilots
 
 
 def _train(name: str, context: Context) -> list[Path]:
@@ -47,6 +47,12 @@ def _fd(context: Context) -> list[Path]:
     return [ledger.write("mini_fd", values, context.results, seed=grades.SEED + 1)]
 
 
+def _pilots(context: Context) -> list[Path]:
+    settings = pilots.Settings(**context.settings)
+    rows = [pilots.measure(name, context.folder / "pilots", settings) for name in pilots.VARIANTS]
+    return [ledger.write("mini_pilots", {"rows": rows}, context.results, **vars(settings))]
+
+
 STAGES = {
     **{
         name: Stage(functools.partial(_train, name), f"train the {name} of the mini models")
@@ -56,5 +62,8 @@ STAGES = {
         _grades, "grade the installed models on held-out renderings", ("mini_grades.json",)
     ),
     "scenes": Stage(_scenes, "grade the judge of scenes on real renderings", ("scene_judge.json",)),
+    "pilots": Stage(
+        _pilots, "try layouts of the teacher in small runs on scenes", ("mini_pilots.json",)
+    ),
     "fd": Stage(_fd, "say where the teacher's Fréchet distance comes from", ("mini_fd.json",)),
 }

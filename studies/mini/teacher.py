@@ -6,6 +6,7 @@ training image encoded once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
@@ -31,15 +33,19 @@ CAPTION_DROPOUT = 0.1
 MIN_SNR = 5.0
 
 
-def new_unet(cross_attention_dim: int = 96) -> UNet2DConditionModel:
+def new_unet(
+    cross_attention_dim: int = 96,
+    widths: tuple[int, ...] = (32, 64, 128, 128),
+    side: int = 16,
+) -> UNet2DConditionModel:
     """The mini teacher's U-Net, randomly initialised: 8.69M parameters.
 
     Two heads instead of eight: at this width eight heads would hold four channels each, and
     attention would take most of the time.
     """
     return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64, 128, 128),
+        sample_size=side,
+        block_out_channels=widths,
         layers_per_block=2,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
@@ -90,29 +96,33 @@ def train_teacher(
     pool: int = 16000,
     learning_rate: float = 8e-4,
     seed: int = 0,
+    draw: Callable = world_images,
+    said: Callable = caption,
+    **layout,
 ) -> tuple[TextToNoise, object, object]:
-    """Train U-Net and text encoder on training combinations; returns them, tokenizer and log."""
+    """Train U-Net and text encoder on training combinations; returns them, tokenizer and log.
+
+    `draw` is `world_images`, or `scene_images` with `said` for its captions; `layout` is that of
+    `new_unet`.
+    """
     torch.manual_seed(seed)
-    images, shown = world_images(pool, "train", seed=seed + 1)
+    images, shown = draw(pool, "train", seed=seed + 1)
     means, deviations = encode_images(vae.eval(), images)
     del images
-    tokenizer = new_tokenizer()
-    kinds = {a: i for i, a in enumerate(sorted(set(shown)))}
-    identity = torch.tensor([kinds[a] for a in shown])
-    ids = torch.stack(
-        [tokenize(tokenizer, [caption(a, t) for a in kinds]) for t in range(len(TEMPLATES))]
-    )
+    texts = [[said(a, t) for a in shown] for t in range(len(TEMPLATES))]
+    tokenizer = new_tokenizer(texts[-1] if draw is not world_images else ())
+    ids = torch.stack([tokenize(tokenizer, each) for each in texts])
     empty = tokenize(tokenizer, [""])[0]
     forward_process = noise_scheduler()
     snr = forward_process.alphas_cumprod / (1 - forward_process.alphas_cumprod)
-    model = TextToNoise(new_unet(), new_text_encoder(tokenizer))
+    model = TextToNoise(new_unet(**layout), new_text_encoder(tokenizer))
 
     def loss(model, generator):
         draw = lambda high: torch.randint(high, (batch_size,), generator=generator)  # noqa: E731
         index, template, timesteps = draw(len(means)), draw(len(TEMPLATES)), draw(1000)
         noise, spread = torch.randn((2, batch_size, *means.shape[1:]), generator=generator)
         latents = means[index] + deviations[index] * spread
-        token_ids = ids[template, identity[index]]
+        token_ids = ids[template, index]
         dropped = torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT
         token_ids = torch.where(dropped[:, None], empty, token_ids)
         noisy = forward_process.add_noise(latents, noise, timesteps)
@@ -132,3 +142,17 @@ def train_teacher(
     )
     log = train(model, loss, settings, output_dir, resume=True, label="teacher")
     return model, tokenizer, log
+
+
+def as_pipeline(vae: AutoencoderKL, model: TextToNoise, tokenizer) -> StableDiffusionPipeline:
+    """The trained parts as a diffusers pipeline."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        unet=model.unet,
+        scheduler=sampling_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -24,8 +25,10 @@ def all_captions() -> list[str]:
     ]
 
 
-def new_tokenizer() -> CLIPTokenizer:
+def new_tokenizer(captions: Iterable[str] = ()) -> CLIPTokenizer:
     """A byte-pair tokenizer in CLIP's format: one token for each word of the captions.
+
+    They are those of the worlds, and `captions`.
 
     Every byte is in the vocabulary, so that any text can be written, if in more pieces.
     """
@@ -38,7 +41,7 @@ def new_tokenizer() -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=4000, end_of_word_suffix="</w>", initial_alphabet=bytes_, show_progress=False
     )
-    bpe.train_from_iterator(itertools.chain(all_captions(), OTHER_WORDS), trainer)
+    bpe.train_from_iterator(itertools.chain(all_captions(), OTHER_WORDS, captions), trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = bytes_ + [b + "</w>" for b in bytes_] + ["".join(pair) for pair in merges]
     tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
