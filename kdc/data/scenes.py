@@ -120,8 +120,8 @@ def places(scene: Scene) -> list[Place]:
     """Where the objects of a scene stand, in the order of its groups and from left to right."""
     whole = [group for group in scene.groups for _ in range(group.count)]
     if len(whole) == 1:
-        scale = {"": ALONE, "small": 0.45, "large": 0.92}[whole[0].size]
-        return [Place(whole[0], 0.0, 0.0, scale, ALONE)]
+        scale = {"": ALONE, "small": 0.52, "large": 0.92}[whole[0].size]
+        return [Place(whole[0], 0.0, 0.0, scale, ALONE if scale == ALONE else 0.8)]
     rows = [[g] * g.count for g in scene.groups] if scene.relation == "above" else [whole]
     found = []
     for row, y in zip(rows, ROWS[len(rows)], strict=True):

@@ -95,7 +95,7 @@ def test_the_whole_way_runs_on_the_mini_teacher(tmp_path, capsys):
     assert "open it with diffusers alone" in values["parts"]
 
 
-@pytest.mark.long
+@pytest.mark.slow  # two exports; that the images agree is tested beside `load_onnx`
 def test_onnx_is_timed_beside_pytorch(tmp_path):
     onnx_latency.main(["--rounds", "1", "--steps", "2", "--results", str(tmp_path)])
     rows = json.loads((tmp_path / "onnx_latency.json").read_text())["values"]["rows"]
