@@ -127,7 +127,7 @@ columns = ["value", "spread", "samples", "real_vs_real", "note", "extractor", "c
 scores["student"].table[columns].round(3)
 
 # %%
-pd.concat({name: found.table["value"].round(3) for name, found in scores.items()}, axis=1)
+pd.concat({name: found.table["value"].round(3) for name, found in scores.items()}, axis=1).dropna()
 
 # %% [markdown]
 # *Accuracy* is the share of images that show the asked-for colour, kind and background; *clip* the
