@@ -258,7 +258,7 @@ plt.show()
 # name, and, without a mid-block, any new ControlNet. `bk-base` keeps the mid-block.
 #
 # `--onnx` adds models for ONNX Runtime, which draw the same images up to one of 256 levels. On one CPU
-# thread an image of the mini student at 16 steps takes 0.50 of the time that it takes under
+# thread an image of the mini student at 16 steps takes 0.51 of the time that it takes under
 # PyTorch (`results/onnx_latency.json`).
 
 # %%
