@@ -21,18 +21,25 @@ from kdc.paths import as_path
 WORLD_COUNT = 2000  # renderings of a world where no count is given
 
 
-def said(shown: worlds.Attributes | scenes.Scene) -> str:
-    """The caption of what an image shows."""
-    return scenes.caption(shown) if isinstance(shown, scenes.Scene) else worlds.caption(shown)
-
-
 class Renderings(Dataset):
     """Images that are drawn when they are asked for; a subclass says what they show.
 
-    Items: {"image" (3, size, size) in [-1, 1], "caption", "attributes"}.
+    Items: {"image" (3, size, size) in [-1, 1], "caption", "attributes"}. Raises `ValueError` for an
+    unknown split.
     """
 
-    def __init__(self, split: str, size: int, count: int, seed: int, held_out: bool):
+    # The module whose `render` and `caption` draw and say what `_draw` gives.
+    drawn_by: Any
+
+    def __init__(
+        self,
+        split: str = "train",
+        size: int = 64,
+        count: int = 2000,
+        seed: int = 0,
+        held_out: bool = False,
+    ):
+        worlds.stream(0, split, 0, seed)  # an unknown split is refused here
         self.split, self.size, self.count = split, size, count
         self.seed, self.held_out = seed, held_out
 
@@ -44,7 +51,7 @@ class Renderings(Dataset):
         return self.count
 
     def caption(self, index: int) -> str:
-        return said(self._draw(self._checked(index))[0])
+        return self.drawn_by.caption(self._draw(self._checked(index))[0])
 
     def captions_of(self, index: int) -> tuple[str, ...]:
         """The caption of an item; no image is drawn."""
@@ -52,7 +59,8 @@ class Renderings(Dataset):
 
     def identity(self) -> dict:
         """What the images depend on, in plain values."""
-        return {name: plain(value) for name, value in vars(self).items()}
+        known = {name: plain(value) for name, value in vars(self).items()}
+        return {"drawn_by": self.drawn_by.__name__} | known
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < self.count:
@@ -61,26 +69,19 @@ class Renderings(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         shown, rng = self._draw(self._checked(index))
-        draw = scenes.render if isinstance(shown, scenes.Scene) else worlds.render
-        image = torch.from_numpy(draw(shown, rng, self.size)).permute(2, 0, 1)
-        return {"image": image.float() / 127.5 - 1, "caption": said(shown), "attributes": shown}
+        image = torch.from_numpy(self.drawn_by.render(shown, rng, self.size)).permute(2, 0, 1)
+        said = self.drawn_by.caption(shown)
+        return {"image": image.float() / 127.5 - 1, "caption": said, "attributes": shown}
 
 
 class WorldDataset(Renderings):
     """Renderings of one world or of both in turn."""
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        split: str = "train",
-        size: int = 64,
-        count: int = 2000,
-        seed: int = 0,
-        held_out: bool = False,
-    ):
-        super().__init__(split, size, count, seed, held_out)
+    drawn_by = worlds
+
+    def __init__(self, names: Sequence[str], *args, **kwargs):
         self.names = [worlds.world(name).name for name in names]
-        worlds.rendering_rng(self.names[0], split, 0)  # an unknown split is refused here
+        super().__init__(*args, **kwargs)
 
     def _draw(self, index: int) -> tuple[worlds.Attributes, np.random.Generator]:
         name = self.names[index % len(self.names)]
@@ -91,16 +92,7 @@ class WorldDataset(Renderings):
 class SceneDataset(Renderings):
     """Renderings of scenes of one to three objects, drawn at random."""
 
-    def __init__(
-        self,
-        split: str = "train",
-        size: int = 64,
-        count: int = 2000,
-        seed: int = 0,
-        held_out: bool = False,
-    ):
-        super().__init__(split, size, count, seed, held_out)
-        scenes.rendering_rng(split, 0)  # an unknown split is refused here
+    drawn_by = scenes
 
     def _draw(self, index: int) -> tuple[scenes.Scene, np.random.Generator]:
         rng = scenes.rendering_rng(self.split, index, self.seed)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdc.data import drawing, worlds
-from kdc.data.worlds import BACKGROUNDS, COLOURS, SPLITS, World
+from kdc.data.worlds import BACKGROUNDS, COLOURS, World
 
 REEF = World(
     "reef",
@@ -214,10 +214,7 @@ def _read_group(words: str, text: str) -> Group:
 
 def rendering_rng(split: str, index: int, seed: int = 0) -> np.random.Generator:
     """The generator of one scene. Splits, seeds and indices never share a stream."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
-    key = (len(worlds.WORLDS), SPLITS.index(split), seed, index)
-    return np.random.default_rng(np.random.SeedSequence(entropy=20250506, spawn_key=key))
+    return worlds.stream(len(worlds.WORLDS), split, index, seed)
 
 
 def draw_scene(

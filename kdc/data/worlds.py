@@ -141,9 +141,17 @@ def read_caption(text: str) -> Attributes:
 
 def rendering_rng(world_name: str, split: str, index: int, seed: int = 0) -> np.random.Generator:
     """The generator of one image. Splits, seeds and indices never share a stream."""
+    return stream(list(WORLDS).index(world(world_name).name), split, index, seed)
+
+
+def stream(number: int, split: str, index: int, seed: int) -> np.random.Generator:
+    """The generator of one image of what has that number: a world, or scenes after the worlds.
+
+    Raises `ValueError` for an unknown split.
+    """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
-    key = (list(WORLDS).index(world(world_name).name), SPLITS.index(split), seed, index)
+    key = (number, SPLITS.index(split), seed, index)
     return np.random.default_rng(np.random.SeedSequence(entropy=20250506, spawn_key=key))
 
 

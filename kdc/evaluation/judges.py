@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import lpips
 import torch
@@ -38,11 +38,11 @@ def labels_of(shown: list[worlds.Attributes]) -> dict[str, Tensor]:
 
 
 class AttributeHeads(nn.Module):
-    """Linear heads on pooled features: one for each attribute in `LABELS`."""
+    """Linear heads on features: one for each attribute in `labels`, a table of their values."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, labels: Mapping[str, Sequence] = LABELS):
         super().__init__()
-        self.heads = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in LABELS.items()})
+        self.heads = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in labels.items()})
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         return {name: head(features) for name, head in self.heads.items()}
@@ -51,11 +51,16 @@ class AttributeHeads(nn.Module):
 class AttributeClassifier(nn.Module):
     """Reads colour, kind and background off a 64x64 image; the judge of generated images.
 
-    Images (B, 3, 64, 64) in [-1, 1] to logits {"colour": (B, 7), "kind": (B, 12),
-    "background": (B, 4)}.
+    Images (B, 3, side, side) in [-1, 1] to logits (B, values) of each attribute in `labels`; by
+    default {"colour": (B, 7), "kind": (B, 12), "background": (B, 4)}.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 128)):
+    def __init__(
+        self,
+        labels: Mapping[str, Sequence] = LABELS,
+        widths: tuple[int, ...] = (24, 48, 96, 128),
+        side: int = 64,
+    ):
         super().__init__()
         layers, inputs = [], 3
         for width in widths:
@@ -69,7 +74,7 @@ class AttributeClassifier(nn.Module):
             ]
             inputs = width
         self.features = nn.Sequential(*layers)
-        self.heads = AttributeHeads(16 * inputs)
+        self.heads = AttributeHeads(inputs * (side >> len(widths)) ** 2, labels)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return self.heads(self.features(images).flatten(1))

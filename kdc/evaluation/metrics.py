@@ -226,18 +226,12 @@ def _of_sets(
     return Metric(function, higher_is_better, needs, fewest=fewest, measure=measure)
 
 
-def _shows(attribute: str) -> Metric:
+def _shows(what: str, need: str = "attributes") -> Metric:
     def function(evidence: Evidence) -> Tensor:
-        return evidence.shown[attribute].float()
+        shown = evidence.shown if need == "attributes" else evidence.scenes_shown
+        return shown[what].float()
 
-    return Metric(function, True, frozenset({"attributes"}), per_image=True)
-
-
-def _of_scenes(what: str) -> Metric:
-    def function(evidence: Evidence) -> Tensor:
-        return evidence.scenes_shown[what].float()
-
-    return Metric(function, True, frozenset({"scenes"}), per_image=True)
+    return Metric(function, True, frozenset({need}), per_image=True)
 
 
 def _species(evidence: Evidence) -> Tensor:
@@ -287,9 +281,9 @@ METRICS: dict[str, Metric] = {
     "colour": _shows("colour"),
     "kind": _shows("kind"),
     "background": _shows("background"),
-    "binding": _of_scenes("binding"),
-    "count": _of_scenes("count"),
-    "place": _of_scenes("place"),
+    "binding": _shows("binding", "scenes"),
+    "count": _shows("count", "scenes"),
+    "place": _shows("place", "scenes"),
     "species": Metric(_species, True, frozenset({"species"}), per_image=True),
     "clip": Metric(_clip, True, frozenset({"features", "prompts"}), per_image=True),
     "fd": _of_sets(frechet_distance, False, lambda width: 2 * width),

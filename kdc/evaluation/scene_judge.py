@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kdc.data.scenes import DOMAINS, Group, Place, Scene, places
 from kdc.data.worlds import BACKGROUNDS, COLOURS
 from kdc.evaluation.images import to_signed
+from kdc.evaluation.judges import AttributeClassifier
 from kdc.pipelines import ASSETS
 
 SIDE, BATCH = 32, 128
@@ -31,38 +32,13 @@ OF_OBJECTS: dict[str, tuple] = {
 OF_SCENES: dict[str, tuple] = {"background": BACKGROUNDS, "layout": LAYOUTS}
 
 
-class Reader(nn.Module):
-    """Convolutions, and one linear head for each table of `labels`: images (B, 3, side, side)."""
-
-    def __init__(self, labels: dict[str, tuple], widths: tuple[int, ...], side: int):
-        super().__init__()
-        layers, inputs = [], 3
-        for width in widths:
-            layers += [
-                nn.Conv2d(inputs, width, 3, stride=2, padding=1),
-                nn.GroupNorm(8, width),
-                nn.SiLU(),
-                nn.Conv2d(width, width, 3, padding=1, groups=8),
-                nn.GroupNorm(8, width),
-                nn.SiLU(),
-            ]
-            inputs = width
-        self.features = nn.Sequential(*layers)
-        flat = inputs * (side >> len(widths)) ** 2
-        self.heads = nn.ModuleDict({k: nn.Linear(flat, len(v)) for k, v in labels.items()})
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features = self.features(images).flatten(1)
-        return {name: head(features) for name, head in self.heads.items()}
-
-
 class SceneJudge(nn.Module):
-    """Two readers: of objects, cut out at 32 x 32, and of whole images at 64 x 64."""
+    """Two classifiers: of objects, cut out at 32 x 32, and of whole images at 64 x 64."""
 
     def __init__(self):
         super().__init__()
-        self.objects = Reader(OF_OBJECTS, (32, 64, 128), SIDE)
-        self.whole = Reader(OF_SCENES, (24, 48, 96, 128), 64)
+        self.objects = AttributeClassifier(OF_OBJECTS, (32, 64, 128), SIDE)
+        self.whole = AttributeClassifier(OF_SCENES)
 
     def forward(
         self, images: Tensor, boxes: Tensor, owners: Tensor
