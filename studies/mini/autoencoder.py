@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from kdc.training.loop import train
 from kdc.training.settings import TrainSettings
-from studies.mini.images import leaf_images, to_signed, world_images
+from studies.mini.images import leaf_images, scene_images, to_signed
 
 KL_WEIGHT = 1e-6
 
@@ -46,26 +45,25 @@ def autoencoder_loss(vae: nn.Module, images: Tensor, generator: torch.Generator)
 
 def train_autoencoder(
     output_dir: Path,
-    steps: int = 3400,
+    steps: int = 9000,
     batch_size: int = 16,
-    pool: int = 6000,
+    pool: int = 12_000,
     seed: int = 0,
-    draw: Callable = world_images,
     factor: int = 4,
 ) -> tuple[AutoencoderKL, object]:
-    """Train on renderings and dead leaves, half and half; returns the model and its log.
+    """Train on scenes and dead leaves, half and half; returns the model and its log.
 
-    `draw` is `world_images` or `scene_images`, `factor` what sides are divided by, 4 or 2.
+    `factor` is what sides are divided by, 4 or 2.
     The scale that makes latents of unit deviation is measured and stored in the configuration.
     """
     torch.manual_seed(seed)
-    worlds_pool, _ = draw(pool, "train", seed=seed)
+    rendered, _ = scene_images(pool, "train", seed=seed)
     leaves = leaf_images(pool // 2, seed)
     vae = new_autoencoder(factor)
 
     def loss(model, generator):
         half = batch_size // 2
-        a = worlds_pool[torch.randint(len(worlds_pool), (half,), generator=generator)]
+        a = rendered[torch.randint(len(rendered), (half,), generator=generator)]
         b = leaves[torch.randint(len(leaves), (batch_size - half,), generator=generator)]
         if torch.rand((), generator=generator) < 0.5:
             b = b.flip(2)
@@ -82,7 +80,7 @@ def train_autoencoder(
     )
     log = train(vae, loss, settings, output_dir, resume=True, label="autoencoder")
     with torch.no_grad():
-        sample = to_signed(worlds_pool[:512]).to(vae.device)
+        sample = to_signed(rendered[:512]).to(vae.device)
         latents = vae.encode(sample).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return vae, log

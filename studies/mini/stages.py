@@ -49,7 +49,7 @@ def _fd(context: Context) -> list[Path]:
 
 def _pilots(context: Context) -> list[Path]:
     settings = pilots.Settings(**context.settings)
-    rows = [pilots.measure(name, context.folder / "pilots", settings) for name in pilots.VARIANTS]
+    rows = [pilots.measure(name, context.folder, settings) for name in pilots.VARIANTS]
     return [ledger.write("mini_pilots", {"rows": rows}, context.results, **vars(settings))]
 
 

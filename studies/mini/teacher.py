@@ -1,14 +1,22 @@
 """The mini teacher: a U-Net of Stable Diffusion v1's layout at a tenth of its width.
 
-Text encoder and U-Net are trained together from nothing, with the autoencoder frozen and every
-training image encoded once.
+Text encoder and U-Net are trained together from nothing on scenes, with the autoencoder frozen and
+every training image encoded once.
+
+Left to itself, a small U-Net of this layout passes its inner blocks by: half of what every layer of
+the upward path reads comes through a skip connection, so that what the innermost block says is
+halved a dozen times before it comes out. Two things keep the inner path in use. The skips begin
+quiet (`quieten_skips`), and in the first legs of training they are dropped at random (`Leg`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -17,42 +25,94 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel
 
-from kdc.data.worlds import TEMPLATES, caption
+from kdc.data.scenes import TEMPLATES, caption
 from kdc.distillation.losses import min_snr_weight
+from kdc.training.efficiency import plain_attention
 from kdc.training.loop import train
 from kdc.training.settings import TrainSettings
-from studies.mini.images import to_signed, world_images
-from studies.mini.text import new_text_encoder, new_tokenizer, tokenize
+from studies.mini.images import scene_images, to_signed
+from studies.mini.text import new_text_encoder, new_tokenizer, scene_captions, tokenize
 
 NOISE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 CAPTION_DROPOUT = 0.1
 MIN_SNR = 5.0
+WORDINGS = len(TEMPLATES[""])  # of every relation as many
 
 
-def new_unet(
-    cross_attention_dim: int = 96,
-    widths: tuple[int, ...] = (32, 64, 128, 128),
-    side: int = 16,
-) -> UNet2DConditionModel:
-    """The mini teacher's U-Net, randomly initialised: 8.69M parameters.
+@dataclass(frozen=True)
+class Layout:
+    """The shape of the mini teacher's U-Net, and how it is initialised."""
 
-    Two heads instead of eight: at this width eight heads would hold four channels each, and
-    attention would take most of the time.
-    """
-    return UNet2DConditionModel(
-        sample_size=side,
-        block_out_channels=widths,
+    # Channels of the four stages, from the outermost.
+    widths: tuple[int, ...] = (32, 64, 128, 128)
+    # Heads of attention in each. Eight would hold four channels each outside, and take most of the
+    # time there.
+    heads: tuple[int, ...] = (1, 2, 4, 4)
+    # The side of the latents.
+    side: int = 16
+    # What the initial weights of skip connections are multiplied by, see `quieten_skips`.
+    skips: float = 0.25
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A part of the training; each starts from the averaged weights of the one before."""
+
+    # Its share of all updates.
+    share: float
+    # How often a skip connection of an image is dropped in the two inner levels of the upward path;
+    # half as often in the third, and never in the outermost.
+    skip_dropout: float
+    # What the learning rate does after the warm-up.
+    schedule: str = "constant_with_warmup"
+
+
+LEGS = (*[Leg(1 / 8, 0.5)] * 4, *[Leg(1 / 8, 0.25)] * 3, Leg(1 / 8, 0.0, "cosine"))
+BY_LEVEL = (1.0, 1.0, 0.5)  # of `skip_dropout`, by upward block from the inside
+
+
+def new_unet(layout: Layout = Layout(), cross_attention_dim: int = 96) -> UNet2DConditionModel:
+    """The mini teacher's U-Net, randomly initialised: 8.69M parameters."""
+    unet = UNet2DConditionModel(
+        sample_size=layout.side,
+        block_out_channels=layout.widths,
         layers_per_block=2,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=cross_attention_dim,
-        attention_head_dim=2,
+        attention_head_dim=layout.heads,
         norm_num_groups=16,
     )
+    quieten_skips(unet, layout.skips)
+    return unet
+
+
+@torch.no_grad()
+def quieten_skips(unet: UNet2DConditionModel, scale: float) -> None:
+    """Multiply the initial weights of the long skip connections by `scale`, 0 to 1, in place.
+
+    The weights of what comes from inside grow, so that sums of inputs of equal variance keep
+    theirs: with `inner` and `skip` channels, by sqrt(1 + skip / inner (1 - scale^2)). Only where
+    training starts is changed, not what the network can compute. (Huang et al., arXiv 2310.13545,
+    scale the skips themselves, for stability.)
+    """
+    skips = [unet.config["block_out_channels"][0]]
+    for down in unet.down_blocks:
+        skips += [resnet.out_channels for resnet in down.resnets]
+        skips += [down.resnets[-1].out_channels] if down.downsamplers else []
+    for up in unet.up_blocks:
+        for resnet in up.resnets:
+            skip = skips.pop()
+            inner = resnet.in_channels - skip
+            grown = (1 + skip / inner * (1 - scale**2)) ** 0.5
+            for convolution in (resnet.conv1, resnet.conv_shortcut):
+                convolution.weight[:, :inner] *= grown
+                convolution.weight[:, inner:] *= scale
 
 
 def noise_scheduler() -> DDPMScheduler:
@@ -71,10 +131,46 @@ class TextToNoise(nn.Module):
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
+        self.kept: Tensor | None = None
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, ids: Tensor, kept: Tensor | None = None
+    ) -> Tensor:
+        """The predicted noise (B, 4, H, W) for token ids (B, `MAX_TOKENS`).
+
+        kept (B, levels, 3): 1 for a skip connection that is used, 0 for one that is dropped, by
+        level of the upward path from the inside; None: all are used. See `dropping`.
+        """
         embeddings = self.text_encoder(ids).last_hidden_state
-        return self.unet(noisy, timesteps, embeddings, return_dict=False)[0]
+        self.kept = kept
+        try:
+            return self.unet(noisy, timesteps, embeddings, return_dict=False)[0]
+        finally:
+            self.kept = None
+
+    @contextlib.contextmanager
+    def dropping(self):
+        """Within it, `kept` of `forward` has an effect."""
+
+        def drop(level: int, block: nn.Module, args: tuple, inputs: dict):
+            if self.kept is None:
+                return None
+            used = self.kept[:, level, :, None, None, None]
+            skips = inputs["res_hidden_states_tuple"]
+            name, count = "res_hidden_states_tuple", len(block.resnets)
+            # The block takes its skips from the end of what is left of all of them.
+            own = tuple(s * used[:, i].to(s) for i, s in enumerate(skips[-count:]))
+            return args, inputs | {name: (*skips[:-count], *own)}
+
+        handles = [
+            block.register_forward_pre_hook(partial(drop, level), with_kwargs=True)
+            for level, block in zip(range(len(BY_LEVEL)), self.unet.up_blocks, strict=False)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 @torch.no_grad()
@@ -91,57 +187,90 @@ def encode_images(vae: AutoencoderKL, images: Tensor, batch_size: int = 64) -> t
 def train_teacher(
     vae: AutoencoderKL,
     output_dir: Path,
-    steps: int = 6500,
-    batch_size: int = 16,
-    pool: int = 16000,
-    learning_rate: float = 8e-4,
+    steps: int = 48_000,
+    batch_size: int = 32,
+    pool: int = 40_000,
+    learning_rate: float = 1e-3,
     seed: int = 0,
-    draw: Callable = world_images,
-    said: Callable = caption,
-    **layout,
-) -> tuple[TextToNoise, object, object]:
-    """Train U-Net and text encoder on training combinations; returns them, tokenizer and log.
+    legs: tuple[Leg, ...] = LEGS,
+    layout: Layout = Layout(),
+) -> tuple[TextToNoise, object, pd.DataFrame]:
+    """Train U-Net and text encoder on scenes; returns them, the tokenizer and the log of all legs.
 
-    `draw` is `world_images`, or `scene_images` with `said` for its captions; `layout` is that of
-    `new_unet`.
+    A finished leg leaves `leg-<number>.safetensors` in `output_dir` and is not trained again.
     """
     torch.manual_seed(seed)
-    images, shown = draw(pool, "train", seed=seed + 1)
+    tokenizer = new_tokenizer(scene_captions())
+    model = TextToNoise(new_unet(layout), new_text_encoder(tokenizer))
+    loss, rows, done = None, [], 0
+    for number, leg in enumerate(legs, start=1):
+        place = output_dir / f"leg-{number}"
+        if not (weights := place.with_suffix(".safetensors")).is_file():
+            if loss is None:
+                loss = _teacher_loss(vae, tokenizer, batch_size, pool, seed)
+            settings = TrainSettings(
+                max(1, round(leg.share * steps)),
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                warmup=200,
+                schedule=leg.schedule,
+                ema_decay=0.9995,
+                seed=seed + number,
+            )
+            with model.dropping(), plain_attention(model.unet):
+                train(
+                    model,
+                    partial(loss, skip_dropout=leg.skip_dropout),
+                    settings,
+                    place,
+                    resume=True,
+                    label=f"teacher, leg {number} of {len(legs)}",
+                )
+            state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+            save_file(state, place.with_suffix(".new"))
+            place.with_suffix(".new").rename(weights)
+        # Read back in half precision, so that every leg starts as from a file that was kept.
+        model.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
+        if (place / "log.csv").is_file():
+            rows.append(pd.read_csv(place / "log.csv").assign(leg=number))
+            rows[-1]["step"] += done
+            done = rows[-1]["step"].iloc[-1]
+    log = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+    log.to_csv(output_dir / "log.csv", index=False)
+    return model, tokenizer, log
+
+
+def _teacher_loss(vae: AutoencoderKL, tokenizer, batch_size: int, pool: int, seed: int):
+    """The loss of a batch that it draws; every image of the pool is encoded here, once."""
+    images, shown = scene_images(pool, "train", seed=seed + 1)
     means, deviations = encode_images(vae.eval(), images)
     del images
-    texts = [[said(a, t) for a in shown] for t in range(len(TEMPLATES))]
-    tokenizer = new_tokenizer(texts[-1] if draw is not world_images else ())
-    ids = torch.stack([tokenize(tokenizer, each) for each in texts])
+    ids = torch.stack(
+        [tokenize(tokenizer, [caption(a, t) for a in shown]) for t in range(WORDINGS)]
+    )
     empty = tokenize(tokenizer, [""])[0]
     forward_process = noise_scheduler()
     snr = forward_process.alphas_cumprod / (1 - forward_process.alphas_cumprod)
-    model = TextToNoise(new_unet(**layout), new_text_encoder(tokenizer))
+    levels = torch.tensor(BY_LEVEL)[None, :, None]
 
-    def loss(model, generator):
+    def loss(model, generator, skip_dropout: float):
         draw = lambda high: torch.randint(high, (batch_size,), generator=generator)  # noqa: E731
-        index, template, timesteps = draw(len(means)), draw(len(TEMPLATES)), draw(1000)
+        index, wording, timesteps = draw(len(means)), draw(WORDINGS), draw(1000)
         noise, spread = torch.randn((2, batch_size, *means.shape[1:]), generator=generator)
         latents = means[index] + deviations[index] * spread
-        token_ids = ids[template, index]
+        token_ids = ids[wording, index]
         dropped = torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT
         token_ids = torch.where(dropped[:, None], empty, token_ids)
+        chance = torch.rand((batch_size, len(BY_LEVEL), 3), generator=generator)
         noisy = forward_process.add_noise(latents, noise, timesteps)
         device = next(model.parameters()).device
-        predicted = model(noisy.to(device), timesteps.to(device), token_ids.to(device))
+        kept = (chance >= skip_dropout * levels).to(device) if skip_dropout else None
+        predicted = model(noisy.to(device), timesteps.to(device), token_ids.to(device), kept)
         error = (predicted.float() - noise.to(device)).square().mean(dim=(1, 2, 3))
         weighted = error * min_snr_weight(snr[timesteps], MIN_SNR).to(device)
         return {"loss": weighted.mean(), "task": error.mean().detach()}
 
-    settings = TrainSettings(
-        steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup=200,
-        ema_decay=0.9995,
-        seed=seed,
-    )
-    log = train(model, loss, settings, output_dir, resume=True, label="teacher")
-    return model, tokenizer, log
+    return loss
 
 
 def as_pipeline(vae: AutoencoderKL, model: TextToNoise, tokenizer) -> StableDiffusionPipeline:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from kdc.data import worlds
+from kdc.data import scenes, worlds
 
 MAX_TOKENS = 24
 OTHER_WORDS = ("photo", "photograph", "picture", "of", "the", "flower", "butterfly", "moth")
@@ -22,6 +22,30 @@ def all_captions() -> list[str]:
         for world in worlds.WORLDS.values()
         for attributes in world.combinations() + world.combinations(held_out=True)
         for template in range(len(worlds.TEMPLATES))
+    ]
+
+
+def scene_captions() -> list[str]:
+    """Captions of scenes, all groups and templates among them."""
+    backgrounds = itertools.cycle(worlds.BACKGROUNDS)
+    groups = [
+        scenes.Group(world.name, colour, kind, size, count)
+        for world in scenes.DOMAINS.values()
+        for colour in worlds.COLOURS
+        for kind in world.kinds
+        for size in scenes.SIZES
+        for count in range(1, scenes.MOST + 1)
+    ]
+    alone = [scenes.Scene((group,), next(backgrounds)) for group in groups]
+    both = [
+        scenes.Scene(pair, next(backgrounds), relation)
+        for pair in zip(groups, groups[1:] + groups[:1], strict=True)
+        for relation in scenes.RELATIONS
+    ]
+    return [
+        scenes.caption(scene, template)
+        for scene in alone + both
+        for template in range(len(scenes.TEMPLATES[scene.relation]))
     ]
 
 
