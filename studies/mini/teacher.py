@@ -72,7 +72,7 @@ class Leg:
     schedule: str = "constant_with_warmup"
 
 
-LEGS = (*[Leg(1 / 8, 0.5)] * 4, *[Leg(1 / 8, 0.25)] * 3, Leg(1 / 8, 0.0, "cosine"))
+LEGS = (Leg(0.25, 0.5), Leg(0.25, 0.5), Leg(0.25, 0.25), Leg(0.25, 0.0, "cosine"))
 BY_LEVEL = (1.0, 1.0, 0.5)  # of `skip_dropout`, by upward block from the inside
 
 
@@ -187,7 +187,7 @@ def encode_images(vae: AutoencoderKL, images: Tensor, batch_size: int = 64) -> t
 def train_teacher(
     vae: AutoencoderKL,
     output_dir: Path,
-    steps: int = 48_000,
+    steps: int = 24_000,
     batch_size: int = 32,
     pool: int = 40_000,
     learning_rate: float = 1e-3,

@@ -14,6 +14,7 @@ from kdc.training.efficiency import (
     REPEATED,
     average,
     compile_unet,
+    plain_attention,
     quickened,
     reduced,
     refuse_infinite,
@@ -115,6 +116,25 @@ def tiny_pair():
         )
     names = ["down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1", *attentions(unets[0])]
     return unets, [FeatureHooks(unet, names) for unet in unets]
+
+
+def test_plain_attention_computes_the_same_and_is_taken_off_even_after_an_error(tiny_unet):
+    given, before = inputs(tiny_unet), tiny_unet.attn_processors
+    results = []
+    for plain in (False, True):
+        with plain_attention(*([tiny_unet] if plain else [])):
+            kinds = {type(p).__name__ for p in tiny_unet.attn_processors.values()}
+            assert kinds == {"AttnProcessor" if plain else "AttnProcessor2_0"}
+            output = tiny_unet(*given).sample
+            tiny_unet.zero_grad()
+            output.square().mean().backward()
+        results.append([output.detach(), *(p.grad.clone() for p in tiny_unet.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+    with pytest.raises(KeyError), plain_attention(tiny_unet):
+        raise KeyError
+    after = tiny_unet.attn_processors
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
 
 
 def test_regions_are_the_blocks_that_repeat(tiny_unet):

@@ -1,6 +1,8 @@
 import json
 import subprocess
 
+import IPython
+import IPython.display
 import pytest
 
 from studies.common import ledger
@@ -55,3 +57,45 @@ def test_a_table_of_provenance_is_not_cut_off():
 
     shown = ledger.this_run(time.perf_counter())["this run"]
     assert shown.map(len).max() < 50 and shown["torch"]
+
+
+def test_a_result_of_an_earlier_model_is_shown_with_a_warning_once(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(IPython, "get_ipython", lambda: object())
+    monkeypatch.setattr(IPython.display, "display", lambda html: shown.append(html.data))
+    monkeypatch.setattr(ledger, "_warned", set())
+    path = ledger.write("mini_fd", {"ratios": {}}, tmp_path)
+    stored = json.loads(path.read_text())
+    assert stored["provenance"]["models"] == {
+        name: ledger.model_in_use(name) for name in ("teacher", "clip")
+    }
+    ledger.read("mini_fd", tmp_path)
+    assert not shown and ledger.other_models("mini_fd", tmp_path) == []
+    stored["provenance"]["models"]["teacher"] = "another"
+    path.write_text(json.dumps(stored))
+    assert ledger.other_models("mini_fd", tmp_path) == ["teacher"]
+    assert [ledger.read("mini_fd", tmp_path) for _ in range(2)] == [{"ratios": {}}] * 2
+    assert len(shown) == 1 and "mini_fd.json" in shown[0] and "a mini teacher that" in shown[0]
+
+
+def test_a_result_that_names_no_models_is_the_first_rounds(tmp_path, monkeypatch):
+    path = ledger.write("importance", {}, tmp_path)
+    stored = json.loads(path.read_text())
+    del stored["provenance"]["models"]
+    path.write_text(json.dumps(stored))
+    monkeypatch.setattr(ledger, "model_in_use", lambda name: "new")
+    assert ledger.other_models("importance", tmp_path) == ["teacher"]
+    monkeypatch.setattr(ledger, "model_in_use", ledger.FIRST_ROUND.get)
+    assert ledger.other_models("importance", tmp_path) == []
+
+
+def test_every_result_says_whether_it_depends_on_weights():
+    """Those that do not measure time, memory, behaviour, layouts, or networks of full size."""
+    free = {
+        "distill_step_full", "distill_step_full_cuda", "distill_step_mini", "evaluation_timing",
+        "faults", "full_smoke", "latency", "latency_cuda", "latent_cache", "mini_pilots",
+        "onnx_latency", "replay_cost", "robustness_damage", "robustness_fuzz", "robustness_kills",
+        "sd_blocks", "strategy_seconds", "throughput_cuda",
+    }  # fmt: skip
+    stored = {path.stem for path in ledger.RESULTS.glob("*.json")}
+    assert stored - free == ledger.MODELS.keys() and not free & ledger.MODELS.keys()

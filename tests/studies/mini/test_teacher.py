@@ -1,0 +1,148 @@
+"""The mini teacher's training: quiet skips, dropped skips, and legs."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from kdc.data import scenes
+from kdc.pipelines import load_teacher
+from kdc.unet.blocks import plan_without
+from kdc.unet.slimming import slim
+from studies.mini import text
+from studies.mini.teacher import LEGS, Layout, Leg, TextToNoise, new_unet, train_teacher
+
+SMALL = Layout(widths=(16, 16, 32, 32), heads=(1, 1, 2, 2), side=8)
+
+
+def called(unet, count=2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    noisy = torch.randn(count, 4, unet.config.sample_size, unet.config.sample_size, generator=g)
+    words = torch.randn(count, 5, unet.config.cross_attention_dim, generator=g)
+    return unet(noisy, torch.full((count,), 500), words).sample
+
+
+def read_by_up_blocks(unet, call):
+    """What each residual layer of the upward path reads in a call, and how much comes by a skip."""
+    read, widths = [], []
+    hooks = []
+    for block in unet.up_blocks:
+        hooks.append(
+            block.register_forward_pre_hook(
+                lambda module, args, inputs: widths.extend(
+                    s.shape[1]
+                    for s in reversed(inputs["res_hidden_states_tuple"][-len(module.resnets) :])
+                ),
+                with_kwargs=True,
+            )
+        )
+        for resnet in block.resnets:
+            hooks.append(resnet.register_forward_pre_hook(lambda m, args: read.append(args[0])))
+    call()
+    for hook in hooks:
+        hook.remove()
+    return read, widths
+
+
+@torch.no_grad()
+def test_quiet_skips_scale_the_channels_that_diffusers_gives_by_a_skip():
+    torch.manual_seed(0)
+    loud = new_unet(Layout(SMALL.widths, SMALL.heads, SMALL.side, skips=1.0))
+    torch.manual_seed(0)
+    quiet = new_unet(Layout(SMALL.widths, SMALL.heads, SMALL.side, skips=0.25))
+    read, widths = read_by_up_blocks(loud, lambda: called(loud))
+    layers = [[r for b in u.up_blocks for r in b.resnets] for u in (loud, quiet)]
+    assert len(widths) == len(layers[0]) == 12
+    for before, after, inputs, skip in zip(*layers, read, widths, strict=True):
+        for name in ("conv1", "conv_shortcut"):
+            a, b = (getattr(layer, name).weight for layer in (before, after))
+            inner = inputs.shape[1] - skip
+            torch.testing.assert_close(b[:, inner:], 0.25 * a[:, inner:])
+            grown = (b[:, :inner] / a[:, :inner]).flatten()
+            torch.testing.assert_close(grown, grown[:1].expand_as(grown))
+            # Of inputs of equal variance the sum keeps its own.
+            variance = inner * grown[0] ** 2 + skip * 0.25**2
+            assert variance.item() == pytest.approx(inputs.shape[1], rel=1e-4)
+    others = [
+        torch.equal(p, q)
+        for (name, p), q in zip(loud.named_parameters(), quiet.parameters(), strict=True)
+        if not (name.startswith("up_blocks") and ("conv1.w" in name or "shortcut.w" in name))
+    ]
+    assert len(others) > 200 and all(others)
+
+
+@torch.no_grad()
+def test_quiet_skips_let_the_mid_block_be_heard_from_the_start():
+    changes = []
+    for skips in (1.0, 0.25):
+        torch.manual_seed(1)
+        unet = new_unet(Layout(skips=skips)).eval()
+        before = called(unet)
+        without = called(slim(unet, plan_without(["mid-block"])))
+        changes.append(((without - before).square().mean() / before.square().mean()).item())
+    assert changes[1] > 30 * changes[0]
+
+
+@torch.no_grad()
+def test_a_dropped_skip_is_zero_for_its_image_and_level_alone():
+    torch.manual_seed(0)
+    tokenizer = text.new_tokenizer(text.scene_captions())
+    model = TextToNoise(new_unet(SMALL), text.new_text_encoder(tokenizer)).eval()
+    noisy, times = torch.randn(2, 4, 8, 8), torch.full((2,), 500)
+    ids = text.tokenize(tokenizer, ["a red rose", "two small guppies"])
+    kept = torch.ones(2, 3, 3)
+    kept[1, 0, 2] = kept[0, 2, 0] = 0
+
+    def read(*given):
+        return read_by_up_blocks(model.unet, lambda: model(noisy, times, ids, *given))[0]
+
+    usual, outside = read(), read(kept)
+    assert all(torch.equal(a, b) for a, b in zip(usual, outside, strict=True))  # no effect outside
+    with model.dropping():
+        whole, dropped = read(), read(kept)
+        assert torch.equal(whole[0], usual[0])
+    # Skips are taken from the end: the last of a level's three is the first that it reads.
+    widths = read_by_up_blocks(model.unet, lambda: model(noisy, times, ids))[1]
+    first, last_of_third = 0, 8
+    assert not dropped[first][1, -widths[first] :].any()
+    assert torch.equal(dropped[first][0], usual[first][0])
+    assert not dropped[last_of_third][0, -widths[last_of_third] :].any()
+    assert dropped[last_of_third][1, -widths[last_of_third] :].any()
+    assert not model.unet.up_blocks[0]._forward_pre_hooks
+
+
+def test_legs_follow_one_another_and_a_finished_one_is_not_trained_again(tmp_path):
+    vae = load_teacher("mini").vae
+    legs = (Leg(0.5, 0.5), Leg(0.5, 0.0, "cosine"))
+    settings = dict(steps=4, batch_size=2, pool=8, legs=legs, layout=Layout(SMALL.widths, (1,) * 4))
+    model, _, log = train_teacher(vae, tmp_path / "whole", **settings)
+    assert log["step"].tolist() == [1, 2, 3, 4] and log["leg"].tolist() == [1, 1, 2, 2]
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(tmp_path / "whole" / "leg-1.safetensors", begun)
+    again, _, _ = train_teacher(vae, begun, **settings)
+    assert not (begun / "leg-1").exists() and (begun / "leg-2" / "log.csv").is_file()
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not any(module._forward_pre_hooks for module in again.modules())
+
+
+def test_the_legs_are_a_whole_training():
+    assert sum(leg.share for leg in LEGS) == pytest.approx(1)
+    assert LEGS[-1].skip_dropout == 0  # it ends as it will be used
+
+
+def test_the_tokenizer_has_a_token_for_every_word_of_scenes():
+    captions = text.scene_captions()
+    tokenizer = text.new_tokenizer(captions)
+    words = set(" ".join(captions).replace(",", " ").split())
+    assert {"guppies", "three", "under", "left", "one", "orange"} <= words
+    assert all(len(tokenizer(word).input_ids) == 3 for word in words)  # start, the word, end
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        scene = scenes.draw_scene(rng)
+        for template in range(4):
+            said = scenes.caption(scene, template)
+            assert set(said.replace(",", " ").split()) <= words
+            assert len(tokenizer(said).input_ids) < text.MAX_TOKENS
