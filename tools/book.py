@@ -204,6 +204,8 @@ def stage(source: Path = EXECUTED) -> None:
     for name in ("_toc.yml", "_config.yml", "README.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, STAGE / name)
     copy_linked((ROOT / "README.md").read_text("utf-8"), ROOT)
+    for page in (*NOTEBOOKS.glob("*.md"), NOTEBOOKS / "references.bib"):
+        shutil.copy(page, STAGE / "notebooks" / page.name)
     for path in notebooks():
         notebook = clean(read_executed(path.name, source))
         nbformat.write(notebook, STAGE / "notebooks" / path.name)

@@ -43,10 +43,11 @@ def test_there_are_notebooks():
     assert PATHS, "notebooks/ is empty, so the checks below would check nothing"
 
 
-def test_every_notebook_is_in_the_table_of_contents_with_contributing():
+def test_every_page_is_in_the_table_of_contents():
     toc = yaml.safe_load((book.ROOT / "_toc.yml").read_text())
     listed = [c["file"] for part in toc["parts"] for c in part["chapters"]]
-    pages = [*(f"notebooks/{p.stem}" for p in PATHS), "CONTRIBUTING"]
+    texts = book.NOTEBOOKS.glob("*.md")
+    pages = [*(f"notebooks/{p.stem}" for p in (*PATHS, *texts)), "CONTRIBUTING"]
     assert sorted(listed) == sorted(pages)
 
 
