@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from kdc import pipelines
-from kdc.data import worlds
+from kdc.data import scenes, worlds
 from kdc.data.datasets import load_dataset
 from kdc.evaluation.extractors import find_extractor
 from kdc.evaluation.metrics import METRICS, Evidence, means, score
@@ -30,6 +31,26 @@ GOALS = {  # what was asked of the models; lower is better for "fd_over_real_vs_
     "fd_over_real_vs_real": 3.0,
 }
 STEPS, GUIDANCE, SEED = 25, 7.5, 2026
+# What is asked of models of scenes; lower is better for those of `AT_MOST`.
+SCENE_GOALS = {
+    "one object": 0.97,
+    "two objects": 0.90,
+    "never trained": 0.80,
+    "fd_over_real_vs_real": 3.0,
+    "megabytes": 40.0,
+    "seconds": 1.5,
+}
+AT_MOST = ("fd_over_real_vs_real", "megabytes", "seconds")
+FD_GUIDANCE = 3.0  # that of the goal
+# The sets of scenes that are asked for: how many, of how many objects, and whether one of these is
+# of a combination that no generator is trained on.
+SCENE_SETS = {
+    "one object": (240, 1, False),
+    "two objects": (400, 2, False),
+    "three objects": (160, 3, False),
+    "one object, never trained": (120, 1, True),
+    "two objects, never trained": (240, 2, True),
+}
 SCENE_JUDGE_GOAL = 0.98  # of scenes in which it must find all right
 ACCURACIES = ("colour", "kind", "background", "accuracy")
 
@@ -127,6 +148,60 @@ def grade_pipeline(
     grades["fd_over_real_vs_real"] = grades["fd"] / grades["fd_real_vs_real"]
     grades["clip_score"] = usual["clip"]
     return grades | {"samples": len(asked), "held_out_samples": len(rare), "guidance": guidance}
+
+
+def grade_scenes(
+    pipeline: StableDiffusionPipeline, parts: int = 1, guidance: float = GUIDANCE
+) -> dict:
+    """What a model draws of the scenes that it is asked for, and how far from real ones it is.
+
+    "shown": for each of `SCENE_SETS`, the shares of images that show what was asked for, see
+    `shown_scenes`. "fd": Fréchet distances of the sets without never-trained combinations, at the
+    default guidance and at `FD_GUIDANCE`, over "fd_real_vs_real": that of two sets of renderings of
+    the very scenes that were asked for. `parts` above 1 takes so many times fewer scenes.
+    """
+    shown, images, usual = {}, [], []
+    for number, (name, (count, objects, held_out)) in enumerate(SCENE_SETS.items()):
+        _, asked = scene_images(max(2, count // parts), "test", 11 + number, held_out, objects)
+        found = _generated(pipeline, asked, guidance)
+        shown[name] = {k: v.float().mean().item() for k, v in shown_scenes(found, asked).items()}
+        shown[name]["samples"] = len(asked)
+        if not held_out:
+            images.append(found)
+            usual += asked
+    see, measure = find_extractor("mini-clip"), METRICS["fd"].measure
+    first, second = (see(scene_renderings(usual, seed)) for seed in (3, 4))
+    baseline = measure(second, first)
+    distances = {
+        f"{guidance:g}": torch.cat(images),
+        f"{FD_GUIDANCE:g}": _generated(pipeline, usual, FD_GUIDANCE),
+    }
+    return {
+        "shown": shown,
+        "fd": {name: measure(see(each), first) / baseline for name, each in distances.items()},
+        "fd_real_vs_real": baseline,
+        "fd_samples": len(usual),
+        "guidance": guidance,
+    }
+
+
+def _generated(pipeline: StableDiffusionPipeline, asked: list, guidance: float) -> Tensor:
+    captions = [scenes.caption(scene) for scene in asked]
+    return pipelines.generate(pipeline, captions, seed=SEED, steps=STEPS, guidance=guidance)
+
+
+def scene_renderings(asked: list[scenes.Scene], seed: int) -> Tensor:
+    """Test renderings (N, 3, 64, 64) uint8 of the listed scenes."""
+    rendered = [
+        scenes.render(scene, scenes.rendering_rng("test", index, seed))
+        for index, scene in enumerate(asked)
+    ]
+    return torch.from_numpy(np.stack(rendered)).permute(0, 3, 1, 2).contiguous()
+
+
+def megabytes() -> float:
+    """The size of all embedded models together."""
+    return sum(f.stat().st_size for f in pipelines.ASSETS.rglob("*.safetensors")) / 1e6
 
 
 def _all(name: str) -> str:

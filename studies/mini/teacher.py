@@ -72,7 +72,7 @@ class Leg:
     schedule: str = "constant_with_warmup"
 
 
-LEGS = (*[Leg(1 / 6, 0.5)] * 3, *[Leg(1 / 6, 0.25)] * 2, Leg(1 / 6, 0.0, "cosine"))
+LEGS = (Leg(0.125, 0.5), Leg(0.25, 0.5), Leg(0.375, 0.25), Leg(0.25, 0.0, "cosine"))
 BY_LEVEL = (1.0, 1.0, 0.5)  # of `skip_dropout`, by upward block from the inside
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kdc import pipelines
-from kdc.data import worlds
+from kdc.data import scenes, worlds
 from kdc.evaluation import judges
 from studies.common import ledger, runner
 from studies.mini import grades, images, stages, text
@@ -95,6 +95,36 @@ def test_balanced_prompts_name_every_combination_equally_often():
     asked = grades.balanced_prompts(2, False)
     assert len(asked) == 2 * len(set(asked)) and len(set(asked)) == 2 * (168 - 24)
     assert len(grades.balanced_prompts(1, True)) == 2 * 24
+
+
+@pytest.mark.long
+def test_a_generator_that_renders_what_it_is_asked_for_gets_full_grades(monkeypatch):
+    """And one that draws one object where two were asked for does not; distances are ratios."""
+    asked_at = []
+
+    def rendered(pipeline, captions, seed, steps, guidance):
+        asked_at.append(guidance)
+        return grades.scene_renderings([scenes.read_caption(c) for c in captions], seed=5)
+
+    monkeypatch.setattr(pipelines, "generate", rendered)
+    found = grades.grade_scenes(None, parts=3)
+    assert list(found["shown"]) == list(grades.SCENE_SETS)
+    for shares in found["shown"].values():
+        assert shares["binding"] >= 0.97 and shares["samples"] >= 40
+    assert found["fd_samples"] == 80 + 133 + 53
+    assert all(0.5 < ratio < 2 for ratio in found["fd"].values())
+    assert set(asked_at) == {grades.GUIDANCE, grades.FD_GUIDANCE}
+
+    def alone(pipeline, captions, seed, steps, guidance):
+        firsts = [
+            scenes.Scene(s.groups[:1], s.background) for s in map(scenes.read_caption, captions)
+        ]
+        return grades.scene_renderings(firsts, seed=5)
+
+    monkeypatch.setattr(pipelines, "generate", alone)
+    found = grades.grade_scenes(None, parts=3)["shown"]
+    assert found["one object"]["binding"] >= 0.97
+    assert found["two objects"]["binding"] < 0.4 and found["two objects"]["background"] >= 0.97
 
 
 def test_psnr_of_a_known_error():
