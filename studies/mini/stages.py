@@ -16,7 +16,8 @@ from studies.mini import grades, make, pilots
 def _train(name: str, context: Context) -> list[Path]:
     if context.device == "cuda" and this_process().device.type != "cuda":
         raise ValueError("PyTorch sees no CUDA device here: leave --device out")
-    make.make(context.folder, (name,), **context.settings)
+    usual = make.ON_CUDA.get(name, {}) if context.device == "cuda" else {}
+    make.make(context.folder, (name,), **(usual | dict(context.settings)))
     return [context.folder / name / "final"]
 
 

@@ -1,4 +1,6 @@
+import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from kdc.evaluation import judges
 from studies.common import ledger, runner
 from studies.mini import grades, images, stages, text
 from studies.mini import make as mini
+from studies.mini.autoencoder import train_autoencoder
+from studies.mini.teacher import train_teacher
 
 
 def test_the_tokenizer_has_a_token_for_every_word_of_the_worlds():
@@ -51,6 +55,24 @@ def test_many_renderings_are_the_same_by_several_processes(monkeypatch):
 def test_a_gpu_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="sees no CUDA device"):
         list(stages.STAGES["student"].run(runner.Context(folder=tmp_path, device="cuda")))
+
+
+def test_a_gpu_gets_fewer_and_larger_updates_and_no_setting_that_a_stage_lacks(
+    tmp_path, monkeypatch
+):
+    called = []
+    monkeypatch.setattr(mini, "make", lambda folder, names, **settings: called.append(settings))
+    monkeypatch.setattr(
+        stages, "this_process", lambda: SimpleNamespace(device=torch.device("cuda"))
+    )
+    for device, given in (("cuda", {}), ("cuda", {"steps": 2}), ("cpu", {})):
+        context = runner.Context(folder=tmp_path, device=device, settings=given)
+        list(stages.STAGES["teacher"].run(context))
+    usual = mini.ON_CUDA["teacher"]
+    assert called == [usual, usual | {"steps": 2}, {}]
+    trained_by = {"autoencoder": train_autoencoder, "teacher": train_teacher}
+    for name, training in (trained_by | {"student": mini.make_student}).items():
+        assert mini.ON_CUDA[name].keys() <= inspect.signature(training).parameters.keys()
 
 
 def test_world_images_show_what_they_say_and_leave_out_the_held_out():
