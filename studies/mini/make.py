@@ -95,7 +95,7 @@ TRAININGS: dict[str, Callable] = {
 }
 
 # What differs on a GPU, where a step takes about as long for 16 images as for many: fewer, larger
-# updates, at a higher rate. Sized by the time of one U-Net call on an H200, 22 ms; not run there yet.
+# updates, at a higher rate. Sized by an H200's 22 ms for one U-Net call; not run there yet.
 ON_CUDA: dict[str, dict] = {
     "autoencoder": {"steps": 2500, "batch_size": 64},
     "teacher": {"steps": 3000, "batch_size": 512, "learning_rate": 2e-3},
