@@ -1,5 +1,6 @@
 """Small trainings of other layouts on scenes, and what is measured of them."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +9,7 @@ from studies.common import ledger, runner
 from studies.mini import pilots, stages
 from studies.mini.pilots import VARIANTS, Settings, Variant
 from studies.mini.teacher import Layout
+from tools import book
 
 TINY = Settings(steps=2, batch_size=2, coding_steps=2, pool=24, scenes=2, draws=1, count=2)
 
@@ -48,3 +50,31 @@ def test_the_stored_pilots_are_those_of_the_table():
             variant.layout
         )
         assert row["skip_dropout"] == variant.skip_dropout
+
+
+def test_the_appendix_says_what_the_pilots_found():
+    text = " ".join((book.NOTEBOOKS / "A1_mini_models.py").read_text().replace("\n#", "").split())
+    rows = {row["variant"]: row for row in ledger.read("mini_pilots")["rows"]}
+    first, quiet, narrow = (rows[n] for n in ("first round", "quiet skips", "narrow outside"))
+    assert f"trained on {first['images']:,} images of scenes" in text
+
+    def share(row, part):
+        return row["importance"][part]["error"] / row["importance"]["layer 0"]["error"]
+
+    mid = share(quiet, "mid-block") / share(first, "mid-block")
+    assert f"{mid:.0f} times as important" in text
+    more = quiet["noise_error"] / first["noise_error"] - 1
+    assert f"for {100 * more:.1f} % more error" in text
+    assert f"costs {100 * (narrow['noise_error'] / first['noise_error'] - 1):.0f} % more" in text
+    sixteen = share(narrow, "mid-block") / share(first, "mid-block")
+    assert round(sixteen) == 16 and "sixteenfold" in text
+    # What was hoped for: stage 3 passes a thousandth, the mid-block does not.
+    assert [n for n, row in rows.items() if share(row, "stage 3") < 1e-3] == ["narrow outside"]
+    assert max(share(row, "mid-block") for row in rows.values()) < 1e-4
+    by_time = ledger.read("importance")["guided"]
+    worth = {
+        part: np.mean([np.mean(v) for v in by_time[part].values()])
+        for part in ("layer 0", "mid-block", "stage 3")
+    }
+    words = "mid-block is at {:.0e} and its stage 3 at {:.0e}"
+    assert words.format(*(worth[p] / worth["layer 0"] for p in ("mid-block", "stage 3"))) in text
