@@ -90,7 +90,8 @@ print(f"{tuple(images.shape[1:])} numbers become {tuple(clean.shape[1:])}:"
 
 # %%
 shown = [0, run.count // 3, run.count - 1]
-channels = (clean[shown] / clean[shown].abs().max()).unsqueeze(2).expand(-1, -1, 3, -1, -1)
+channels = clean[shown] / clean[shown].abs().max()
+channels = channels.unsqueeze(2).expand(-1, -1, 3, -1, -1)
 rows = {
     captions[i].replace(" on a ", "\non a "): [images[i], *each, decode(clean[[i]])[0]]
     for i, each in zip(shown, channels, strict=True)
@@ -132,7 +133,8 @@ plt.show()
 # %%
 forward = DDPMScheduler.from_config(scheduler.config)
 theirs = forward.add_noise(clean, noise, torch.full((len(clean),), 400))
-print(f"largest difference to diffusers: {(theirs - add_noise(clean, noise, 400)).abs().max():.1e}")
+difference = (theirs - add_noise(clean, noise, 400)).abs().max()
+print(f"largest difference to diffusers: {difference:.1e}")
 
 
 # %% [markdown]
@@ -145,8 +147,8 @@ print(f"largest difference to diffusers: {(theirs - add_noise(clean, noise, 400)
 # %%
 def embed(texts):
     """Captions to prompt embeddings (N, tokens, width)."""
-    ids = pipeline.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-    return pipeline.text_encoder(ids.input_ids)[0]
+    tokens = pipeline.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    return pipeline.text_encoder(tokens.input_ids)[0]
 
 
 print(f"{captions[0]!r}: {pipeline.tokenizer.tokenize(captions[0])}")
@@ -182,7 +184,7 @@ def error(timestep, texts):
     return (predicted - noise).square().mean().item()
 
 
-others = captions[len(captions) // 2 :] + captions[: len(captions) // 2]
+others = captions[run.count // 2 :] + captions[: run.count // 2]
 asked = {"right": captions, "of another image": others, "empty": [""] * len(captions)}
 levels = [20, 100, 200, 300, 400, 500, 600, 700, 800, 900, 980]
 curves = {name: (levels, [error(t, texts) for t in levels]) for name, texts in asked.items()}
@@ -239,8 +241,12 @@ def sample(start, texts, steps, guidance=7.5):
     return latents, way
 
 
-prompts = ["a purple daisy on a sand background", "a red striped butterfly on a night background"]
-start = torch.randn((2, *clean.shape[1:]), generator=torch.Generator().manual_seed(1))
+prompts = [
+    "a purple daisy on a sand background",
+    "a red striped butterfly on a night background",
+]
+generator = torch.Generator().manual_seed(1)
+start = torch.randn((2, *clean.shape[1:]), generator=generator)
 drawn, way = sample(start, prompts, run.steps)
 picks = np.linspace(0, run.steps - 1, 8).astype(int)
 rows = {
@@ -274,10 +280,14 @@ print(f"largest difference to diffusers: {(latents - drawn).abs().max():.1e}")
 # a user turns are the guidance and the steps:
 
 # %%
-many = [worlds.caption(a) for a in worlds.world("flora").combinations()[::23]][:6]
-rows = {f"guidance {g:g}": kdc.generate(pipeline, many, seed=3, steps=run.steps, guidance=g)
-        for g in (1.0, 2.0, 7.5)}  # fmt: skip
-rows |= {f"{n} steps": kdc.generate(pipeline, many, seed=3, steps=n) for n in (2, 4, 8)}
+flowers = worlds.world("flora").combinations()
+many = [worlds.caption(a) for a in flowers[::23]][:6]
+rows = {}
+for g in (1.0, 2.0, 7.5):
+    drawn = kdc.generate(pipeline, many, seed=3, steps=run.steps, guidance=g)
+    rows[f"guidance {g:g}"] = drawn
+for n in (2, 4, 8):
+    rows[f"{n} steps"] = kdc.generate(pipeline, many, seed=3, steps=n)
 figures.image_grid(rows, [text.replace(" background", "") for text in many])
 plt.show()
 

@@ -126,7 +126,7 @@ plt.show()
 # and what a skip connection brings, $s_k$ channels. At random weights every channel adds as much
 # variance. So of the output's variance only the share
 #
-# $$ \prod_{k=1}^{12} \frac{n_k}{n_k + c^2 s_k} \quad\text{with } c = 1 $$
+# $$ \prod_{k=1}^{12} \frac{n_k}{n_k + s_k} $$
 #
 # came through the mid-block, and its gradient is as small. If the weights of the skips begin $c$
 # times as large, and the others grow so that the sum keeps its variance, the share is
