@@ -55,7 +55,7 @@ table = {
 run = settle(budget, table, steps=steps)
 pipeline = kdc.load_teacher(teacher)
 if pipeline.scheduler.config.prediction_type != "epsilon":
-    raise ValueError(f"this page is about networks that predict noise; {teacher} does not")
+    raise ValueError(f"{teacher} does not predict noise, as this page needs it")
 vae, unet, scheduler = pipeline.vae, pipeline.unet, pipeline.scheduler
 size = unet.config.sample_size * pipeline.vae_scale_factor
 torch.set_grad_enabled(False)
@@ -111,7 +111,7 @@ plt.show()
 # noise, with the variance always about 1.
 
 # %%
-kept = scheduler.alphas_cumprod  # how much of the latent's variance is left, by timestep
+kept = scheduler.alphas_cumprod  # how much of the variance is left, by timestep
 
 
 def add_noise(latents, noise, timestep):
@@ -147,7 +147,8 @@ print(f"largest difference to diffusers: {difference:.1e}")
 # %%
 def embed(texts):
     """Captions to prompt embeddings (N, tokens, width)."""
-    tokens = pipeline.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    tokens = pipeline.tokenizer(texts, **how)
     return pipeline.text_encoder(tokens.input_ids)[0]
 
 
@@ -187,7 +188,9 @@ def error(timestep, texts):
 others = captions[run.count // 2 :] + captions[: run.count // 2]
 asked = {"right": captions, "of another image": others, "empty": [""] * len(captions)}
 levels = [20, 100, 200, 300, 400, 500, 600, 700, 800, 900, 980]
-curves = {name: (levels, [error(t, texts) for t in levels]) for name, texts in asked.items()}
+curves = {}
+for name, texts in asked.items():
+    curves[name] = (levels, [error(t, texts) for t in levels])
 figures.lines({"error of the predicted noise, by caption": curves}, ["timestep"])
 plt.yscale("log")
 plt.ylabel("mean squared error")
@@ -229,7 +232,7 @@ def guided(noisy, timestep, texts, guidance):
 
 # %%
 def sample(start, texts, steps, guidance=7.5):
-    """DDIM from pure noise; returns the last latents, and the predicted clean ones on the way."""
+    """DDIM from pure noise: the last latents, and the predicted clean ones."""
     latents, way = start, []
     times = np.round(np.arange(1000, 0, -1000 / steps)).astype(int) - 1
     for now, after in zip(times, [*times[1:], None], strict=True):
@@ -264,7 +267,8 @@ plt.show()
 # **The same by diffusers.** Its DDIM takes the same noise to the same latents:
 
 # %%
-theirs = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", clip_sample=False)
+changes = {"timestep_spacing": "trailing", "clip_sample": False}
+theirs = DDIMScheduler.from_config(scheduler.config, **changes)
 theirs.set_timesteps(run.steps)
 latents = start
 for timestep in theirs.timesteps:
