@@ -177,8 +177,10 @@ report.pilot_table(pilots)
 #
 # So the recipe keeps the first round's widths, with heads of 1, 2, 4, 4 and quiet skips; and it drops skips
 # until its last quarter, for importance falls again in long training: the shipped teacher's mid-block
-# is at 8e-08 and its stage 3 at 3e-04. Whether that is enough, only the long training will show. These
-# are single runs of one seed. Latents of 32 x 32 were left out: a step takes ten times as long on a CPU.
+# is at 8e-08 and its stage 3 at 3e-04. A first longer run says that this is not enough: both fell
+# again. With all of it narrow outside, stage 3 is worth most here, and such a layout is the next to be
+# trained for long. These are single runs of one seed. Latents of 32 x 32 were left out: a step takes ten
+# times as long on a CPU.
 
 # %% [markdown]
 # ## How they were trained
