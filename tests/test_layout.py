@@ -28,7 +28,7 @@ ABOVE = {"kdc.commands"}  # the command line uses all of the library, and nothin
 STUDIES = {
     "studies.figures": "",
     "studies.common": "",
-    "studies.mini": "common",
+    "studies.mini": "common figures",
     "studies.slimming": "common figures",
     "studies.distillation": "common figures",
     "studies.replay": "common figures",
