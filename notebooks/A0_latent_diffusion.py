@@ -22,7 +22,7 @@
 #   where the noise is strong.
 # - **Guidance** calls the network twice and exaggerates what the caption changes.
 # - A **sampler** starts from pure noise and takes the found noise out, a little at a time. Ours has
-#   twelve lines, and agrees with that of diffusers to rounding.
+#   a dozen lines, and agrees with that of diffusers to rounding.
 # ```
 
 # %% tags=["parameters"]
@@ -299,13 +299,12 @@ plt.show()
 # Each step costs two calls of the U-Net, which does nearly all of the work. So there are two ways to
 # make images cheaper: fewer steps, and a cheaper U-Net. The second is what this book is about.
 #
-# **What this page does not show:** why the mini teacher can draw at all after hours where Stable
-# Diffusion took months (its world is small: [A1](A1_mini_models.ipynb)), and how good its images are
-# ([04](04_evaluation.ipynb)).
+# **What this page does not show:** how the mini teacher was trained ([A1](A1_mini_models.ipynb)), and how good
+# its images are ([04](04_evaluation.ipynb)).
 #
 # ## Exercises
 #
-# 1. Replace the sampler's twelve lines by a single jump: decode `way[0]`. What do you see, and why?
+# 1. Replace the sampler by a single jump: decode `way[0]`. What do you see, and why?
 #
 #    <details><summary>Solution</summary>
 #

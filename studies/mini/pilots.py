@@ -45,8 +45,7 @@ class Variant:
 
 
 NARROW = (16, 32, 96, 160)
-# The first is the first round's: two heads everywhere, skips as they are drawn. The last but two is
-# the shipped teacher's.
+# The first is the shipped teacher's: two heads everywhere, skips as they are drawn.
 VARIANTS = {
     "first round": Variant(Layout(heads=(2, 2, 2, 2), skips=1.0)),
     "heads 1-2-4-4": Variant(Layout(skips=1.0)),
