@@ -134,8 +134,11 @@ plt.show()
 # mid-block changes in three U-Nets with random weights.
 
 # %%
-upward = [(128, 128)] * 5 + [(128, 64)] * 2 + [(64, 64)] + [(64, 32)] * 2 + [(32, 32)] * 2
-noisy, prompt = torch.randn(2, 4, 16, 16), torch.randn(2, 24, 96)
+upward = [(128, 128)] * 5 + [(128, 64)] * 2  # channels from inside, and by the skip
+upward += [(64, 64)] + [(64, 32)] * 2 + [(32, 32)] * 2
+generator = torch.Generator().manual_seed(0)
+noisy = torch.randn(2, 4, 16, 16, generator=generator)
+prompt = torch.randn(2, 24, 96, generator=generator)
 time_step = torch.full((2,), 500)
 rows = {}
 for scale in (1.0, 0.5, 0.25):
