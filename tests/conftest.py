@@ -34,7 +34,7 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
     """Training chooses bf16 where the processor has units for it; tests compare exact numbers."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("kdc.training.loop.has_bf16", lambda device: False)
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,9 @@ from kdc.continual.strategies import Strategy
 from kdc.data.latents import sample_posterior
 from kdc.distillation.step import DistillationStep, forward_process
 from kdc.pipelines import sample_grid
-from kdc.processes import mean_over_processes, own_part
+from kdc.processes import mean_over_processes, own_part, this_process
 from kdc.training.efficiency import quickened
-from kdc.training.loop import train
+from kdc.training.loop import precision_on, train
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Learner:
         options = {
             "compile": settings.compile,
             "gradient_checkpointing": settings.gradient_checkpointing,
+            "bf16": precision_on(this_process().device, settings.precision) == "bf16",
         }
         try:
             with quickened(student, run.teacher.unet, hooks, **options):

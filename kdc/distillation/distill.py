@@ -115,7 +115,8 @@ def distill(
         if folder and resume and is_finished(folder) and not checkpoints(folder):
             return _finished(student, folder, settings, identity)
         followed = teacher.unet
-        if weights.needs_teacher and precision_on(device, settings.precision) == "bf16":
+        bf16 = precision_on(device, settings.precision) == "bf16"
+        if weights.needs_teacher and bf16:
             followed = reduced(followed, torch.bfloat16)
         distillation_step = DistillationStep(student, followed, process, weights, settings.seed)
 
@@ -130,7 +131,7 @@ def distill(
             return sample_grid(teacher, student, sample_prompts or data.captions, settings.seed)
 
         try:
-            with quickened(student, followed, distillation_step.hooks, **options):
+            with quickened(student, followed, distillation_step.hooks, **options, bf16=bf16):
                 log = train(
                     student,
                     loss,

@@ -43,10 +43,12 @@ def quickened(
     *,
     compile: bool = False,
     gradient_checkpointing: bool = False,
+    bf16: bool = False,
 ) -> Iterator[None]:
     """Both networks compiled, or the student's inner activations recomputed instead of kept.
 
-    See `compile_unet` for what of them is compiled.
+    See `compile_unet` for what of them is compiled. `bf16` says that they are called under bf16
+    autocast: then `plain_attention` is theirs.
 
     Enter it when the hooks hang in the networks already: a compiled network keeps the hooks that it
     was compiled with. A step with `gradient_checkpointing` computes the same for less memory and
@@ -61,7 +63,8 @@ def quickened(
             compiled += compile_unet(unet)
         if recomputes:
             student.enable_gradient_checkpointing(_recomputed_in_silence(hooks))
-        yield
+        with plain_attention(*([student, teacher] if bf16 else [])):
+            yield
     finally:
         for module in compiled:
             module._compiled_call_impl = None  # what `nn.Module.compile` set

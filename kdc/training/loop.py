@@ -58,7 +58,9 @@ def has_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products run in hardware there (autocast only slows others down)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    if device.type != "cpu":
+        return False
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def precision_on(device: torch.device, precision: str) -> str:

@@ -531,7 +531,7 @@ def killed_at(step, folder):
 @pytest.mark.long
 def test_a_killed_process_goes_on_as_if_nothing_had_happened(tasks, narrow, tmp_path):
     code = (
-        "import torch; torch.cpu._is_amx_tile_supported = lambda: False\n"  # float32, as here
+        "import kdc.training.loop as t; t.has_bf16 = lambda device: False\n"  # as here
         f"from test_sequence import killed_at; killed_at(7, {str(tmp_path)!r})"
     )
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -1,3 +1,4 @@
+import copy
 import functools
 import subprocess
 import sys
@@ -5,6 +6,7 @@ import sys
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -135,6 +137,17 @@ def test_plain_attention_computes_the_same_and_is_taken_off_even_after_an_error(
         raise KeyError
     after = tiny_unet.attn_processors
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+
+
+def test_training_in_bf16_on_a_cpu_writes_attention_out(tiny_unet):
+    twin = copy.deepcopy(tiny_unet)
+    for bf16, kind in ((False, "AttnProcessor2_0"), (True, "AttnProcessor")):
+        with quickened(tiny_unet, twin, bf16=bf16):
+            for unet in (tiny_unet, twin):
+                assert {type(p).__name__ for p in unet.attn_processors.values()} == {kind}
+    assert type(twin.mid_block.attentions[0].transformer_blocks[0].attn1.processor) is (
+        AttnProcessor2_0
+    )
 
 
 def test_regions_are_the_blocks_that_repeat(tiny_unet):

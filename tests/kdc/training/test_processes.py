@@ -28,8 +28,9 @@ CODE = f"""
 import json, sys
 from pathlib import Path
 import torch
-torch.cpu._is_amx_tile_supported = lambda: False
 import kdc
+import kdc.training.loop
+kdc.training.loop.has_bf16 = lambda device: False
 from kdc.continual.sequence import run_sequence
 from kdc.continual.strategies import STRATEGIES
 from kdc.continual.tasks import Task
