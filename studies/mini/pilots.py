@@ -7,7 +7,7 @@ well the noise in scenes it has not seen is predicted.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -22,13 +22,18 @@ from kdc.search import sensitivity
 from kdc.unet.slimming import count_parameters
 from studies.mini import make
 from studies.mini.autoencoder import train_autoencoder
+from studies.mini.grades import grade_scenes
 from studies.mini.images import scene_images
 from studies.mini.teacher import (
+    BATCH_SIZE,
+    LEGS,
+    STEPS,
     Layout,
     Leg,
     TextToNoise,
     as_pipeline,
     encode_images,
+    new_unet,
     noise_scheduler,
     train_teacher,
 )
@@ -42,6 +47,7 @@ class Variant:
     layout: Layout
     # See `Leg`; through the whole of its short training.
     skip_dropout: float = 0.0
+    hiding: float = 0.0
 
 
 NARROW = (16, 32, 96, 160)
@@ -53,6 +59,11 @@ VARIANTS = {
     "quiet skips, dropped": Variant(Layout(), 0.5),
     "narrow outside": Variant(Layout(NARROW, skips=1.0)),
     "narrow outside, quiet skips, dropped": Variant(Layout(NARROW), 0.5),
+}
+# Trained as long as a first leg of the teacher: at the length of the others captions hardly matter.
+LONG = {
+    "captions hidden outside": Variant(Layout(), 0.5, 0.5),
+    "narrow outside, captions hidden": Variant(Layout(NARROW), 0.5, 0.5),
 }
 
 
@@ -76,6 +87,8 @@ class Settings:
     seed: int = 0
 
 
+LONG_SETTINGS = Settings(STEPS, BATCH_SIZE, pool=40_000)
+PARTS = 4  # of `LONG`, one in so many of the scenes of the grades are asked for
 LEVELS = (100, 300, 500, 700, 900)  # timesteps, of 1,000
 
 
@@ -132,25 +145,65 @@ def importance(teacher: StableDiffusionPipeline, settings: Settings) -> pd.DataF
 def measure(name: str, folder: Path, settings: Settings) -> dict:
     """Train one variant, or go on with it, and measure it: a row in plain values."""
     variant = VARIANTS[name]
-    place = folder / "pilots" / name.replace(", ", "-").replace(" ", "-")
+    place = _place(folder, "pilots", name)
+
+    def row() -> dict:
+        vae = autoencoder_of(variant.layout.side, folder, settings)
+        leg = Leg(1.0, variant.skip_dropout, variant.hiding, "cosine")
+        model, tokenizer, _ = train_teacher(
+            vae, place / "run", settings.steps, settings.batch_size, settings.pool,
+            settings.learning_rate, settings.seed, (leg,), variant.layout,
+        )  # fmt: skip
+        images = settings.steps * settings.batch_size
+        return described(name, variant, images) | worth(vae, model, tokenizer, settings)
+
+    made_with = asdict(settings) | asdict(variant)
+    return make_once(place / "row.json", made_with, row)
+
+
+def measure_long(name: str, folder: Path, settings: Settings) -> dict:
+    """Train the first leg of one variant as the teacher's, or take it as it lies there; measure it.
+
+    Beside what `measure` finds: what its images show, see `grade_scenes`.
+    """
+    variant = LONG[name]
+    place = _place(folder, "long", name)
+    leg = replace(LEGS[0], skip_dropout=variant.skip_dropout, hiding=variant.hiding)
 
     def row() -> dict:
         vae = autoencoder_of(variant.layout.side, folder, settings)
         model, tokenizer, _ = train_teacher(
             vae, place / "run", settings.steps, settings.batch_size, settings.pool,
-            settings.learning_rate, settings.seed, (Leg(1.0, variant.skip_dropout, "cosine"),),
-            variant.layout,
+            settings.learning_rate, settings.seed, (leg,), variant.layout,
         )  # fmt: skip
-        teacher = as_pipeline(vae, model.eval(), tokenizer)
-        return {
-            "variant": name,
-            **asdict(variant.layout),
-            "skip_dropout": variant.skip_dropout,
-            "parameters": count_parameters(teacher.unet),
-            "images": settings.steps * settings.batch_size,
-            "noise_error": noise_error(vae, model, tokenizer, settings),
-            "importance": importance(teacher, settings).to_dict("index"),
-        }
+        images = round(leg.share * settings.steps) * settings.batch_size
+        found = described(name, variant, images)
+        found |= worth(vae, model, tokenizer, settings)
+        return found | {"grades": grade_scenes(as_pipeline(vae, model, tokenizer), PARTS)}
 
-    made_with = asdict(settings) | asdict(variant)
-    return make_once(place / "row.json", made_with, row)
+    return make_once(place / "row.json", asdict(settings) | asdict(variant), row)
+
+
+def described(name: str, variant: Variant, images: int) -> dict:
+    """A variant's row before anything is measured."""
+    return {
+        "variant": name,
+        **asdict(variant.layout),
+        "skip_dropout": variant.skip_dropout,
+        "hiding": variant.hiding,
+        "parameters": count_parameters(new_unet(variant.layout)),
+        "images": images,
+    }
+
+
+def worth(vae: AutoencoderKL, model: TextToNoise, tokenizer, settings: Settings) -> dict:
+    """How well the noise is predicted, and what each part of the U-Net is worth."""
+    teacher = as_pipeline(vae, model.eval(), tokenizer)
+    return {
+        "noise_error": noise_error(vae, model, tokenizer, settings),
+        "importance": importance(teacher, settings).to_dict("index"),
+    }
+
+
+def _place(folder: Path, stage: str, name: str) -> Path:
+    return folder / stage / name.replace(", ", "-").replace(" ", "-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 from kdc import pipelines
@@ -54,6 +55,12 @@ def _pilots(context: Context) -> list[Path]:
     return [ledger.write("mini_pilots", {"rows": rows}, context.results, **vars(settings))]
 
 
+def _long_pilots(context: Context) -> list[Path]:
+    settings = replace(pilots.LONG_SETTINGS, **context.settings)
+    rows = [pilots.measure_long(name, context.folder, settings) for name in pilots.LONG]
+    return [ledger.write("mini_long_pilots", {"rows": rows}, context.results, **vars(settings))]
+
+
 STAGES = {
     **{
         name: Stage(functools.partial(_train, name), f"train the {name} of the mini models")
@@ -65,6 +72,11 @@ STAGES = {
     "scenes": Stage(_scenes, "grade the judge of scenes on real renderings", ("scene_judge.json",)),
     "pilots": Stage(
         _pilots, "try layouts of the teacher in small runs on scenes", ("mini_pilots.json",)
+    ),
+    "long-pilots": Stage(
+        _long_pilots,
+        "train some of these layouts as long as a first leg (half an hour each)",
+        ("mini_long_pilots.json",),
     ),
     "fd": Stage(_fd, "say where the teacher's Fréchet distance comes from", ("mini_fd.json",)),
 }

@@ -41,6 +41,7 @@ from studies.mini.text import new_text_encoder, new_tokenizer, scene_captions, t
 NOISE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 CAPTION_DROPOUT = 0.1
 MIN_SNR = 5.0
+STEPS, BATCH_SIZE = 24_000, 32
 WORDINGS = len(TEMPLATES[""])  # of every relation as many
 
 
@@ -68,11 +69,18 @@ class Leg:
     # How often a skip connection of an image is dropped in the two inner levels of the upward path;
     # half as often in the third, and never in the outermost.
     skip_dropout: float
+    # How often the caption of an image is hidden from all levels but the mid-block.
+    hiding: float = 0.0
     # What the learning rate does after the warm-up.
     schedule: str = "constant_with_warmup"
 
 
-LEGS = (Leg(0.125, 0.5), Leg(0.25, 0.5), Leg(0.375, 0.25), Leg(0.25, 0.0, "cosine"))
+LEGS = (
+    Leg(0.125, 0.5, 0.5),
+    Leg(0.25, 0.5, 0.5),
+    Leg(0.375, 0.25, 0.5),
+    Leg(0.25, 0.0, 0.5, "cosine"),
+)
 BY_LEVEL = (1.0, 1.0, 0.5)  # of `skip_dropout`, by upward block from the inside
 
 
@@ -132,25 +140,35 @@ class TextToNoise(nn.Module):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
         self.kept: Tensor | None = None
+        self.outside: Tensor | None = None
 
     def forward(
-        self, noisy: Tensor, timesteps: Tensor, ids: Tensor, kept: Tensor | None = None
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        ids: Tensor,
+        kept: Tensor | None = None,
+        outside: Tensor | None = None,
     ) -> Tensor:
         """The predicted noise (B, 4, H, W) for token ids (B, `MAX_TOKENS`).
 
         kept (B, levels, 3): 1 for a skip connection that is used, 0 for one that is dropped, by
-        level of the upward path from the inside; None: all are used. See `dropping`.
+        level of the upward path from the inside; None: all are used. outside (B, `MAX_TOKENS`): the
+        token ids that all levels but the mid-block read; None: those of `ids`. Both have an effect
+        within `dropping`.
         """
         embeddings = self.text_encoder(ids).last_hidden_state
         self.kept = kept
+        if outside is not None:
+            self.outside = self.text_encoder(outside).last_hidden_state
         try:
             return self.unet(noisy, timesteps, embeddings, return_dict=False)[0]
         finally:
-            self.kept = None
+            self.kept = self.outside = None
 
     @contextlib.contextmanager
     def dropping(self):
-        """Within it, `kept` of `forward` has an effect."""
+        """Within it, `kept` and `outside` of `forward` have an effect."""
 
         def drop(level: int, block: nn.Module, args: tuple, inputs: dict):
             if self.kept is None:
@@ -162,9 +180,19 @@ class TextToNoise(nn.Module):
             own = tuple(s * used[:, i].to(s) for i, s in enumerate(skips[-count:]))
             return args, inputs | {name: (*skips[:-count], *own)}
 
+        def hide(block: nn.Module, args: tuple, inputs: dict):
+            if self.outside is None:
+                return None
+            return args, inputs | {"encoder_hidden_states": self.outside}
+
         handles = [
             block.register_forward_pre_hook(partial(drop, level), with_kwargs=True)
             for level, block in zip(range(len(BY_LEVEL)), self.unet.up_blocks, strict=False)
+        ]
+        handles += [
+            block.register_forward_pre_hook(hide, with_kwargs=True)
+            for block in (*self.unet.down_blocks, *self.unet.up_blocks)
+            if getattr(block, "has_cross_attention", False)
         ]
         try:
             yield
@@ -187,13 +215,14 @@ def encode_images(vae: AutoencoderKL, images: Tensor, batch_size: int = 64) -> t
 def train_teacher(
     vae: AutoencoderKL,
     output_dir: Path,
-    steps: int = 24_000,
-    batch_size: int = 32,
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
     pool: int = 40_000,
     learning_rate: float = 1e-3,
     seed: int = 0,
     legs: tuple[Leg, ...] = LEGS,
     layout: Layout = Layout(),
+    precision: str = "auto",
 ) -> tuple[TextToNoise, object, pd.DataFrame]:
     """Train U-Net and text encoder on scenes; returns them, the tokenizer and the log of all legs.
 
@@ -216,11 +245,12 @@ def train_teacher(
                 schedule=leg.schedule,
                 ema_decay=0.9995,
                 seed=seed + number,
+                precision=precision,
             )
             with model.dropping(), plain_attention(model.unet):
                 train(
                     model,
-                    partial(loss, skip_dropout=leg.skip_dropout),
+                    partial(loss, skip_dropout=leg.skip_dropout, hiding=leg.hiding),
                     settings,
                     place,
                     resume=True,
@@ -253,7 +283,7 @@ def _teacher_loss(vae: AutoencoderKL, tokenizer, batch_size: int, pool: int, see
     snr = forward_process.alphas_cumprod / (1 - forward_process.alphas_cumprod)
     levels = torch.tensor(BY_LEVEL)[None, :, None]
 
-    def loss(model, generator, skip_dropout: float):
+    def loss(model, generator, skip_dropout: float, hiding: float):
         draw = lambda high: torch.randint(high, (batch_size,), generator=generator)  # noqa: E731
         index, wording, timesteps = draw(len(means)), draw(WORDINGS), draw(1000)
         noise, spread = torch.randn((2, batch_size, *means.shape[1:]), generator=generator)
@@ -262,10 +292,17 @@ def _teacher_loss(vae: AutoencoderKL, tokenizer, batch_size: int, pool: int, see
         dropped = torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT
         token_ids = torch.where(dropped[:, None], empty, token_ids)
         chance = torch.rand((batch_size, len(BY_LEVEL), 3), generator=generator)
+        hidden = torch.rand(batch_size, generator=generator) < hiding
+        outside = torch.where(hidden[:, None], empty, token_ids)
         noisy = forward_process.add_noise(latents, noise, timesteps)
         device = next(model.parameters()).device
-        kept = (chance >= skip_dropout * levels).to(device) if skip_dropout else None
-        predicted = model(noisy.to(device), timesteps.to(device), token_ids.to(device), kept)
+        predicted = model(
+            noisy.to(device),
+            timesteps.to(device),
+            token_ids.to(device),
+            (chance >= skip_dropout * levels).to(device) if skip_dropout else None,
+            outside.to(device) if hiding else None,
+        )
         error = (predicted.float() - noise.to(device)).square().mean(dim=(1, 2, 3))
         weighted = error * min_snr_weight(snr[timesteps], MIN_SNR).to(device)
         return {"loss": weighted.mean(), "task": error.mean().detach()}

@@ -1,9 +1,12 @@
 """Small trainings of other layouts on scenes, and what is measured of them."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
+from kdc.pipelines import load_teacher
 from kdc.unet.blocks import PARTS
 from studies.common import ledger, runner
 from studies.mini import pilots, stages
@@ -29,6 +32,25 @@ def test_a_pilot_trains_measures_and_is_not_repeated(tmp_path, monkeypatch):
     assert list(stages.STAGES["pilots"].run(context)) == [path]
     with pytest.raises(ValueError, match="steps"):
         pilots.measure("small, 32", tmp_path, Settings(**vars(TINY) | {"steps": 3}))
+
+
+@pytest.mark.long
+def test_a_long_pilot_takes_the_leg_that_lies_there(tmp_path, monkeypatch):
+    load_teacher("mini").vae.save_pretrained(tmp_path / "autoencoder" / "final")
+    small = Variant(Layout((16, 16, 16, 16), (1,) * 4), 0.5, 0.5)
+    monkeypatch.setattr(pilots, "LONG", {"small": small})
+    monkeypatch.setattr(pilots, "grade_scenes", lambda pipeline, parts: {"parts": parts})
+    context = runner.Context(tmp_path / "results", tmp_path, settings=vars(TINY) | {"steps": 8})
+    stages.STAGES["long-pilots"].run(context)
+    (row,) = ledger.read("mini_long_pilots", tmp_path / "results")["rows"]
+    assert (row["variant"], row["hiding"], row["images"]) == ("small", 0.5, 2)
+    assert set(row["importance"]) == set(PARTS) and row["grades"] == {"parts": pilots.PARTS}
+    (tmp_path / "long" / "small" / "row.json").unlink()
+    shutil.rmtree(tmp_path / "long" / "small" / "run" / "leg-1")
+    stages.STAGES["long-pilots"].run(context)
+    assert not (tmp_path / "long" / "small" / "run" / "leg-1").exists()
+    (again,) = ledger.read("mini_long_pilots", tmp_path / "results")["rows"]
+    assert again == row
 
 
 @torch.no_grad()

@@ -112,9 +112,38 @@ def test_a_dropped_skip_is_zero_for_its_image_and_level_alone():
     assert not model.unet.up_blocks[0]._forward_pre_hooks
 
 
+@torch.no_grad()
+def test_a_hidden_caption_is_read_by_the_mid_block_alone():
+    torch.manual_seed(0)
+    tokenizer = text.new_tokenizer(text.scene_captions())
+    model = TextToNoise(new_unet(SMALL), text.new_text_encoder(tokenizer)).eval()
+    noisy, times = torch.randn(2, 4, 8, 8), torch.full((2,), 500)
+    ids = text.tokenize(tokenizer, ["a red rose", "two small guppies"])
+    hidden = torch.stack([text.tokenize(tokenizer, [""])[0], ids[1]])
+    told, untold = (model.text_encoder(i).last_hidden_state for i in (ids, hidden))
+    read = {}
+    for name, module in model.unet.named_modules():
+        if name.endswith("attn2"):
+            module.register_forward_pre_hook(
+                lambda m, args, inputs, name=name: read.update(
+                    {name: inputs["encoder_hidden_states"]}
+                ),
+                with_kwargs=True,
+            )
+    usual = model(noisy, times, ids, None, hidden)  # no effect outside
+    assert all(torch.equal(words, told) for words in read.values())
+    with model.dropping():
+        found = model(noisy, times, ids, None, hidden)
+    assert len(read) == 16
+    for name, words in read.items():
+        assert torch.equal(words, told if name.startswith("mid_block") else untold), name
+    assert not torch.allclose(found[0], usual[0]) and torch.allclose(found[1], usual[1], atol=1e-5)
+    assert not any(block._forward_pre_hooks for block in model.unet.up_blocks)
+
+
 def test_legs_follow_one_another_and_a_finished_one_is_not_trained_again(tmp_path):
     vae = load_teacher("mini").vae
-    legs = (Leg(0.5, 0.5), Leg(0.5, 0.0, "cosine"))
+    legs = (Leg(0.5, 0.5, 0.5), Leg(0.5, 0.0, 0.0, "cosine"))
     settings = dict(steps=4, batch_size=2, pool=8, legs=legs, layout=Layout(SMALL.widths, (1,) * 4))
     model, _, log = train_teacher(vae, tmp_path / "whole", **settings)
     assert log["step"].tolist() == [1, 2, 3, 4] and log["leg"].tolist() == [1, 1, 2, 2]
