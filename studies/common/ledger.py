@@ -38,8 +38,10 @@ MODELS: dict[str, tuple[str, ...]] = {
     "evaluation_steps": ("teacher", "student"),
     "evaluation_table": ("teacher", "student"),
     "metrics_trial": ("teacher", "clip", "classifier"),
+    "mini_criteria": ("teacher", "scene-judge"),
     "mini_fd": ("teacher", "clip"),
     "mini_grades": ("teacher", "student", "clip", "classifier"),
+    "scene_grades": ("teacher", "student", "clip", "scene-judge"),
     "scene_judge": ("scene-judge",),
 }  # fmt: skip
 # Of results that were stored before they said which models they measured.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -39,6 +41,14 @@ SCENE_SETS = {
     "three objects": (160, 3, False),
     "one object, never trained": (120, 1, True),
     "two objects, never trained": (240, 2, True),
+}
+# What was asked of the teacher on scenes, as `report_scenes` names it; of the distance, at most.
+SCENE_GOALS = {
+    "one object, its worst attribute": 0.97,
+    "two objects, all attributes on the right one": 0.90,
+    "one object, never trained": 0.80,
+    "two objects, never trained": 0.80,
+    "Fréchet distance at guidance 3, over real-vs-real": 3.0,
 }
 SCENE_JUDGE_GOAL = 0.98  # of scenes in which it must find all right
 ACCURACIES = ("colour", "kind", "background", "accuracy")
@@ -172,6 +182,44 @@ def grade_scenes(
         "fd_samples": len(usual),
         "guidance": guidance,
     }
+
+
+def scene_summary(grades: Mapping[str, Any]) -> dict[str, float]:
+    """What `grade_scenes` found, by the names of `SCENE_GOALS` and three more."""
+    shown = grades["shown"]
+    one, bound = shown["one object"], {name: each["binding"] for name, each in shown.items()}
+    return {
+        "one object, its worst attribute": min(
+            one[name] for name in ("colour", "kind", "size", "background")
+        ),
+        "two objects, all attributes on the right one": bound["two objects"],
+        "three objects, all attributes on the right one": bound["three objects"],
+        "one object, never trained": bound["one object, never trained"],
+        "two objects, never trained": bound["two objects, never trained"],
+        "Fréchet distance at guidance 3, over real-vs-real": grades["fd"][f"{FD_GUIDANCE:g}"],
+        "Fréchet distance at guidance 7.5, over real-vs-real": grades["fd"][f"{GUIDANCE:g}"],
+    }
+
+
+def report_scenes(stored: Mapping[str, Any]) -> pd.DataFrame:
+    """The stored grades on scenes beside their goals: goal, met, and a column for each model."""
+    found = {name: scene_summary(each) for name, each in stored["models"].items()}
+    rows = {}
+    for name, reached in found["teacher"].items():
+        goal = SCENE_GOALS.get(name)
+        lower = name.startswith("Fréchet")
+        met = goal is not None and (reached <= goal if lower else reached >= goal)
+        rows[name] = {
+            "goal": "-" if goal is None else f"{goal:.1f}" if lower else f"{100 * goal:.0f} %",
+            "met": "-" if goal is None else "yes" if met else "no",
+            **{
+                model: f"{each[name]:.1f}" if lower else f"{100 * each[name]:.1f} %"
+                for model, each in found.items()
+            },
+        }
+    table = pd.DataFrame(rows).T
+    table.index.name = "grade"
+    return table
 
 
 def _generated(pipeline: StableDiffusionPipeline, asked: list, guidance: float) -> Tensor:

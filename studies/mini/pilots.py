@@ -13,11 +13,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from kdc.data import scenes
 from kdc.data.cache import cache_latents
 from kdc.data.datasets import load_dataset
-from kdc.io import make_once
+from kdc.io import fingerprint, make_once
 from kdc.search import sensitivity
 from kdc.unet.slimming import count_parameters
 from studies.mini import make
@@ -62,8 +63,9 @@ VARIANTS = {
 }
 # Trained as long as a first leg of the teacher: at the length of the others captions hardly matter.
 LONG = {
-    "captions hidden outside": Variant(Layout(), 0.5, 0.5),
-    "narrow outside, captions hidden": Variant(Layout(NARROW), 0.5, 0.5),
+    "quiet skips": Variant(Layout()),
+    "quiet skips, captions hidden": Variant(Layout(), hiding=0.25),
+    "narrow outside, quiet skips, captions hidden": Variant(Layout(NARROW), hiding=0.25),
 }
 
 
@@ -149,7 +151,7 @@ def measure(name: str, folder: Path, settings: Settings) -> dict:
 
     def row() -> dict:
         vae = autoencoder_of(variant.layout.side, folder, settings)
-        leg = Leg(1.0, variant.skip_dropout, variant.hiding, "cosine")
+        leg = Leg(1.0, variant.hiding, variant.skip_dropout, "cosine")
         model, tokenizer, _ = train_teacher(
             vae, place / "run", settings.steps, settings.batch_size, settings.pool,
             settings.learning_rate, settings.seed, (leg,), variant.layout,
@@ -182,6 +184,31 @@ def measure_long(name: str, folder: Path, settings: Settings) -> dict:
         return found | {"grades": grade_scenes(as_pipeline(vae, model, tokenizer), PARTS)}
 
     return make_once(place / "row.json", asdict(settings) | asdict(variant), row)
+
+
+def measure_legs(folder: Path, settings: Settings) -> list[dict]:
+    """What `measure_long` finds, after each finished leg of the teacher in `folder`.
+
+    Raises `FileNotFoundError` where there is none.
+    """
+    place = folder / "teacher" / "run"
+    rows, images = [], 0
+    for number, leg in enumerate(LEGS, start=1):
+        if not (file := place / f"leg-{number}.safetensors").is_file():
+            break
+        images += round(leg.share * STEPS) * BATCH_SIZE
+
+        def row(number=number, images=images) -> dict:
+            vae = autoencoder_of(Layout().side, folder, settings)
+            model, tokenizer, _ = train_teacher(vae, place, legs=LEGS[:number])
+            found = {"leg": number, "images": images} | worth(vae, model, tokenizer, settings)
+            return found | {"grades": grade_scenes(as_pipeline(vae, model, tokenizer), PARTS)}
+
+        made_with = asdict(settings) | {"weights": fingerprint(*load_file(file).values())}
+        rows.append(make_once(folder / "legs" / f"leg-{number}.json", made_with, row))
+    if not rows:
+        raise FileNotFoundError(f"{place} holds no finished leg of the teacher: train it first")
+    return rows
 
 
 def described(name: str, variant: Variant, images: int) -> dict:

@@ -11,7 +11,7 @@ from kdc.data.datasets import load_dataset
 from kdc.processes import this_process
 from studies.common import ledger
 from studies.common.runner import Context, Stage
-from studies.mini import grades, make, pilots
+from studies.mini import criteria, grades, make, pilots
 
 
 def _train(name: str, context: Context) -> list[Path]:
@@ -44,6 +44,17 @@ def _scenes(context: Context) -> list[Path]:
     return [ledger.write("scene_judge", values, context.results)]
 
 
+def _scene_grades(context: Context) -> list[Path]:
+    teacher = pipelines.load_teacher("mini")
+    models = {"teacher": teacher, "student": pipelines.load_student("mini", teacher)}
+    found = {name: grades.grade_scenes(model) for name, model in models.items()}
+    values = {"goals": grades.SCENE_GOALS, "models": found}
+    settings = {"steps": grades.STEPS, "guidance": grades.GUIDANCE, "seed": grades.SEED}
+    path = ledger.write("scene_grades", values, context.results, **settings)
+    print(grades.markdown(grades.report_scenes(values)))
+    return [path]
+
+
 def _fd(context: Context) -> list[Path]:
     values = grades.explain_fd(pipelines.load_teacher("mini"))
     return [ledger.write("mini_fd", values, context.results, seed=grades.SEED + 1)]
@@ -61,6 +72,22 @@ def _long_pilots(context: Context) -> list[Path]:
     return [ledger.write("mini_long_pilots", {"rows": rows}, context.results, **vars(settings))]
 
 
+def _legs(context: Context) -> list[Path]:
+    settings = replace(pilots.LONG_SETTINGS, **context.settings)
+    rows = pilots.measure_legs(context.folder, settings)
+    return [ledger.write("mini_legs", {"rows": rows}, context.results, **vars(settings))]
+
+
+def _criteria(context: Context) -> list[Path]:
+    settings, folder = criteria.Settings(**context.settings), context.folder / "criteria"
+    teacher = pipelines.load_teacher("mini")
+    values = {
+        "bypassed": criteria.bypassed(teacher, settings, folder),
+        "recovered": criteria.recovered(teacher, settings, folder),
+    }
+    return [ledger.write("mini_criteria", values, context.results, **vars(settings))]
+
+
 STAGES = {
     **{
         name: Stage(functools.partial(_train, name), f"train the {name} of the mini models")
@@ -68,6 +95,9 @@ STAGES = {
     },
     "grades": Stage(
         _grades, "grade the installed models on held-out renderings", ("mini_grades.json",)
+    ),
+    "scene-grades": Stage(
+        _scene_grades, "grade the installed models on held-back scenes", ("scene_grades.json",)
     ),
     "scenes": Stage(_scenes, "grade the judge of scenes on real renderings", ("scene_judge.json",)),
     "pilots": Stage(
@@ -77,6 +107,12 @@ STAGES = {
         _long_pilots,
         "train some of these layouts as long as a first leg (half an hour each)",
         ("mini_long_pilots.json",),
+    ),
+    "legs": Stage(_legs, "measure the teacher after each leg of its training", ("mini_legs.json",)),
+    "criteria": Stage(
+        _criteria,
+        "measure whether slimming can be studied on the installed teacher (hours)",
+        ("mini_criteria.json",),
     ),
     "fd": Stage(_fd, "say where the teacher's Fréchet distance comes from", ("mini_fd.json",)),
 }

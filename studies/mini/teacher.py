@@ -66,21 +66,16 @@ class Leg:
 
     # Its share of all updates.
     share: float
+    # How often the caption of an image is hidden from all levels but the mid-block.
+    hiding: float = 0.25
     # How often a skip connection of an image is dropped in the two inner levels of the upward path;
     # half as often in the third, and never in the outermost.
-    skip_dropout: float
-    # How often the caption of an image is hidden from all levels but the mid-block.
-    hiding: float = 0.0
+    skip_dropout: float = 0.0
     # What the learning rate does after the warm-up.
     schedule: str = "constant_with_warmup"
 
 
-LEGS = (
-    Leg(0.125, 0.5, 0.5),
-    Leg(0.25, 0.5, 0.5),
-    Leg(0.375, 0.25, 0.5),
-    Leg(0.25, 0.0, 0.5, "cosine"),
-)
+LEGS = (*[Leg(0.125)] * 6, Leg(0.25, schedule="cosine"))
 BY_LEVEL = (1.0, 1.0, 0.5)  # of `skip_dropout`, by upward block from the inside
 
 

@@ -144,9 +144,18 @@ def test_a_generator_that_renders_what_it_is_asked_for_gets_full_grades(monkeypa
         return grades.scene_renderings(firsts, seed=5)
 
     monkeypatch.setattr(pipelines, "generate", alone)
-    found = grades.grade_scenes(None, parts=3)["shown"]
-    assert found["one object"]["binding"] >= 0.97
-    assert found["two objects"]["binding"] < 0.4 and found["two objects"]["background"] >= 0.97
+    less = grades.grade_scenes(None, parts=3)
+    shown = less["shown"]
+    assert shown["one object"]["binding"] >= 0.97
+    assert shown["two objects"]["binding"] < 0.4 and shown["two objects"]["background"] >= 0.97
+
+    table = grades.report_scenes({"models": {"teacher": found, "student": less}})
+    assert set(grades.SCENE_GOALS) <= set(table.index)
+    assert set(table.loc[list(grades.SCENE_GOALS), "met"]) == {"yes"}
+    two = "two objects, all attributes on the right one"
+    assert table.loc[two, "student"] == f"{100 * shown['two objects']['binding']:.1f} %"
+    table = grades.report_scenes({"models": {"teacher": less}})
+    assert table.loc[two, "met"] == "no"
 
 
 def test_psnr_of_a_known_error():
