@@ -26,7 +26,7 @@ def output_error(
     guidance: float = 1.0,
     seed: int = 12345,
 ) -> pd.Series:
-    """How far a student's predictions are from its teacher's: E |s - u|^2 by timestep.
+    """How far a student's predictions are from its teacher's: `E |s - u|^2` by timestep.
 
     The same `count` images' noise and captions for every student of one seed, at `levels`
     timesteps spread evenly over the process. The mean of the series is the score, lower is nearer.

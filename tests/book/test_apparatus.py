@@ -5,6 +5,7 @@ import re
 import pytest
 import yaml
 
+import kdc
 from tools import book
 
 REFERENCES = (book.NOTEBOOKS / "references.bib").read_text()
@@ -53,3 +54,10 @@ def test_the_glossary_is_in_order_and_names_chapters_that_exist():
 @pytest.mark.parametrize("needed", ["title", "authors", "message", "license", "references"])
 def test_the_citation_file_is_complete(needed):
     assert yaml.safe_load((book.ROOT / "CITATION.cff").read_text())[needed]
+
+
+def test_the_reference_shows_every_public_name_once():
+    text = (book.NOTEBOOKS / "reference.md").read_text()
+    shown = re.findall(r"^\.\. auto\w+:: kdc\.(\w+)$", text, re.M)
+    shown += re.findall(r"^`kdc\.(\w+)` is ", text, re.M)
+    assert sorted(shown) == sorted(kdc.__all__)
