@@ -22,15 +22,17 @@ help: ## this list
 book: .venv/.ready ## run every notebook at the quick budget and build the HTML book
 	$(BIN)/python tools/book.py all
 
-check: .venv/.ready ## lint, types, and the quick tests that need no notebook, in minutes
+check: .venv/.ready ## lint, spelling, types, and the quick tests that need no notebook, in minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/spelling.py
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not book and not long"
 
 test: .venv/.ready ## all of check, every notebook at the quick budget, the strict book build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/spelling.py
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
