@@ -12,6 +12,7 @@ quiet (`quieten_skips`), and in the first legs of training they are dropped at r
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -32,6 +34,7 @@ from transformers import CLIPTextModel
 
 from kdc.data.scenes import TEMPLATES, caption
 from kdc.distillation.losses import min_snr_weight
+from kdc.io import fingerprint, hash_text
 from kdc.training.efficiency import plain_attention
 from kdc.training.loop import train
 from kdc.training.settings import TrainSettings
@@ -231,12 +234,14 @@ def train_teacher(
         place = output_dir / f"leg-{number}"
         if not (weights := place.with_suffix(".safetensors")).is_file():
             if loss is None:
-                loss = _teacher_loss(vae, tokenizer, batch_size, pool, seed)
+                images = encoded_pool(vae, tokenizer, output_dir / "pool.safetensors", pool, seed)
+                loss = _teacher_loss(images, tokenizer, batch_size)
+            updates = max(1, round(leg.share * steps))
             settings = TrainSettings(
-                max(1, round(leg.share * steps)),
+                updates,
                 batch_size=batch_size,
                 learning_rate=learning_rate,
-                warmup=200,
+                warmup=min(200, updates // 10),
                 schedule=leg.schedule,
                 ema_decay=0.9995,
                 seed=seed + number,
@@ -265,14 +270,40 @@ def train_teacher(
     return model, tokenizer, log
 
 
-def _teacher_loss(vae: AutoencoderKL, tokenizer, batch_size: int, pool: int, seed: int):
-    """The loss of a batch that it draws; every image of the pool is encoded here, once."""
+def encoded_pool(vae: AutoencoderKL, tokenizer, file: Path, pool: int, seed: int) -> dict:
+    """Training scenes: "mean" and "deviation" (N, 4, H, W) of their latents, and "ids".
+
+    "ids" (wordings, N, `MAX_TOKENS`): the tokens of every wording of their captions. They are
+    encoded once and kept in `file`, half in size, from which a run that goes on reads them.
+    """
+    names = tokenizer.get_vocab()
+    words = hash_text(*sorted(names, key=names.get))
+    made_with = {
+        "pool": f"{pool} of seed {seed + 1}",
+        "vae": fingerprint(*vae.state_dict().values()),
+        "words": words,
+    }
+    if file.is_file():
+        with safe_open(file, "pt") as stored:
+            if stored.metadata() == made_with:
+                return {name: stored.get_tensor(name) for name in stored.keys()}
     images, shown = scene_images(pool, "train", seed=seed + 1)
-    means, deviations = encode_images(vae.eval(), images)
-    del images
-    ids = torch.stack(
-        [tokenize(tokenizer, [caption(a, t) for a in shown]) for t in range(WORDINGS)]
-    )
+    mean, deviation = encode_images(vae.eval(), images)
+    ids = [tokenize(tokenizer, [caption(a, t) for a in shown]) for t in range(WORDINGS)]
+    tensors = {
+        "mean": mean.half(),
+        "deviation": deviation.half(),
+        "ids": torch.stack(ids).to(torch.int32),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file.with_suffix(".new"), made_with)
+    file.with_suffix(".new").rename(file)
+    return tensors
+
+
+def _teacher_loss(images: Mapping[str, Tensor], tokenizer, batch_size: int):
+    """The loss of a batch that it draws from an encoded pool."""
+    means, deviations, ids = images["mean"], images["deviation"], images["ids"]
     empty = tokenize(tokenizer, [""])[0]
     forward_process = noise_scheduler()
     snr = forward_process.alphas_cumprod / (1 - forward_process.alphas_cumprod)
@@ -282,8 +313,8 @@ def _teacher_loss(vae: AutoencoderKL, tokenizer, batch_size: int, pool: int, see
         draw = lambda high: torch.randint(high, (batch_size,), generator=generator)  # noqa: E731
         index, wording, timesteps = draw(len(means)), draw(WORDINGS), draw(1000)
         noise, spread = torch.randn((2, batch_size, *means.shape[1:]), generator=generator)
-        latents = means[index] + deviations[index] * spread
-        token_ids = ids[wording, index]
+        latents = means[index].float() + deviations[index].float() * spread
+        token_ids = ids[wording, index].long()
         dropped = torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT
         token_ids = torch.where(dropped[:, None], empty, token_ids)
         chance = torch.rand((batch_size, len(BY_LEVEL), 3), generator=generator)

@@ -11,7 +11,16 @@ from kdc.pipelines import load_teacher
 from kdc.unet.blocks import plan_without
 from kdc.unet.slimming import slim
 from studies.mini import text
-from studies.mini.teacher import LEGS, Layout, Leg, TextToNoise, new_unet, train_teacher
+from studies.mini.images import scene_images, to_signed
+from studies.mini.teacher import (
+    LEGS,
+    Layout,
+    Leg,
+    TextToNoise,
+    encoded_pool,
+    new_unet,
+    train_teacher,
+)
 
 SMALL = Layout(widths=(16, 16, 32, 32), heads=(1, 1, 2, 2), side=8)
 
@@ -157,9 +166,28 @@ def test_legs_follow_one_another_and_a_finished_one_is_not_trained_again(tmp_pat
     assert not any(module._forward_pre_hooks for module in again.modules())
 
 
+def test_the_pool_is_encoded_once_and_anew_for_another_autoencoder(tmp_path, monkeypatch):
+    vae, tokenizer = load_teacher("mini").vae, text.new_tokenizer(text.scene_captions())
+    file = tmp_path / "run" / "pool.safetensors"
+    pool = encoded_pool(vae, tokenizer, file, 4, 0)
+    images, shown = scene_images(4, "train", seed=1)
+    assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in pool["ids"][0]] == [
+        scenes.caption(scene).replace(",", " ,") for scene in shown
+    ]
+    posterior = vae.encode(to_signed(images)).latent_dist
+    expected = posterior.mean * vae.config.scaling_factor
+    torch.testing.assert_close(pool["mean"].float(), expected, atol=2e-2, rtol=2e-2)
+    monkeypatch.setattr("studies.mini.teacher.encode_images", None)
+    again = encoded_pool(vae, tokenizer, file, 4, 0)
+    assert all(torch.equal(pool[name], again[name]) for name in pool)
+    vae.decoder.conv_out.bias.data += 1
+    with pytest.raises(TypeError):
+        encoded_pool(vae, tokenizer, file, 4, 0)
+
+
 def test_the_legs_are_a_whole_training():
     assert sum(leg.share for leg in LEGS) == pytest.approx(1)
-    assert LEGS[-1].skip_dropout == 0  # it ends as it will be used
+    assert LEGS[-1].schedule == "cosine" and not any(leg.skip_dropout for leg in LEGS)
 
 
 def test_the_tokenizer_has_a_token_for_every_word_of_scenes():
