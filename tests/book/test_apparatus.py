@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import kdc
-from tools import book
+from tools import book, diagram
 
 REFERENCES = (book.NOTEBOOKS / "references.bib").read_text()
 # "arXiv 2305.15798", "(Hang et al. 2303.09556, ...", "arxiv.org/abs/2412.01199"
@@ -61,3 +61,14 @@ def test_the_reference_shows_every_public_name_once():
     shown = re.findall(r"^\.\. auto\w+:: kdc\.(\w+)$", text, re.M)
     shown += re.findall(r"^`kdc\.(\w+)` is ", text, re.M)
     assert sorted(shown) == sorted(kdc.__all__)
+
+
+def test_the_map_of_the_method_is_as_the_code_draws_it(tmp_path, monkeypatch):
+    numbers = {name.partition("_")[0] for name in (path.stem for path in book.notebooks())}
+    assert {box[5] for box in diagram.BOXES.values()} <= numbers
+    assert {box[5] for box in diagram.BOXES.values()} >= {"01", "02", "03", "04", "05"}
+    assert {name for arrow in diagram.ARROWS for name in arrow[:2]} == set(diagram.BOXES)
+    stored = diagram.FILE.read_bytes()
+    monkeypatch.setattr(diagram, "FILE", tmp_path / "method.svg")
+    diagram.main()
+    assert diagram.FILE.read_bytes() == stored
