@@ -19,7 +19,7 @@ from kdc.data.cache import cache_latents
 from kdc.data.datasets import load_dataset
 from kdc.distillation.distill import distill
 from kdc.pipelines import ASSETS, load_teacher, save_student
-from kdc.processes import this_process
+from kdc.processes import own_part, this_process
 from kdc.unet.slimming import slim
 from studies.common.recipes import RECIPES, STUDENT_RECIPE, images_of
 from studies.mini.autoencoder import train_autoencoder
@@ -57,11 +57,16 @@ def make_teacher(out: Path, **settings) -> None:
     vae = AutoencoderKL.from_pretrained(out.parent / "autoencoder" / "final", dtype=torch.float32)
     model, tokenizer, _ = train_teacher(vae, out / "run", **settings)
     pipeline = as_pipeline(vae, model, tokenizer)
-    pipeline.to(torch.float16).save_pretrained(out / "new", safe_serialization=True)
+    if this_process().is_main_process:
+        pipeline.to(torch.float16).save_pretrained(out / "new", safe_serialization=True)
 
 
 def make_student(out: Path, steps: int = 3600, batch_size: int = 16, **settings) -> None:
-    """The student by a recipe of the study of chapter 02, with more steps and images."""
+    """The student by a recipe of the study of chapter 02, with more steps and images.
+
+    `batch_size` images an update, which several processes share.
+    """
+    state, part = this_process(), own_part(batch_size)
     recipe = RECIPES[STUDENT_RECIPE]
     teacher = load_teacher(out.parent / "teacher" / "final")
     student = slim(teacher.unet, recipe.plan, recipe.init)
@@ -71,14 +76,13 @@ def make_student(out: Path, steps: int = 3600, batch_size: int = 16, **settings)
         teacher,
         images_of(recipe.data, teacher, real),
         steps=steps,
-        batch_size=batch_size,
+        batch_size=part.stop - part.start,
         weights=recipe.weights,
         output_dir=out / "run",
         resume=True,
         label="student",
         **dict(recipe.training) | settings,
     )
-    state = this_process()
     if state.is_main_process:
         notes = {"recipe": STUDENT_RECIPE, "steps": steps, "batch_size": batch_size}
         save_student(student.half(), out / "new", **notes, processes=state.num_processes)
@@ -94,6 +98,7 @@ TRAININGS: dict[str, Callable] = {
     "student": make_student,
 }
 
+SHARED = ("teacher", "student")  # whose training several processes may share
 # What differs on a GPU, where a step takes about as long for 16 images as for many: fewer, larger
 # updates, at a higher rate. Sized by an H200's 22 ms for one U-Net call; not run there yet.
 ON_CUDA: dict[str, dict] = {
@@ -106,8 +111,8 @@ ON_CUDA: dict[str, dict] = {
 def make(output_dir: str | Path, only: tuple[str, ...] = (), **settings) -> None:
     """Train the stages (default: all) below `output_dir`; finished ones stay.
 
-    A stage writes `new` and is finished when that is renamed `final`. The student may be trained by
-    several processes (`accelerate launch`), `batch_size` being each one's; the other stages by one.
+    A stage writes `new` and is finished when that is renamed `final`. Those of `SHARED` may be
+    trained by several processes (`accelerate launch`); the other stages by one.
     """
     state = this_process()
     if unknown := set(only) - set(TRAININGS):
@@ -119,7 +124,7 @@ def make(output_dir: str | Path, only: tuple[str, ...] = (), **settings) -> None
         if (out / "final").is_dir():
             print(f"{name}: found in {out / 'final'}, not trained again")
             continue
-        if state.num_processes > 1 and name != "student":
+        if state.num_processes > 1 and name not in SHARED:
             raise ValueError(f"stage {name} is trained by one process, not {state.num_processes}")
         out.mkdir(parents=True, exist_ok=True)
         if state.is_main_process:

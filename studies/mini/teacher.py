@@ -35,6 +35,7 @@ from transformers import CLIPTextModel
 from kdc.data.scenes import TEMPLATES, caption
 from kdc.distillation.losses import min_snr_weight
 from kdc.io import fingerprint, hash_text
+from kdc.processes import own_part, this_process
 from kdc.training.efficiency import plain_attention
 from kdc.training.loop import train
 from kdc.training.settings import TrainSettings
@@ -146,19 +147,23 @@ class TextToNoise(nn.Module):
         timesteps: Tensor,
         ids: Tensor,
         kept: Tensor | None = None,
-        outside: Tensor | None = None,
+        hidden: Tensor | None = None,
+        empty: Tensor | None = None,
     ) -> Tensor:
         """The predicted noise (B, 4, H, W) for token ids (B, `MAX_TOKENS`).
 
         kept (B, levels, 3): 1 for a skip connection that is used, 0 for one that is dropped, by
-        level of the upward path from the inside; None: all are used. outside (B, `MAX_TOKENS`): the
-        token ids that all levels but the mid-block read; None: those of `ids`. Both have an effect
-        within `dropping`.
+        level of the upward path from the inside; None: all are used. hidden (B,): True where all
+        levels but the mid-block read the caption `empty` (1, `MAX_TOKENS`) instead; None: nowhere.
+        Both have an effect within `dropping`.
         """
-        embeddings = self.text_encoder(ids).last_hidden_state
         self.kept = kept
-        if outside is not None:
-            self.outside = self.text_encoder(outside).last_hidden_state
+        if hidden is None:
+            embeddings = self.text_encoder(ids).last_hidden_state
+        else:
+            embeddings = self.text_encoder(torch.cat([ids, empty])).last_hidden_state
+            embeddings, nothing = embeddings[:-1], embeddings[-1:]
+            self.outside = torch.where(hidden[:, None, None], nothing, embeddings)
         try:
             return self.unet(noisy, timesteps, embeddings, return_dict=False)[0]
         finally:
@@ -225,7 +230,9 @@ def train_teacher(
     """Train U-Net and text encoder on scenes; returns them, the tokenizer and the log of all legs.
 
     A finished leg leaves `leg-<number>.safetensors` in `output_dir` and is not trained again.
+    Several processes share each batch; two of one thread each are faster than one of two.
     """
+    process, part = this_process(), own_part(batch_size)
     torch.manual_seed(seed)
     tokenizer = new_tokenizer(scene_captions())
     model = TextToNoise(new_unet(layout), new_text_encoder(tokenizer))
@@ -234,12 +241,14 @@ def train_teacher(
         place = output_dir / f"leg-{number}"
         if not (weights := place.with_suffix(".safetensors")).is_file():
             if loss is None:
-                images = encoded_pool(vae, tokenizer, output_dir / "pool.safetensors", pool, seed)
+                file = output_dir / "pool.safetensors"
+                with process.main_process_first():
+                    images = encoded_pool(vae, tokenizer, file, pool, seed)
                 loss = _teacher_loss(images, tokenizer, batch_size)
             updates = max(1, round(leg.share * steps))
             settings = TrainSettings(
                 updates,
-                batch_size=batch_size,
+                batch_size=part.stop - part.start,
                 learning_rate=learning_rate,
                 warmup=min(200, updates // 10),
                 schedule=leg.schedule,
@@ -256,9 +265,11 @@ def train_teacher(
                     resume=True,
                     label=f"teacher, leg {number} of {len(legs)}",
                 )
-            state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
-            save_file(state, place.with_suffix(".new"))
-            place.with_suffix(".new").rename(weights)
+            if process.is_main_process:
+                state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+                save_file(state, place.with_suffix(".new"))
+                place.with_suffix(".new").rename(weights)
+            process.wait_for_everyone()
         # Read back in half precision, so that every leg starts as from a file that was kept.
         model.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
         if (place / "log.csv").is_file():
@@ -304,7 +315,7 @@ def encoded_pool(vae: AutoencoderKL, tokenizer, file: Path, pool: int, seed: int
 def _teacher_loss(images: Mapping[str, Tensor], tokenizer, batch_size: int):
     """The loss of a batch that it draws from an encoded pool."""
     means, deviations, ids = images["mean"], images["deviation"], images["ids"]
-    empty = tokenize(tokenizer, [""])[0]
+    empty = tokenize(tokenizer, [""])
     forward_process = noise_scheduler()
     snr = forward_process.alphas_cumprod / (1 - forward_process.alphas_cumprod)
     levels = torch.tensor(BY_LEVEL)[None, :, None]
@@ -318,19 +329,24 @@ def _teacher_loss(images: Mapping[str, Tensor], tokenizer, batch_size: int):
         dropped = torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT
         token_ids = torch.where(dropped[:, None], empty, token_ids)
         chance = torch.rand((batch_size, len(BY_LEVEL), 3), generator=generator)
-        hidden = torch.rand(batch_size, generator=generator) < hiding
-        outside = torch.where(hidden[:, None], empty, token_ids)
+        kept, hidden = chance >= skip_dropout * levels, None
+        if hiding:
+            hidden = torch.rand(batch_size, generator=generator) < hiding
         noisy = forward_process.add_noise(latents, noise, timesteps)
-        device = next(model.parameters()).device
-        predicted = model(
-            noisy.to(device),
-            timesteps.to(device),
-            token_ids.to(device),
-            (chance >= skip_dropout * levels).to(device) if skip_dropout else None,
-            outside.to(device) if hiding else None,
+        device, own = next(model.parameters()).device, own_part(batch_size)
+        noisy, timesteps, token_ids, noise = (
+            each[own].to(device) for each in (noisy, timesteps, token_ids, noise)
         )
-        error = (predicted.float() - noise.to(device)).square().mean(dim=(1, 2, 3))
-        weighted = error * min_snr_weight(snr[timesteps], MIN_SNR).to(device)
+        predicted = model(
+            noisy,
+            timesteps,
+            token_ids,
+            kept[own].to(device) if skip_dropout else None,
+            hidden[own].to(device) if hiding else None,
+            empty.to(device),
+        )
+        error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+        weighted = error * min_snr_weight(snr[timesteps.cpu()], MIN_SNR).to(device)
         return {"loss": weighted.mean(), "task": error.mean().detach()}
 
     return loss

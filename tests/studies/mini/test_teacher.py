@@ -1,10 +1,16 @@
 """The mini teacher's training: quiet skips, dropped skips, and legs."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kdc.data import scenes
 from kdc.pipelines import load_teacher
@@ -128,8 +134,9 @@ def test_a_hidden_caption_is_read_by_the_mid_block_alone():
     model = TextToNoise(new_unet(SMALL), text.new_text_encoder(tokenizer)).eval()
     noisy, times = torch.randn(2, 4, 8, 8), torch.full((2,), 500)
     ids = text.tokenize(tokenizer, ["a red rose", "two small guppies"])
-    hidden = torch.stack([text.tokenize(tokenizer, [""])[0], ids[1]])
-    told, untold = (model.text_encoder(i).last_hidden_state for i in (ids, hidden))
+    empty, hidden = text.tokenize(tokenizer, [""]), torch.tensor([True, False])
+    outside = torch.cat([empty, ids[1:]])
+    told, untold = (model.text_encoder(i).last_hidden_state for i in (ids, outside))
     read = {}
     for name, module in model.unet.named_modules():
         if name.endswith("attn2"):
@@ -139,13 +146,15 @@ def test_a_hidden_caption_is_read_by_the_mid_block_alone():
                 ),
                 with_kwargs=True,
             )
-    usual = model(noisy, times, ids, None, hidden)  # no effect outside
-    assert all(torch.equal(words, told) for words in read.values())
+    usual = model(noisy, times, ids, None, hidden, empty)  # no effect outside
+    for words in read.values():
+        torch.testing.assert_close(words, told)
     with model.dropping():
-        found = model(noisy, times, ids, None, hidden)
+        found = model(noisy, times, ids, None, hidden, empty)
     assert len(read) == 16
     for name, words in read.items():
-        assert torch.equal(words, told if name.startswith("mid_block") else untold), name
+        expected = told if name.startswith("mid_block") else untold
+        torch.testing.assert_close(words, expected, msg=name)
     assert not torch.allclose(found[0], usual[0]) and torch.allclose(found[1], usual[1], atol=1e-5)
     assert not any(block._forward_pre_hooks for block in model.unet.up_blocks)
 
@@ -183,6 +192,42 @@ def test_the_pool_is_encoded_once_and_anew_for_another_autoencoder(tmp_path, mon
     vae.decoder.conv_out.bias.data += 1
     with pytest.raises(TypeError):
         encoded_pool(vae, tokenizer, file, 4, 0)
+
+
+SHARED = """
+import sys
+from pathlib import Path
+import kdc.training.loop
+kdc.training.loop.has_bf16 = lambda device: False
+from kdc.processes import this_process
+this_process()
+from kdc.pipelines import load_teacher
+from studies.mini.teacher import Layout, Leg, train_teacher
+layout = Layout((16, 16, 32, 32), (1, 1, 2, 2))
+train_teacher(load_teacher("mini").vae, Path(sys.argv[1]), 3, 4, 8,
+              legs=(Leg(1.0, hiding=0.5, skip_dropout=0.5),), layout=layout)
+"""
+
+
+@pytest.mark.long
+def test_two_processes_train_what_one_does(tmp_path):
+    (tmp_path / "shared.py").write_text(SHARED)
+    kept = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
+    for count in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count),
+                   "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
+                   str(tmp_path / "shared.py"), str(tmp_path / str(count))]  # fmt: skip
+        subprocess.run(
+            command, check=True, timeout=300, cwd=Path(__file__).parents[3],
+            env=kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                        "PYTHONPATH": str(Path(__file__).parents[3])},
+        )  # fmt: skip
+    one, two = (load_file(tmp_path / n / "leg-1.safetensors") for n in "12")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=2e-3, rtol=2e-2, msg=name)
+    logs = [pd.read_csv(tmp_path / n / "log.csv") for n in "12"]
+    assert logs[1]["loss"].tolist() == pytest.approx(logs[0]["loss"].tolist(), rel=1e-4)
+    assert logs[0]["images"].tolist() == logs[1]["images"].tolist() == [4, 12]
 
 
 def test_the_legs_are_a_whole_training():
