@@ -7,7 +7,9 @@ well the noise in scenes it has not seen is predicted.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +23,7 @@ from kdc.data.datasets import load_dataset
 from kdc.io import fingerprint, make_once
 from kdc.search import sensitivity
 from kdc.unet.slimming import count_parameters
+from studies.common.protocol import slug
 from studies.mini import make
 from studies.mini.autoencoder import train_autoencoder
 from studies.mini.grades import grade_scenes
@@ -48,7 +51,6 @@ class Variant:
     layout: Layout
     # See `Leg`; through the whole of its short training.
     skip_dropout: float = 0.0
-    hiding: float = 0.0
 
 
 NARROW = (16, 32, 96, 160)
@@ -61,11 +63,14 @@ VARIANTS = {
     "narrow outside": Variant(Layout(NARROW, skips=1.0)),
     "narrow outside, quiet skips, dropped": Variant(Layout(NARROW), 0.5),
 }
-# Trained as long as a first leg of the teacher: at the length of the others captions hardly matter.
-LONG = {
-    "quiet skips": Variant(Layout()),
-    "quiet skips, captions hidden": Variant(Layout(), hiding=0.25),
-    "narrow outside, quiet skips, captions hidden": Variant(Layout(NARROW), hiding=0.25),
+# Second legs of the teacher, one change at a time: at the length of the others captions hardly
+# matter. The last is the one that it has.
+SECOND_LEGS = {
+    "as the first leg": Leg(LEGS[1].share, hiding=0.25, skip_dropout=0.0, power=1.0),
+    "captions hidden more often": Leg(LEGS[1].share, skip_dropout=0.0, power=1.0),
+    "skips dropped": Leg(LEGS[1].share, hiding=0.25, power=1.0),
+    "noisy levels count more": Leg(LEGS[1].share, hiding=0.25, skip_dropout=0.0),
+    "all three": LEGS[1],
 }
 
 
@@ -90,7 +95,7 @@ class Settings:
 
 
 LONG_SETTINGS = Settings(STEPS, BATCH_SIZE, pool=40_000)
-PARTS = 4  # of `LONG`, one in so many of the scenes of the grades are asked for
+PARTS = 4  # after a leg one in so many of the scenes of the grades are asked for
 LEVELS = (100, 300, 500, 700, 900)  # timesteps, of 1,000
 
 
@@ -147,11 +152,11 @@ def importance(teacher: StableDiffusionPipeline, settings: Settings) -> pd.DataF
 def measure(name: str, folder: Path, settings: Settings) -> dict:
     """Train one variant, or go on with it, and measure it: a row in plain values."""
     variant = VARIANTS[name]
-    place = _place(folder, "pilots", name)
+    place = folder / "pilots" / slug(name)
 
     def row() -> dict:
         vae = autoencoder_of(variant.layout.side, folder, settings)
-        leg = Leg(1.0, variant.hiding, variant.skip_dropout, "cosine")
+        leg = Leg(1.0, 0.0, variant.skip_dropout, 1.0, "cosine")
         model, tokenizer, _ = train_teacher(
             vae, place / "run", settings.steps, settings.batch_size, settings.pool,
             settings.learning_rate, settings.seed, (leg,), variant.layout,
@@ -163,46 +168,40 @@ def measure(name: str, folder: Path, settings: Settings) -> dict:
     return make_once(place / "row.json", made_with, row)
 
 
-def measure_long(name: str, folder: Path, settings: Settings) -> dict:
-    """Train the first leg of one variant as the teacher's, or take it as it lies there; measure it.
+def measure_second(name: str, folder: Path, settings: Settings) -> dict:
+    """Train one of `SECOND_LEGS` from the teacher's first leg, or go on with it; measure it.
 
-    Beside what `measure` finds: what its images show, see `grade_scenes`.
+    The first leg is trained where it does not lie in `folder`, as the teacher's.
     """
-    variant = LONG[name]
-    place = _place(folder, "long", name)
-    leg = replace(LEGS[0], skip_dropout=variant.skip_dropout, hiding=variant.hiding)
+    first, place = folder / "teacher" / "run", folder / "second-legs" / slug(name)
+    if not (first / "leg-1.safetensors").is_file():
+        _train(first, folder, settings, LEGS[:1])
+    for file in ("leg-1.safetensors", "pool.safetensors"):
+        if (first / file).is_file() and not (place / file).is_file():
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(first / file, place)
+    leg, images = SECOND_LEGS[name], images_of((LEGS[0], SECOND_LEGS[name]), settings)
+    known = {"variant": name, **asdict(leg), "images": images}
 
     def row() -> dict:
-        vae = autoencoder_of(variant.layout.side, folder, settings)
-        model, tokenizer, _ = train_teacher(
-            vae, place / "run", settings.steps, settings.batch_size, settings.pool,
-            settings.learning_rate, settings.seed, (leg,), variant.layout,
-        )  # fmt: skip
-        images = round(leg.share * settings.steps) * settings.batch_size
-        found = described(name, variant, images)
-        found |= worth(vae, model, tokenizer, settings)
-        return found | {"grades": grade_scenes(as_pipeline(vae, model, tokenizer), PARTS)}
+        return known | after_leg(*_train(place, folder, settings, (LEGS[0], leg)), settings)
 
-    return make_once(place / "row.json", asdict(settings) | asdict(variant), row)
+    return make_once(place / "row.json", asdict(settings) | asdict(leg), row)
 
 
 def measure_legs(folder: Path, settings: Settings) -> list[dict]:
-    """What `measure_long` finds, after each finished leg of the teacher in `folder`.
+    """What the teacher in `folder` draws, and what its parts are worth, after each finished leg.
 
     Raises `FileNotFoundError` where there is none.
     """
-    place = folder / "teacher" / "run"
-    rows, images = [], 0
-    for number, leg in enumerate(LEGS, start=1):
+    place, rows = folder / "teacher" / "run", []
+    for number in range(1, len(LEGS) + 1):
         if not (file := place / f"leg-{number}.safetensors").is_file():
             break
-        images += round(leg.share * STEPS) * BATCH_SIZE
+        known = {"leg": number, "images": images_of(LEGS[:number], settings)}
 
-        def row(number=number, images=images) -> dict:
-            vae = autoencoder_of(Layout().side, folder, settings)
-            model, tokenizer, _ = train_teacher(vae, place, legs=LEGS[:number])
-            found = {"leg": number, "images": images} | worth(vae, model, tokenizer, settings)
-            return found | {"grades": grade_scenes(as_pipeline(vae, model, tokenizer), PARTS)}
+        def row(number=number, known=known) -> dict:
+            return known | after_leg(*_train(place, folder, settings, LEGS[:number]), settings)
 
         made_with = asdict(settings) | {"weights": fingerprint(*load_file(file).values())}
         rows.append(make_once(folder / "legs" / f"leg-{number}.json", made_with, row))
@@ -211,13 +210,33 @@ def measure_legs(folder: Path, settings: Settings) -> list[dict]:
     return rows
 
 
+def images_of(legs: Sequence[Leg], settings: Settings) -> int:
+    """How many images a training of these legs has seen."""
+    return sum(round(leg.share * settings.steps) * settings.batch_size for leg in legs)
+
+
+def after_leg(vae: AutoencoderKL, model: TextToNoise, tokenizer, settings: Settings) -> dict:
+    """`worth`, and what images show, see `grade_scenes`."""
+    teacher = as_pipeline(vae, model, tokenizer)
+    return worth(vae, model, tokenizer, settings) | {"grades": grade_scenes(teacher, PARTS)}
+
+
+def _train(place: Path, folder: Path, settings: Settings, legs: tuple[Leg, ...]) -> tuple:
+    """Autoencoder, model and tokenizer after these legs; those that lie in `place` are read."""
+    vae = autoencoder_of(Layout().side, folder, settings)
+    model, tokenizer, _ = train_teacher(
+        vae, place, settings.steps, settings.batch_size, settings.pool, settings.learning_rate,
+        settings.seed, legs,
+    )  # fmt: skip
+    return vae, model.eval(), tokenizer
+
+
 def described(name: str, variant: Variant, images: int) -> dict:
     """A variant's row before anything is measured."""
     return {
         "variant": name,
         **asdict(variant.layout),
         "skip_dropout": variant.skip_dropout,
-        "hiding": variant.hiding,
         "parameters": count_parameters(new_unet(variant.layout)),
         "images": images,
     }
@@ -230,7 +249,3 @@ def worth(vae: AutoencoderKL, model: TextToNoise, tokenizer, settings: Settings)
         "noise_error": noise_error(vae, model, tokenizer, settings),
         "importance": importance(teacher, settings).to_dict("index"),
     }
-
-
-def _place(folder: Path, stage: str, name: str) -> Path:
-    return folder / stage / name.replace(", ", "-").replace(" ", "-")

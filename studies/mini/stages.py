@@ -66,10 +66,10 @@ def _pilots(context: Context) -> list[Path]:
     return [ledger.write("mini_pilots", {"rows": rows}, context.results, **vars(settings))]
 
 
-def _long_pilots(context: Context) -> list[Path]:
+def _second_legs(context: Context) -> list[Path]:
     settings = replace(pilots.LONG_SETTINGS, **context.settings)
-    rows = [pilots.measure_long(name, context.folder, settings) for name in pilots.LONG]
-    return [ledger.write("mini_long_pilots", {"rows": rows}, context.results, **vars(settings))]
+    rows = [pilots.measure_second(name, context.folder, settings) for name in pilots.SECOND_LEGS]
+    return [ledger.write("mini_second_legs", {"rows": rows}, context.results, **vars(settings))]
 
 
 def _legs(context: Context) -> list[Path]:
@@ -103,10 +103,10 @@ STAGES = {
     "pilots": Stage(
         _pilots, "try layouts of the teacher in small runs on scenes", ("mini_pilots.json",)
     ),
-    "long-pilots": Stage(
-        _long_pilots,
-        "train some of these layouts as long as a first leg (half an hour each)",
-        ("mini_long_pilots.json",),
+    "second-legs": Stage(
+        _second_legs,
+        "try what wakes the teacher's inner blocks, from its first leg on (an hour)",
+        ("mini_second_legs.json",),
     ),
     "legs": Stage(_legs, "measure the teacher after each leg of its training", ("mini_legs.json",)),
     "criteria": Stage(

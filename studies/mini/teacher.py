@@ -33,7 +33,6 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel
 
 from kdc.data.scenes import TEMPLATES, caption
-from kdc.distillation.losses import min_snr_weight
 from kdc.io import fingerprint, hash_text
 from kdc.processes import own_part, this_process
 from kdc.training.efficiency import plain_attention
@@ -45,7 +44,7 @@ from studies.mini.text import new_text_encoder, new_tokenizer, scene_captions, t
 NOISE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 CAPTION_DROPOUT = 0.1
 MIN_SNR = 5.0
-STEPS, BATCH_SIZE = 24_000, 32
+STEPS, BATCH_SIZE = 36_000, 32
 WORDINGS = len(TEMPLATES[""])  # of every relation as many
 
 
@@ -71,15 +70,23 @@ class Leg:
     # Its share of all updates.
     share: float
     # How often the caption of an image is hidden from all levels but the mid-block.
-    hiding: float = 0.25
+    hiding: float = 0.5
     # How often a skip connection of an image is dropped in the two inner levels of the upward path;
     # half as often in the third, and never in the outermost.
-    skip_dropout: float = 0.0
+    skip_dropout: float = 0.25
+    # How little noise takes from the weight of an error, see `level_weight`.
+    power: float = 0.5
     # What the learning rate does after the warm-up.
     schedule: str = "constant_with_warmup"
 
 
-LEGS = (*[Leg(0.125)] * 6, Leg(0.25, schedule="cosine"))
+# What wakes the mid-block was found after the first leg; the second tried it.
+LEGS = (
+    Leg(3 / 36, hiding=0.25, skip_dropout=0.0, power=1.0),
+    Leg(1 / 36),
+    *[Leg(3 / 36)] * 7,
+    Leg(11 / 36, schedule="cosine"),
+)
 BY_LEVEL = (1.0, 1.0, 0.5)  # of `skip_dropout`, by upward block from the inside
 
 
@@ -204,6 +211,16 @@ class TextToNoise(nn.Module):
                 handle.remove()
 
 
+def level_weight(snr: Tensor, power: float) -> Tensor:
+    """The weight of the squared error of predicted noise, by the signal-to-noise ratio (B,).
+
+    So that the error of the *image* counts `snr` times, at most `MIN_SNR` times, as in Min-SNR
+    (Hang et al. 2303.09556); where noise outweighs the signal, snr ** power times. With a power of
+    1 that is Min-SNR. Below 1 the levels at which a scene's layout is decided count more.
+    """
+    return torch.where(snr < 1, snr**power, snr.clamp(max=MIN_SNR)) / snr
+
+
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: Tensor, batch_size: int = 64) -> tuple:
     """Means and deviations (N, 4, 16, 16) of the scaled latents of uint8 images."""
@@ -259,7 +276,9 @@ def train_teacher(
             with model.dropping(), plain_attention(model.unet):
                 train(
                     model,
-                    partial(loss, skip_dropout=leg.skip_dropout, hiding=leg.hiding),
+                    partial(
+                        loss, skip_dropout=leg.skip_dropout, hiding=leg.hiding, power=leg.power
+                    ),
                     settings,
                     place,
                     resume=True,
@@ -320,7 +339,7 @@ def _teacher_loss(images: Mapping[str, Tensor], tokenizer, batch_size: int):
     snr = forward_process.alphas_cumprod / (1 - forward_process.alphas_cumprod)
     levels = torch.tensor(BY_LEVEL)[None, :, None]
 
-    def loss(model, generator, skip_dropout: float, hiding: float):
+    def loss(model, generator, skip_dropout: float, hiding: float, power: float):
         draw = lambda high: torch.randint(high, (batch_size,), generator=generator)  # noqa: E731
         index, wording, timesteps = draw(len(means)), draw(WORDINGS), draw(1000)
         noise, spread = torch.randn((2, batch_size, *means.shape[1:]), generator=generator)
@@ -346,7 +365,7 @@ def _teacher_loss(images: Mapping[str, Tensor], tokenizer, batch_size: int):
             empty.to(device),
         )
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-        weighted = error * min_snr_weight(snr[timesteps.cpu()], MIN_SNR).to(device)
+        weighted = error * level_weight(snr[timesteps.cpu()], power).to(device)
         return {"loss": weighted.mean(), "task": error.mean().detach()}
 
     return loss

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kdc.pipelines import load_teacher
 from kdc.unet.blocks import PARTS
@@ -35,22 +36,28 @@ def test_a_pilot_trains_measures_and_is_not_repeated(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_long_pilot_takes_the_leg_that_lies_there(tmp_path, monkeypatch):
+def test_second_legs_start_from_the_first_and_legs_are_measured_as_they_lie(tmp_path, monkeypatch):
     load_teacher("mini").vae.save_pretrained(tmp_path / "autoencoder" / "final")
-    small = Variant(Layout((16, 16, 16, 16), (1,) * 4), 0.5, 0.5)
-    monkeypatch.setattr(pilots, "LONG", {"small": small})
+    legs = {name: pilots.SECOND_LEGS[name] for name in ("skips dropped", "all three")}
+    monkeypatch.setattr(pilots, "SECOND_LEGS", legs)
     monkeypatch.setattr(pilots, "grade_scenes", lambda pipeline, parts: {"parts": parts})
-    context = runner.Context(tmp_path / "results", tmp_path, settings=vars(TINY) | {"steps": 8})
-    stages.STAGES["long-pilots"].run(context)
-    (row,) = ledger.read("mini_long_pilots", tmp_path / "results")["rows"]
-    assert (row["variant"], row["hiding"], row["images"]) == ("small", 0.5, 2)
-    assert set(row["importance"]) == set(PARTS) and row["grades"] == {"parts": pilots.PARTS}
-    (tmp_path / "long" / "small" / "row.json").unlink()
-    shutil.rmtree(tmp_path / "long" / "small" / "run" / "leg-1")
-    stages.STAGES["long-pilots"].run(context)
-    assert not (tmp_path / "long" / "small" / "run" / "leg-1").exists()
-    (again,) = ledger.read("mini_long_pilots", tmp_path / "results")["rows"]
-    assert again == row
+    context = runner.Context(tmp_path / "results", tmp_path, settings=vars(TINY) | {"steps": 36})
+    stages.STAGES["second-legs"].run(context)
+    rows = ledger.read("mini_second_legs", tmp_path / "results")["rows"]
+    assert [row["variant"] for row in rows] == list(legs)
+    assert {row["images"] for row in rows} == {(3 + 1) * 2}
+    assert [row["hiding"] for row in rows] == [0.25, 0.5]
+    for row in rows:
+        assert set(row["importance"]) == set(PARTS) and row["grades"] == {"parts": pilots.PARTS}
+    run = tmp_path / "second-legs"
+    first = [load_file(f)["unet.conv_in.weight"] for f in run.glob("*/leg-1.safetensors")]
+    assert len(first) == 2 and torch.equal(*first)
+    assert not any((run / name / "leg-1").exists() for name in ("skips-dropped", "all-three"))
+    shutil.copy(run / "all-three" / "leg-2.safetensors", tmp_path / "teacher" / "run")
+    stages.STAGES["legs"].run(context)
+    two = ledger.read("mini_legs", tmp_path / "results")["rows"]
+    assert [row["leg"] for row in two] == [1, 2] and two[1]["images"] == rows[1]["images"]
+    assert two[1]["importance"] == rows[1]["importance"]
 
 
 @torch.no_grad()

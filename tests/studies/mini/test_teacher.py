@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdc.data import scenes
+from kdc.distillation.losses import min_snr_weight
 from kdc.pipelines import load_teacher
 from kdc.unet.blocks import plan_without
 from kdc.unet.slimming import slim
@@ -24,7 +25,9 @@ from studies.mini.teacher import (
     Leg,
     TextToNoise,
     encoded_pool,
+    level_weight,
     new_unet,
+    noise_scheduler,
     train_teacher,
 )
 
@@ -161,7 +164,7 @@ def test_a_hidden_caption_is_read_by_the_mid_block_alone():
 
 def test_legs_follow_one_another_and_a_finished_one_is_not_trained_again(tmp_path):
     vae = load_teacher("mini").vae
-    legs = (Leg(0.5, 0.5, 0.5), Leg(0.5, 0.0, 0.0, "cosine"))
+    legs = (Leg(0.5, 0.5, 0.5), Leg(0.5, 0.0, 0.0, 1.0, "cosine"))
     settings = dict(steps=4, batch_size=2, pool=8, legs=legs, layout=Layout(SMALL.widths, (1,) * 4))
     model, _, log = train_teacher(vae, tmp_path / "whole", **settings)
     assert log["step"].tolist() == [1, 2, 3, 4] and log["leg"].tolist() == [1, 1, 2, 2]
@@ -232,7 +235,17 @@ def test_two_processes_train_what_one_does(tmp_path):
 
 def test_the_legs_are_a_whole_training():
     assert sum(leg.share for leg in LEGS) == pytest.approx(1)
-    assert LEGS[-1].schedule == "cosine" and not any(leg.skip_dropout for leg in LEGS)
+    assert LEGS[-1].schedule == "cosine"
+
+
+def test_a_power_of_one_is_min_snr_and_less_lets_noisy_levels_count_more():
+    process = noise_scheduler()
+    snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
+    torch.testing.assert_close(level_weight(snr, 1.0), min_snr_weight(snr, 5.0))
+    # The squared error of the image is that of the noise over the ratio.
+    noisy, half = snr < 1, level_weight(snr, 0.5)
+    torch.testing.assert_close((half * snr)[noisy], snr[noisy].sqrt())
+    assert torch.equal(half[~noisy], level_weight(snr, 1.0)[~noisy])
 
 
 def test_the_tokenizer_has_a_token_for_every_word_of_scenes():
