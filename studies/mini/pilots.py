@@ -197,7 +197,7 @@ def measure_legs(folder: Path, settings: Settings) -> list[dict]:
     place, rows = folder / "teacher" / "run", []
     for number in range(1, len(LEGS) + 1):
         if not (file := place / f"leg-{number}.safetensors").is_file():
-            break
+            continue
         known = {"leg": number, "images": images_of(LEGS[:number], settings)}
 
         def row(number=number, known=known) -> dict:

@@ -246,7 +246,8 @@ def train_teacher(
 ) -> tuple[TextToNoise, object, pd.DataFrame]:
     """Train U-Net and text encoder on scenes; returns them, the tokenizer and the log of all legs.
 
-    A finished leg leaves `leg-<number>.safetensors` in `output_dir` and is not trained again.
+    A finished leg leaves `leg-<number>.safetensors` in `output_dir`. It is not trained again, nor
+    are those before it, whose files may be gone.
     Several processes share each batch; two of one thread each are faster than one of two.
     """
     process, part = this_process(), own_part(batch_size)
@@ -254,9 +255,11 @@ def train_teacher(
     tokenizer = new_tokenizer(scene_captions())
     model = TextToNoise(new_unet(layout), new_text_encoder(tokenizer))
     loss, rows, done = None, [], 0
-    for number, leg in enumerate(legs, start=1):
-        place = output_dir / f"leg-{number}"
-        if not (weights := place.with_suffix(".safetensors")).is_file():
+    files = [output_dir / f"leg-{number}.safetensors" for number in range(1, len(legs) + 1)]
+    last = max((number for number, file in enumerate(files, start=1) if file.is_file()), default=0)
+    for number, (leg, weights) in enumerate(zip(legs, files, strict=True), start=1):
+        place = weights.with_suffix("")
+        if number > last:
             if loss is None:
                 file = output_dir / "pool.safetensors"
                 with process.main_process_first():
@@ -289,8 +292,9 @@ def train_teacher(
                 save_file(state, place.with_suffix(".new"))
                 place.with_suffix(".new").rename(weights)
             process.wait_for_everyone()
-        # Read back in half precision, so that every leg starts as from a file that was kept.
-        model.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
+        if number >= last:
+            # Read back in half precision, so that every leg starts as from a file that was kept.
+            model.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
         if (place / "log.csv").is_file():
             rows.append(pd.read_csv(place / "log.csv").assign(leg=number))
             rows[-1]["step"] += done

@@ -176,6 +176,11 @@ def test_legs_follow_one_another_and_a_finished_one_is_not_trained_again(tmp_pat
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     assert not any(module._forward_pre_hooks for module in again.modules())
+    # Where the last leg lies, those before it may be gone.
+    (begun / "leg-1.safetensors").unlink()
+    last, _, _ = train_teacher(vae, begun, **settings)
+    assert torch.equal(last.unet.conv_in.weight, again.unet.conv_in.weight)
+    assert not (begun / "leg-1").exists()
 
 
 def test_the_pool_is_encoded_once_and_anew_for_another_autoencoder(tmp_path, monkeypatch):
