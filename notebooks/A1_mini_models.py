@@ -203,7 +203,12 @@ second = ledger.read("mini_second_legs")
 report.legs_table(second)
 
 # %% [markdown]
-# PLACEHOLDER
+# No change does it alone: hiding captions more often makes the mid-block worth 33 times as much as in
+# the first row, the other two less than twice. All three together make it worth 629 times as much, and
+# lift stage 3 over a thousandth of the outermost layer. What was hoped for is thus met for stage 3; the
+# mid-block reaches half of it, 5e-04, at this length. The error on the noise, which counts all levels alike,
+# rises from 0.129 to 0.134. Whether binding suffers cannot be told from 100 images of each set; that
+# noisy levels help it, 22 % of two objects after 14 %, is a hint and no more.
 #
 # Each variant was run once, with one seed. Latents of 32 x 32 were left out: they are too slow for two
 # CPU cores. The teacher of scenes is trained on with all three changes; until it is through, the

@@ -12,7 +12,7 @@ from kdc.unet.blocks import PARTS
 from studies.common import ledger, runner
 from studies.mini import pilots, stages
 from studies.mini.pilots import VARIANTS, Settings, Variant
-from studies.mini.teacher import Layout
+from studies.mini.teacher import BATCH_SIZE, LEGS, STEPS, Layout
 from tools import book
 
 TINY = Settings(steps=2, batch_size=2, coding_steps=2, pool=24, scenes=2, draws=1, count=2)
@@ -107,3 +107,33 @@ def test_the_appendix_says_what_the_pilots_found():
     }
     words = "mid-block is at {:.0e} and its stage 3 at {:.0e}"
     assert words.format(*(worth[p] / worth["layer 0"] for p in ("mid-block", "stage 3"))) in text
+
+
+def test_the_appendix_says_what_wakes_the_mid_block():
+    text = " ".join((book.NOTEBOOKS / "A1_mini_models.py").read_text().replace("\n#", "").split())
+    rows = {row["variant"]: row for row in ledger.read("mini_second_legs")["rows"]}
+    assert list(rows) == list(pilots.SECOND_LEGS)
+    first, hidden, *others, last = rows.values()
+
+    def share(row, part):
+        return row["importance"][part]["error"] / row["importance"]["layer 0"]["error"]
+
+    def times(row):
+        return share(row, "mid-block") / share(first, "mid-block")
+
+    assert f"worth {times(hidden):.0f} times as much as in the first row" in text
+    assert all(times(row) < 2 for row in others) and "the other two less than twice" in text
+    assert f"worth {times(last):.0f} times as much" in text
+    over = [name for name, row in rows.items() if share(row, "stage 3") > 1e-3]
+    assert over == ["all three"] and share(last, "mid-block") < 1e-3
+    assert f"half of it, {share(last, 'mid-block'):.0e}," in text
+    errors = first["noise_error"], last["noise_error"]
+    assert "from {:.3f} to {:.3f}".format(*errors) in text
+    bound = [
+        r["grades"]["shown"]["two objects"]["binding"]
+        for r in (rows["noisy levels count more"], first)
+    ]
+    assert "{:.0f} % of two objects after {:.0f} %".format(*(100 * b for b in bound)) in text
+    assert first["grades"]["shown"]["two objects"]["samples"] == 100
+    images = first["images"] - round(LEGS[1].share * STEPS) * BATCH_SIZE
+    assert f"first leg of {images:,} images and sees {first['images'] - images:,} more" in text
