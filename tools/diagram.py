@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 FILE = Path(__file__).resolve().parent.parent / "notebooks" / "images" / "method.svg"
-# Box: centre, size, text, chapter, colour.
 FROZEN, TRAINED, LOSS, DATA = "#dbe7f3", "#d9efdf", "#fbe7cf", "#eeeeee"
+# Each box: centre, size, text, chapter, colour.
 BOXES = {
     "tasks": (1.25, 4.9, 2.1, 0.9, "task after task\nflowers, then butterflies", "03", DATA),
     "buffer": (1.25, 3.2, 2.1, 0.9, "replay buffer\na few old images", "03", DATA),

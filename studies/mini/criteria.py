@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,10 +92,10 @@ def bypassed(teacher: StableDiffusionPipeline, settings: Settings, folder: Path)
     right: dict[str, list[int]] = {}
     for seed in settings.seeds:
         file = folder / f"importance-{seed}.json"
-        found["importance"][str(seed)] = make_once(file, made_with, lambda: importance(seed))  # noqa: B023
+        found["importance"][str(seed)] = make_once(file, made_with, partial(importance, seed))
         for part in (None, *INNER):
             file = folder / f"drawn-{slug(part or 'teacher')}-{seed}.json"
-            row = make_once(file, made_with, lambda: drawn(part, seed))  # noqa: B023
+            row = make_once(file, made_with, partial(drawn, part, seed))
             right.setdefault(part or "teacher", []).extend(row["bound"])
     for part in INNER:
         lost = torch.tensor(right["teacher"]).double() - torch.tensor(right[part])

@@ -94,8 +94,8 @@ class Settings:
     seed: int = 0
 
 
-LONG_SETTINGS = Settings(STEPS, BATCH_SIZE, pool=40_000)
-PARTS = 4  # after a leg one in so many of the scenes of the grades are asked for
+LEG_SETTINGS = Settings(STEPS, BATCH_SIZE, pool=40_000)
+ONE_IN = 4  # after a leg one in so many of the scenes of the grades are asked for
 LEVELS = (100, 300, 500, 700, 900)  # timesteps, of 1,000
 
 
@@ -180,7 +180,7 @@ def measure_second(name: str, folder: Path, settings: Settings) -> dict:
         if (first / file).is_file() and not (place / file).is_file():
             place.mkdir(parents=True, exist_ok=True)
             shutil.copy(first / file, place)
-    leg, images = SECOND_LEGS[name], images_of((LEGS[0], SECOND_LEGS[name]), settings)
+    leg, images = SECOND_LEGS[name], images_seen((LEGS[0], SECOND_LEGS[name]), settings)
     known = {"variant": name, **asdict(leg), "images": images}
 
     def row() -> dict:
@@ -198,7 +198,7 @@ def measure_legs(folder: Path, settings: Settings) -> list[dict]:
     for number in range(1, len(LEGS) + 1):
         if not (file := place / f"leg-{number}.safetensors").is_file():
             continue
-        known = {"leg": number, "images": images_of(LEGS[:number], settings)}
+        known = {"leg": number, "images": images_seen(LEGS[:number], settings)}
 
         def row(number=number, known=known) -> dict:
             return known | after_leg(*_train(place, folder, settings, LEGS[:number]), settings)
@@ -210,7 +210,7 @@ def measure_legs(folder: Path, settings: Settings) -> list[dict]:
     return rows
 
 
-def images_of(legs: Sequence[Leg], settings: Settings) -> int:
+def images_seen(legs: Sequence[Leg], settings: Settings) -> int:
     """How many images a training of these legs has seen."""
     return sum(round(leg.share * settings.steps) * settings.batch_size for leg in legs)
 
@@ -218,7 +218,7 @@ def images_of(legs: Sequence[Leg], settings: Settings) -> int:
 def after_leg(vae: AutoencoderKL, model: TextToNoise, tokenizer, settings: Settings) -> dict:
     """`worth`, and what images show, see `grade_scenes`."""
     teacher = as_pipeline(vae, model, tokenizer)
-    return worth(vae, model, tokenizer, settings) | {"grades": grade_scenes(teacher, PARTS)}
+    return worth(vae, model, tokenizer, settings) | {"grades": grade_scenes(teacher, ONE_IN)}
 
 
 def _train(place: Path, folder: Path, settings: Settings, legs: tuple[Leg, ...]) -> tuple:

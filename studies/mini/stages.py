@@ -67,13 +67,13 @@ def _pilots(context: Context) -> list[Path]:
 
 
 def _second_legs(context: Context) -> list[Path]:
-    settings = replace(pilots.LONG_SETTINGS, **context.settings)
+    settings = replace(pilots.LEG_SETTINGS, **context.settings)
     rows = [pilots.measure_second(name, context.folder, settings) for name in pilots.SECOND_LEGS]
     return [ledger.write("mini_second_legs", {"rows": rows}, context.results, **vars(settings))]
 
 
 def _legs(context: Context) -> list[Path]:
-    settings = replace(pilots.LONG_SETTINGS, **context.settings)
+    settings = replace(pilots.LEG_SETTINGS, **context.settings)
     rows = pilots.measure_legs(context.folder, settings)
     return [ledger.write("mini_legs", {"rows": rows}, context.results, **vars(settings))]
 

@@ -5,8 +5,9 @@ every training image encoded once.
 
 Left to itself, a small U-Net of this layout passes its inner blocks by: half of what every layer of
 the upward path reads comes through a skip connection, so that what the innermost block says is
-halved a dozen times before it comes out. Two things keep the inner path in use. The skips begin
-quiet (`quieten_skips`), and in the first legs of training they are dropped at random (`Leg`).
+halved a dozen times before it comes out. So the skips begin quiet (`quieten_skips`). In training
+(`Leg`) captions are hidden from all levels but the mid-block, skips are dropped at random, and
+errors at noisy levels count more.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel
 
 from kdc.data.scenes import TEMPLATES, caption
+from kdc.distillation.losses import min_snr_weight
 from kdc.io import fingerprint, hash_text
 from kdc.processes import own_part, this_process
 from kdc.training.efficiency import plain_attention
@@ -74,7 +76,7 @@ class Leg:
     # How often a skip connection of an image is dropped in the two inner levels of the upward path;
     # half as often in the third, and never in the outermost.
     skip_dropout: float = 0.25
-    # How little noise takes from the weight of an error, see `level_weight`.
+    # The exponent of the signal-to-noise ratio at noisy levels, see `level_weight`.
     power: float = 0.5
     # What the learning rate does after the warm-up.
     schedule: str = "constant_with_warmup"
@@ -178,7 +180,7 @@ class TextToNoise(nn.Module):
 
     @contextlib.contextmanager
     def dropping(self):
-        """Within it, `kept` and `outside` of `forward` have an effect."""
+        """Within it, `kept` and `hidden` of `forward` have an effect."""
 
         def drop(level: int, block: nn.Module, args: tuple, inputs: dict):
             if self.kept is None:
@@ -218,7 +220,7 @@ def level_weight(snr: Tensor, power: float) -> Tensor:
     (Hang et al. 2303.09556); where noise outweighs the signal, snr ** power times. With a power of
     1 that is Min-SNR. Below 1 the levels at which a scene's layout is decided count more.
     """
-    return torch.where(snr < 1, snr**power, snr.clamp(max=MIN_SNR)) / snr
+    return torch.where(snr < 1, snr ** (power - 1), min_snr_weight(snr, MIN_SNR))
 
 
 @torch.no_grad()

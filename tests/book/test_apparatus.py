@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 import kdc
+from kdc.distillation.losses import TERMS
 from tools import book, diagram
 
 REFERENCES = (book.NOTEBOOKS / "references.bib").read_text()
@@ -68,6 +69,7 @@ def test_the_map_of_the_method_is_as_the_code_draws_it(tmp_path, monkeypatch):
     assert {box[5] for box in diagram.BOXES.values()} <= numbers
     assert {box[5] for box in diagram.BOXES.values()} >= {"01", "02", "03", "04", "05"}
     assert {name for arrow in diagram.ARROWS for name in arrow[:2]} == set(diagram.BOXES)
+    assert all(term in diagram.BOXES["terms"][4] for term in TERMS)
     stored = diagram.FILE.read_bytes()
     monkeypatch.setattr(diagram, "FILE", tmp_path / "method.svg")
     diagram.main()

@@ -48,7 +48,7 @@ def test_second_legs_start_from_the_first_and_legs_are_measured_as_they_lie(tmp_
     assert {row["images"] for row in rows} == {(3 + 1) * 2}
     assert [row["hiding"] for row in rows] == [0.25, 0.5]
     for row in rows:
-        assert set(row["importance"]) == set(PARTS) and row["grades"] == {"parts": pilots.PARTS}
+        assert set(row["importance"]) == set(PARTS) and row["grades"] == {"parts": pilots.ONE_IN}
     run = tmp_path / "second-legs"
     first = [load_file(f)["unet.conv_in.weight"] for f in run.glob("*/leg-1.safetensors")]
     assert len(first) == 2 and torch.equal(*first)
