@@ -103,7 +103,7 @@ SHARED = ("teacher", "student")  # whose training several processes may share
 # updates, at a higher rate. Sized by an H200's 22 ms for one U-Net call; not run there yet.
 ON_CUDA: dict[str, dict] = {
     "autoencoder": {"steps": 2500, "batch_size": 64},
-    "teacher": {"steps": 3000, "batch_size": 512, "learning_rate": 2e-3},
+    "teacher": {"steps": 6000, "batch_size": 256, "learning_rate": 1.4e-3},
     "student": {"steps": 1200, "batch_size": 128},
 }
 

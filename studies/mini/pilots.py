@@ -212,7 +212,7 @@ def measure_legs(folder: Path, settings: Settings) -> list[dict]:
 
 def images_seen(legs: Sequence[Leg], settings: Settings) -> int:
     """How many images a training of these legs has seen."""
-    return sum(round(leg.share * settings.steps) * settings.batch_size for leg in legs)
+    return sum(leg.updates(settings.steps) * leg.together * settings.batch_size for leg in legs)
 
 
 def after_leg(vae: AutoencoderKL, model: TextToNoise, tokenizer, settings: Settings) -> dict:

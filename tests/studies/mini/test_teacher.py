@@ -246,6 +246,16 @@ def test_the_legs_are_a_whole_training():
     assert LEGS[-1].schedule == "cosine"
 
 
+def test_batches_taken_together_are_fewer_updates_at_a_higher_rate(tmp_path):
+    settings = dict(steps=4, batch_size=2, pool=8, layout=Layout(SMALL.widths, (1,) * 4))
+    legs = (Leg(0.5), Leg(0.5, together=2))
+    _, _, log = train_teacher(load_teacher("mini").vae, tmp_path, legs=legs, **settings)
+    first, second = (log[log["leg"] == number] for number in (1, 2))
+    assert second["images"].tolist() == [4] and first["images"].tolist() == [2, 4]
+    rates = [leg["learning_rate"].iloc[-1] for leg in (first, second)]
+    assert rates[1] == pytest.approx(rates[0] * 2**0.5)
+
+
 def test_a_power_of_one_is_min_snr_and_less_lets_noisy_levels_count_more():
     process = noise_scheduler()
     snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
