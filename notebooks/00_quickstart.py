@@ -34,7 +34,7 @@ steps: int = None  # denoising steps an image; None: what the budget says
 seeds: list = None  # seeds of the starting noise; None: what the budget says
 output_dir: str = "outputs/00_quickstart"  # where this notebook writes
 
-# %%
+# %% tags=["hide-input"]
 import time
 
 import matplotlib.pyplot as plt
@@ -105,8 +105,7 @@ generated = {
     for name, pipeline in pipelines.items()
 }
 grid = figures.image_grid(generated, [p.replace(" background", "") for p in prompts])
-grid.savefig(as_path(output_dir, "output_dir") / "teacher_and_student.png", dpi=150)
-plt.show()
+figures.show("0.1", save=as_path(output_dir, "output_dir") / "teacher_and_student.png")
 
 
 # %% [markdown]
@@ -149,8 +148,8 @@ for name in pipelines:
     )
 pd.DataFrame(rows).set_index("network")
 
-# %%
-fig, axes = plt.subplots(1, 2, figsize=(8, 2.2), layout="constrained")
+# %% tags=["hide-input"]
+fig, axes = plt.subplots(1, 2, figsize=(figures.WIDTH, 1.9), layout="constrained")
 labels = ["teacher", "student"]
 axes[0].barh(labels, [s / 1e6 for s in sizes.values()], color=figures.COLOURS[:2])
 axes[0].set_xlabel("U-Net parameters (millions)")
@@ -161,7 +160,7 @@ axes[1].barh(labels, medians, xerr=spread, color=figures.COLOURS[:2])
 axes[1].set_xlabel("seconds an image")
 for axis in axes:
     axis.invert_yaxis()
-plt.show()
+figures.show("0.2")
 
 # %% [markdown]
 # Parameters fall further than time does. [The chapter on slimming](01_unet_slimming.ipynb) shows why:
@@ -211,5 +210,5 @@ if teacher == "mini":
 #
 # ## Provenance
 
-# %%
+# %% tags=["hide-input"]
 ledger.this_run(started, budget=budget, teacher=teacher, steps=steps, seeds=str(seeds))

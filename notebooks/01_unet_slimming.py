@@ -41,12 +41,11 @@ plan: str = "kdc"  # the plan whose copies are shown and whose costs are the bud
 seeds: list = None  # seeds of noise, random starts and recovery; None: what the budget says
 output_dir: str = "outputs/01_unet_slimming"  # where figures are kept, and what was measured
 
-# %%
+# %% tags=["hide-input"]
 import inspect
 import itertools
 import time
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Code, display
 
@@ -97,14 +96,14 @@ setup = Setup(pipeline, data, data, Extent(), [], [], None)
 # square is a block, its area what the block costs; the blocks of a student are put where they were
 # in the teacher, and what the plan leaves out is an outline.
 
-# %%
+# %% tags=["hide-input"]
 sd = sd_unet("meta")
 tables = {name: report.blocks_of(sd, name) for name in kdc.PLANS}
 labels = [*(f"{64 >> stage} x {64 >> stage}" for stage in range(4)), "mid-block"]
 areas = {"parameters": "parameters", "multiply-accumulates": "macs"}
 generated = {label: report.side_by_side(tables, cost) for label, cost in areas.items()}
-unets.u_nets(generated, labels).savefig(output / "anatomy.png", dpi=150)
-plt.show()
+unets.u_nets(generated, labels)
+figures.show("1.1", save=output / "anatomy.png")
 
 # %% [markdown]
 # ## Plans
@@ -177,7 +176,7 @@ for name, init in itertools.product(named, ("copy", "random")):
         error = kdc.output_error(student, pipeline, data, seed=seed, **amount).mean()
         errors[name][init] += error / len(run.seeds)
 figures.bars(errors, "output error")
-plt.show()
+figures.show("1.2")
 worse = [name for name, error in errors.items() if error["copy"] >= error["random"]]
 print("copied weights start nearer:", f"NOT for {', '.join(worse)}" if worse else "for every plan")
 
@@ -193,8 +192,8 @@ for name in kdc.PLANS:
     network = kdc.with_unet(pipeline, kdc.slim(pipeline.unet, name))
     start = {"seed": run.seeds[0], "steps": run.sampling}
     images["teacher" if name == "full" else name] = kdc.generate(network, prompts, **start)
-figures.image_grid(images, prompts).savefig(output / "after_the_cut.png", dpi=150)
-plt.show()
+figures.image_grid(images, prompts)
+figures.show("1.3", save=output / "after_the_cut.png")
 
 # %% [markdown]
 # ## The importance of each part
@@ -229,8 +228,7 @@ by_draw = {
     for name, rows in both.items()
 }
 figures.spread_bars(by_draw, "output error without the part")
-plt.savefig(output / "worth.png", dpi=150)
-plt.show()
+figures.show("1.4", save=output / "worth.png")
 
 # %% [markdown]
 # Black lines reach from the smallest to the largest measurement. Bars called *this run* were measured
@@ -241,13 +239,13 @@ plt.show()
 #
 # Timestep 0 is nearly clean, 999 pure noise.
 
-# %%
+# %% tags=["hide-input"]
 maps = {
     name: rows.pivot_table(index="part", columns="timestep", values="error").reindex(PARTS)
     for name, rows in importance.items()
 }
 figures.heat_map(maps, "output error without the part")
-plt.show()
+figures.show("1.5")
 centres = {
     f"mean timestep, {name}": ((table * table.columns).sum(axis=1) / table.sum(axis=1)).round()
     for name, table in maps.items()
@@ -359,15 +357,15 @@ report.last_rounds(results.searched).map("{:.3g}".format)
 # renderings, in the features of the embedded CLIP. Random plans are the control: drawn evenly from
 # those that use the same budget up, another one for every seed.
 
-# %%
+# %% tags=["hide-input"]
 rows, timed = results.rows, results.timed
 axes = {"parameter_ratio": "parameters", "mac_ratio": "multiply-accumulates"}
 axes |= {"latency_ratio": "latency (all over the teacher's)"}
 names = {"output_error": "output error", "accuracy": "accuracy", "fd": "Fréchet distance"}
 names = {measure: label for measure, label in names.items() if measure in rows}
 level = results.teacher.mean().to_dict()
-figures.trade_offs(rows, axes, names, levels=level).savefig(output / "frontier.png", dpi=150)
-plt.show()
+figures.trade_offs(rows, axes, names, levels=level)
+figures.show("1.6", save=output / "frontier.png")
 
 # %%
 summary(rows)
@@ -406,14 +404,13 @@ pd.concat(verdicts).map(lambda x: f"{x:.3g}" if isinstance(x, float) else x)
 # with random weights, all candidates interleaved round by round, so that a busy machine slows all
 # alike. Bars are quartiles of the ratio. (With a teacher of your own, the latency is that teacher's.)
 
-# %%
+# %% tags=["hide-input"]
 named_costs = {"parameters": "parameters", "macs": "multiply-accumulates"}
 tables |= {name: report.blocks_of(sd, one) for name, one in results.followed.items()}
 full = report.costs_of(tables, timed).rename(columns=named_costs)
 quartiles = {"latency": (full["low"], full["high"])}
 figures.dots(full[[*named_costs.values(), "latency"]], "share of the teacher's", quartiles)
-plt.savefig(output / "ratios.png", dpi=150)
-plt.show()
+figures.show("1.7", save=output / "ratios.png")
 full.drop(columns=["low", "high"]).round(3)
 
 # %% [markdown]
@@ -421,13 +418,13 @@ full.drop(columns=["low", "high"]).round(3)
 #
 # Each block's seconds were measured as well. The groups of blocks, by their share of each cost:
 
-# %%
+# %% tags=["hide-input"]
 seconds = report.stored_seconds()
 grouped = tables["full"][["parameters", "macs"]].assign(seconds=seconds[False])
 grouped = grouped.groupby(group_of).sum()
 shares = (grouped / grouped.sum()).drop("the rest").rename(columns=named_costs)
 figures.dots(shares, "share of the whole U-Net's")
-plt.show()
+figures.show("1.8")
 per_mac = (shares["seconds"] / shares["multiply-accumulates"]).sort_values(ascending=False)
 per_mac.rename("share of seconds / share of multiply-accumulates").round(2).to_frame()
 
@@ -439,7 +436,7 @@ per_mac.rename("share of seconds / share of multiply-accumulates").round(2).to_f
 #
 # The found plans, by parameters and seconds:
 
-# %%
+# %% tags=["hide-input"]
 second = {n: one for n, one in results.followed.items() if n.startswith("found")}
 shown = {name: kdc.PLANS[name] for name in ("full", "kdc")} | second
 timings = {n: seconds[one.dropped > 0].reindex(kept_blocks(one)) for n, one in shown.items()}
@@ -447,8 +444,8 @@ generated = {
     "parameters": report.side_by_side({name: tables[name] for name in shown}, "parameters"),
     "seconds": pd.DataFrame(timings).reindex(seconds[False].index),
 }
-unets.u_nets(generated, labels).savefig(output / "found_plans.png", dpi=150)
-plt.show()
+unets.u_nets(generated, labels)
+figures.show("1.9", save=output / "found_plans.png")
 
 # %% [markdown]
 # ## Cut it yourself
@@ -458,7 +455,7 @@ plt.show()
 # Diffusion: the sum of the measured seconds of the blocks that stay. The figure below it is the
 # slider's path.
 
-# %%
+# %% tags=["hide-input"]
 full_costs = stages.full_size_costs()
 display(panel.removal_panel(full_costs, order))
 steps = [full_costs.index.get_loc(subset_of(order[:count])) for count in range(len(order) + 1)]
@@ -466,7 +463,7 @@ path = full_costs.iloc[steps] / full_costs.iloc[0]
 path = path.rename(columns=named_costs)
 path.index = ["nothing", *(f"and {part}" for part in order)]
 figures.dots(path, "share of Stable Diffusion's that is left, when leaving out ...")
-plt.show()
+figures.show("1.10")
 
 # %% [markdown]
 # ### Claim 6: small, fast, and no worse?
@@ -520,5 +517,5 @@ for name in [n for n in results.followed if n.endswith("time")]:
 #
 # ## Provenance
 
-# %%
+# %% tags=["hide-input"]
 ledger.this_run(started, budget=budget, teacher=teacher, plan=plan, seeds=str(run.seeds))

@@ -53,13 +53,12 @@ batch_size: int = None  # images a step; None: what the budget says
 seeds: list = None  # one run of every recipe for each seed; None: what the budget says
 output_dir: str = "outputs/02_distillation_layers"  # checkpoints, students and figures
 
-# %%
+# %% tags=["hide-input"]
 import inspect
 import time
 import warnings
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -114,7 +113,7 @@ picks = np.linspace(0, len(held_back) - 1, 8).astype(int)
 prompts = [held_back.caption(int(i)) for i in picks]
 real = [held_back[int(i)]["image"] for i in picks]
 figures.image_grid({"the images": real}, prompts)
-plt.show()
+figures.show("2.1")
 
 # %% [markdown]
 # ## A teacher that knows them
@@ -143,10 +142,10 @@ else:
     )
     after = kdc.generate(pipeline, prompts, seed=1)
     figures.curves({"task": tuning}, ["task"], smooth=5)
-    plt.show()
+    figures.show("2.1a")
     rows = {"real images": real, "teacher before": before, "after": after}
-    figures.image_grid(rows, prompts).savefig(output / "fine_tuning.png", dpi=150)
-    plt.show()
+    figures.image_grid(rows, prompts)
+    figures.show("2.1b", save=output / "fine_tuning.png")
 
 # %% [markdown]
 # ## Four terms
@@ -194,7 +193,7 @@ scale = {name: t.square().mean().item() for name, t in zip(names, hooks.take(), 
 hooks.close()
 short = {n.replace("_blocks", "").replace("_block", ""): {"": v} for n, v in scale.items()}
 figures.bars(short, "mean square of the hook", log_scale=True)
-plt.show()
+figures.show("2.2")
 
 # %% [markdown]
 # ## Claims 1 and 2: the gradient of each term
@@ -228,13 +227,15 @@ for name in ("corrected", "authors' terms"):
     print(*(f"{name}: {fault}" for fault in pulls[name].faults), sep="\n")
 pd.concat({name: found.terms for name, found in pulls.items()}, axis=1)
 
-# %%
+# %% tags=["hide-input"]
 figures.bars({n: f.terms["share"].to_dict() for n, f in pulls.items()}, "share of the update")
-plt.show()
+figures.show("2.3")
+
+# %% tags=["hide-input"]
 names = list(pulls["corrected"].cosines)
 cosines = {n: f.cosines.reindex(index=names, columns=names) for n, f in pulls.items()}
 figures.heat_map(cosines, "cosine of gradients", log_scale=False)
-plt.show()
+figures.show("2.4")
 
 # %%
 authors = pulls["authors' terms"].terms
@@ -265,11 +266,11 @@ for what in ("value", "gradient_norm"):
 # gradient.* A central difference of step $h$ errs by the order of $h^2$, and not at all for a square,
 # until rounding takes over as $1/h$: on the true gradient it falls with slope 2.
 
-# %%
+# %% tags=["hide-input"]
 panels, limit = report.closed_forms()
 labels = ["temperature", "error that all channels share", "unit of the features", "step $h$"]
 figures.lines(panels, labels, ["semilogx", *["log"] * 3], {"limit": ("closed form", limit)})
-plt.show()
+figures.show("2.5")
 
 
 # %% [markdown]
@@ -312,9 +313,9 @@ for name, weights in recipes.items():
         distances[name].append(distance_to_teacher(student))
         students.setdefault(name, student)
 
-# %%
+# %% tags=["hide-input"]
 figures.curves(logs, ["task", "output", "soft", "feature"], smooth=2)
-plt.show()
+figures.show("2.6")
 
 # %% [markdown]
 # Read the curves with care: a recipe that does not enable a term does not log it, and the soft and
@@ -339,8 +340,8 @@ cut = kdc.with_unet(pipeline, kdc.slim(pipeline.unet, plan))
 rows["right after the cut"] = kdc.generate(cut, prompts, seed=1)
 for name, student in students.items():
     rows[name] = kdc.generate(kdc.with_unet(pipeline, student), prompts, seed=1)
-figures.image_grid(rows, prompts).savefig(output / "students.png", dpi=150)
-plt.show()
+figures.image_grid(rows, prompts)
+figures.show("2.7", save=output / "students.png")
 
 # %% [markdown]
 # ## The study: what each layer is good for
@@ -368,16 +369,18 @@ summary(rows)
 # Means with Student's 95 % intervals over seeds. The curves of the main recipes, each the mean of
 # its seeds with their range:
 
-# %%
+# %% tags=["hide-input"]
 main = {name: curves[name] for name in report.MAIN}
-figures.curves(main, ["task", "output", "soft", "feature"], smooth=4).savefig(output / "curves.png")
-plt.show()
+figures.curves(main, ["task", "output", "soft", "feature"], smooth=4)
+figures.show("2.8", save=output / "curves.png")
+
+# %% tags=["hide-input"]
 figures.heat_map(
     {"of the way from the task alone to the teacher": report.gap_closed(rows, goal).clip(-1, 1)},
     "1: the teacher, 0: the task alone, below: worse",
     log_scale=False,
-).savefig(output / "gap.png")
-plt.show()
+)
+figures.show("2.9", save=output / "gap.png")
 
 # %% [markdown]
 # ### Claims 3 and 4
@@ -424,11 +427,11 @@ laid_out(pd.concat(check(rows, report.CLAIMS[part]) for part in report.FURTHER))
 # Images of each recipe, from the same prompts, noise and seed. No training image shows the last
 # four combinations.
 
-# %%
+# %% tags=["hide-input"]
 if budget != "full" and teacher == "mini":
     generated, asked = report.shown()
-    figures.image_grid(generated, asked, scale=0.8).savefig(output / "recipes.png", dpi=150)
-    plt.show()
+    figures.image_grid(generated, asked, scale=0.8)
+    figures.show("2.10", save=output / "recipes.png")
 
 # %% [markdown]
 # ### Claim 6: the step
@@ -470,7 +473,7 @@ pd.concat({k: pd.DataFrame(v["contenders"]).T.reindex(columns=kept) for k, v in 
 #
 # ## Provenance
 
-# %%
+# %% tags=["hide-input"]
 ledger.this_run(
     started,
     budget=budget,

@@ -57,12 +57,11 @@ batch_size: int = None  # new images a step; None: what the budget says
 seeds: list = None  # one run of every strategy for each seed; None: what the budget says
 output_dir: str = "outputs/03_replay"  # rows, students and figures
 
-# %%
+# %% tags=["hide-input"]
 import inspect
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -137,7 +136,7 @@ picks = [
     task.prompts[i] for task in tasks for i in np.linspace(0, len(task.prompts) - 1, 4, dtype=int)
 ]
 figures.image_grid({"teacher": kdc.generate(pipeline, picks, seed=1)}, picks)
-plt.show()
+figures.show("3.1")
 
 # %% [markdown]
 # ## A buffer, in bytes
@@ -197,7 +196,7 @@ for policy in ("reservoir", "class_balanced", "fifo"):
         counts += np.bincount(buffer.items()["label"], minlength=3) / 20
     held[policy] = {f"class of {n}": c for n, c in zip((400, 150, 50), counts, strict=True)}
 figures.bars(held, "items of 30 that the buffer holds")
-plt.show()
+figures.show("3.2")
 
 # %% [markdown]
 # ## Nine ways to learn the second task
@@ -260,9 +259,9 @@ rows = study.study(
 lines = report.table(rows)
 summary(lines, [m for m in report.MEASURES if m in lines and "leak" not in m])
 
-# %%
+# %% tags=["hide-input"]
 figures.heat_map(report.mean_matrices(rows, "output_error"), "output error", log_scale=False)
-plt.show()
+figures.show("3.3")
 
 # %% [markdown]
 # Each map is one matrix: a row after every task, a column for every task. Forgetting is a first
@@ -275,8 +274,8 @@ names = [task.name for task in tasks]
 generated |= buffers.generated_after(
     kept_in, "here", "as given", run.seeds[0], names, trials, len(picks)
 )
-figures.image_grid(generated, picks).savefig(output / "forgetting.png", dpi=150)
-plt.show()
+figures.image_grid(generated, picks)
+figures.show("3.4", save=output / "forgetting.png")
 
 # %% [markdown]
 # ## The study
@@ -310,15 +309,15 @@ lines.groupby("candidate", sort=False)[measures].mean().round(3)
 # %% [markdown]
 # And the mean matrix over the seeds of the first order, of the same score:
 
-# %%
+# %% tags=["hide-input"]
 figures.heat_map(report.mean_matrices(rows, metric), metric, log_scale=False)
-plt.show()
+figures.show("3.5")
 
-# %%
+# %% tags=["hide-input"]
 if not own:
     strips, asked = report.shown()
-    figures.image_grid(strips, asked, scale=0.8).savefig(output / "strategies.png", dpi=150)
-    plt.show()
+    figures.image_grid(strips, asked, scale=0.8)
+    figures.show("3.6", save=output / "strategies.png")
 
 # %% [markdown]
 # ### Claims 1 to 4
@@ -358,15 +357,15 @@ laid_out(report.check_stage("domains" if metric == "accuracy" else "photos", lin
 # forward and backward. Seconds are those of the second task (`python -m benchmarks.strategies`);
 # `joint` does what `finetune` does, so its ratio tells the noise.
 
-# %%
+# %% tags=["hide-input"]
 costs = lines.assign(kilobytes=lines["bytes"] / 1e3, thousands=lines["images"] / 1e3)
 lost = f"forgetting_{metric}"
 figures.trade_offs(
     costs,
     {"thousands": "thousand images through networks", "kilobytes": "kilobytes kept"},
     {lost: f"forgetting, {metric}", f"new_{metric}": f"new task, {metric}"},
-).savefig(output / "frontier.png", dpi=150)
-plt.show()
+)
+figures.show("3.7", save=output / "frontier.png")
 timed = pd.DataFrame(ledger.read("strategy_seconds")).T["ratio"]
 shown = costs.groupby("candidate", sort=False)[["thousands", "kilobytes", lost]].mean()
 shown.assign(**{"seconds over finetune's": timed}).round(2)
@@ -385,7 +384,7 @@ shown.assign(**{"seconds over finetune's": timed}).round(2)
 # one of the buffer rather than one of as many held-out images; without leakage it is .5 on average.
 # Right: accuracy on both tasks against the number of old images that go with each new one.
 
-# %%
+# %% tags=["hide-input"]
 every = {stage: report.table(report.stored(stage)) for stage in report.BESIDE}
 kinds = {"reservoir": "", "int8": "int8", "class_balanced": "class_balanced", "fifo": "fifo"}
 panels = {
@@ -399,8 +398,8 @@ figures.lines(
     ["bytes of the buffer", "bytes of the buffer", "old images for each new one"],
     ["semilogx"] * 3,
     {"leakage": ("strangers", 0.5), "forgetting, accuracy": ("finetune", without)},
-).savefig(output / "buffers.png", dpi=150)
-plt.show()
+)
+figures.show("3.8", save=output / "buffers.png")
 
 # %%
 laid_out(pd.concat(report.check_stage(stage, every[stage]) for stage in ("buffers", "ratios")))
@@ -447,14 +446,14 @@ laid_out(report.check_stage("teachers", every["teachers"]))
 # rate at which fine-tuning forgets (chosen by that alone, on another seed). Then six flowers are learnt
 # one after the other, 40 steps each, with the recipe's loss and 48 items; every seed has its own order.
 
-# %%
+# %% tags=["hide-input"]
 found = report.along(report.stored("classes"), "accuracy")
 tables = {s: report.table(report.stored(s)) for s in ("plain", "classes", "photos")}
 display(summary(tables["plain"], measures))
 panels = {"accuracy so far, by strategy": {name: found[name] for name in variants.IN_CLASSES}}
 panels["by policy"] = {name: line for name, line in found.items() if name.startswith("replay")}
 figures.lines(panels, ["classes learnt"] * 2)
-plt.show()
+figures.show("3.9")
 laid_out(pd.concat(report.check_stage(stage, tables[stage]) for stage in ("plain", "classes")))
 
 # %% [markdown]
@@ -470,11 +469,11 @@ laid_out(pd.concat(report.check_stage(stage, tables[stage]) for stage in ("plain
 # photographs, so the scores are output error and the Fréchet distance of 128 generated images to the
 # photographs of their half.
 
-# %%
+# %% tags=["hide-input"]
 if not own:
     strips, asked = report.shown("photos")
-    figures.image_grid(strips, asked, scale=0.8).savefig(output / "photos.png", dpi=150)
-    plt.show()
+    figures.image_grid(strips, asked, scale=0.8)
+    figures.show("3.10", save=output / "photos.png")
 found = [f"{w}_{m}" for m in ("fd", "output_error") for w in ("old", "new", "forgetting")]
 display(summary(tables["photos"], found))
 laid_out(report.check_stage("photos", tables["photos"]))
@@ -499,7 +498,7 @@ laid_out(report.check_stage("photos", tables["photos"]))
 #
 # ## Provenance
 
-# %%
+# %% tags=["hide-input"]
 ledger.this_run(
     started,
     budget=budget,

@@ -31,11 +31,10 @@ steps: int = None  # sampling steps of the table measured here; None: what the b
 seeds: list = None  # every prompt is drawn once for each seed; None: what the budget says
 output_dir: str = "outputs/04_evaluation"  # figures
 
-# %%
+# %% tags=["hide-input"]
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import display
@@ -99,8 +98,8 @@ picks += rare if known else []
 generated = {
     name: kdc.generate(one, picks, seed=1, steps=run.steps) for name, one in candidates.items()
 }
-figures.image_grid(generated, picks).savefig(output / "images.png", dpi=150)
-plt.show()
+figures.image_grid(generated, picks)
+figures.show("4.1", save=output / "images.png")
 
 # %% [markdown]
 # ## The table, here
@@ -184,8 +183,7 @@ if known:
     curves = report.frontier(found, clock)
     lines = {s: report.curves_of(curves, s) for s in ("accuracy", "clip")}
     figures.lines(lines, ["seconds an image"] * 2, ["semilogx"] * 2)
-    plt.savefig(output / "frontier.png", dpi=150)
-    plt.show()
+    figures.show("4.2", save=output / "frontier.png")
 
 # %%
 if known:
@@ -242,14 +240,14 @@ report.verdicts(equal)
 # The named plans and those that the search of the chapter on slimming found, after equal recovery,
 # against what they hold and what they cost at full size (stored rows of that chapter).
 
-# %%
+# %% tags=["hide-input"]
 rows = report.plans()
 figures.trade_offs(
     rows,
     {"parameter_ratio": "parameters / teacher's", "latency_ratio": "full-size latency / teacher's"},
     {"accuracy": "accuracy", "fd": "Fréchet distance"},
-).savefig(output / "plans.png", dpi=150)
-plt.show()
+)
+figures.show("4.3", save=output / "plans.png")
 
 # %% [markdown]
 # ## The paper's table beside ours
@@ -277,7 +275,7 @@ report.beside_the_paper()
 #
 # ## Provenance
 
-# %%
+# %% tags=["hide-input"]
 ledger.this_run(
     started,
     budget=budget,

@@ -41,7 +41,6 @@ output_dir: str = "outputs/05_full_scale"  # latents, teacher, student, sequence
 # %% tags=["hide-input"]
 import time
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown, display
 
@@ -244,8 +243,8 @@ drawn = {
     name: list(kdc.generate(one, asked, steps=run.sampling_steps, progress=False))
     for name, one in (("teacher", pipeline), ("student", mine))
 }
-figures.image_grid(drawn, asked).savefig(output / "images.png", dpi=150)
-plt.show()
+figures.image_grid(drawn, asked)
+figures.show("5.1", save=output / "images.png")
 
 # %% [markdown]
 # At `quick` teacher and student have seen a handful of updates, so the figure shows that the way works and
@@ -290,7 +289,7 @@ print("\n".join((folder / "README.md").read_text().splitlines()[:24]))
 if teacher == "mini":
     strips, captions = replay.shown("species")
     figures.image_grid(strips, captions, scale=0.8)
-    plt.show()
+    figures.show("5.2")
 lines = replay.table(replay.stored("species"))
 measures = ["old_species", "new_species", "forgetting_species"]
 display(summary(lines, measures))

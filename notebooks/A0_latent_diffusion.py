@@ -97,7 +97,7 @@ rows = {
     for i, each in zip(shown, channels, strict=True)
 }
 figures.image_grid(rows, ["image", *[f"channel {c}" for c in range(4)], "decoded"])
-plt.show()
+figures.show("A0.1")
 
 # %% [markdown]
 # ## 2. Noise: a road from any image to nothing
@@ -128,7 +128,7 @@ rows = {
     for i in shown[:2]
 }
 figures.image_grid(rows, [f"t = {t}" for t in levels])
-plt.show()
+figures.show("A0.2")
 
 # %%
 forward = DDPMScheduler.from_config(scheduler.config)
@@ -194,7 +194,7 @@ for name, texts in asked.items():
 figures.lines({"error of the predicted noise, by caption": curves}, ["timestep"])
 plt.yscale("log")
 plt.ylabel("mean squared error")
-plt.show()
+figures.show("A0.3")
 
 
 # %% [markdown]
@@ -257,8 +257,7 @@ rows = {
     for row, prompt in enumerate(prompts)
 }
 grid = figures.image_grid(rows, [f"step {i + 1}" for i in picks])
-grid.savefig(as_path(output_dir, "output_dir") / "from_noise.png", dpi=150)
-plt.show()
+figures.show("A0.4", save=as_path(output_dir, "output_dir") / "from_noise.png")
 
 # %% [markdown]
 # What the network believes the finished image to be, step by step. Background and composition
@@ -293,7 +292,7 @@ for g in (1.0, 2.0, 7.5):
 for n in (2, 4, 8):
     rows[f"{n} steps"] = kdc.generate(pipeline, many, seed=3, steps=n)
 figures.image_grid(rows, [text.replace(" background", "") for text in many])
-plt.show()
+figures.show("A0.5")
 
 # %% [markdown]
 # Each step costs two calls of the U-Net, which does nearly all of the work. So there are two ways to

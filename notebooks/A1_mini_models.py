@@ -27,7 +27,7 @@ dataset: str = "worlds"  # images for the reconstruction figure: a world or a fo
 steps: int = None  # training steps of every stage on this page; None: what the budget says
 output_dir: str = "outputs/A1_mini_models"  # where the trial training writes
 
-# %%
+# %% tags=["hide-input"]
 import tempfile
 import time
 from pathlib import Path
@@ -74,7 +74,7 @@ output.mkdir(parents=True, exist_ok=True)
 # on them, on any background. What a model generates when asked for one shows whether it has understood
 # that colour and shape are different things.
 
-# %%
+# %% tags=["hide-input"]
 rows = {}
 for world in worlds.WORLDS.values():
     for number, kind in enumerate(world.kinds):
@@ -86,7 +86,7 @@ for world in worlds.WORLDS.values():
             line.append(worlds.render(shown, rng).transpose(2, 0, 1))
         rows[kind] = line
 figures.image_grid(rows, list(worlds.COLOURS), scale=0.95)
-plt.show()
+figures.show("A1.1")
 
 # %%
 for world in worlds.WORLDS.values():
@@ -113,7 +113,7 @@ originals = torch.cat([originals, leaves])
 restored = grades.reconstruct(pipeline, originals)
 quality = [f"{v:.1f} dB" for v in grades.psnr(pipeline, originals)]
 figures.image_grid({"original": originals, "restored": restored}, quality)
-plt.show()
+figures.show("A1.2")
 
 # %% [markdown]
 # ## Why inner blocks idle, and what wakes them
@@ -165,10 +165,10 @@ pd.DataFrame(rows).T
 # levels half of the time, while it is trained. Beforehand it was hoped that one variant brings both
 # the mid-block and stage 3 above a thousandth of the outermost layer.
 
-# %%
+# %% tags=["hide-input"]
 pilots = ledger.read("mini_pilots")
 report.pilot_figure(pilots)
-plt.show()
+figures.show("A1.3")
 report.pilot_table(pilots)
 
 # %% [markdown]
@@ -221,15 +221,16 @@ report.legs_table(second)
 # Each stage ran on the one training loop, `kdc.training.loop.train`, and left a log. The logs that were
 # stored are shipped beside the weights and plotted here.
 
-# %%
+# %% tags=["hide-input"]
 logs = {p.stem: pd.read_csv(p) for p in sorted((pipelines.ASSETS / "logs").glob("*.csv"))}
-figure, axes = plt.subplots(1, len(logs), figsize=(2.6 * len(logs), 2.4), layout="constrained")
-for axis, (name, log) in zip(np.atleast_1d(axes), logs.items(), strict=True):
+size = (figures.WIDTH, 1.9 * -(-len(logs) // 3))
+figure, axes = plt.subplots(-(-len(logs) // 3), 3, figsize=size, layout="constrained")
+for axis, (name, log) in zip(axes.flat, logs.items(), strict=False):
     smooth = log.set_index("step")["loss"].rolling(15, min_periods=1).mean()
     axis.plot(smooth, color=figures.COLOURS[0])
     axis.set(title=name, xlabel="step", yscale="log")
     axis.grid(alpha=0.3)
-plt.show()
+figures.show("A1.4")
 
 # %% [markdown]
 # The same functions, for a handful of steps, here and now. They start from nothing, so what they
@@ -290,7 +291,7 @@ pd.DataFrame(
     }
 )
 
-# %%
+# %% tags=["hide-input"]
 columns = 8
 captions = [worlds.caption(a).replace(" background", "") for a in rare[:columns]]
 right = {
@@ -298,7 +299,7 @@ right = {
     "never trained": generated[len(asked) :][:columns],
 }
 figures.image_grid(right, captions, title="captions are those of the lower row")
-plt.show()
+figures.show("A1.5")
 
 # %% [markdown]
 # ## The grades
@@ -337,7 +338,7 @@ pd.Series(why["ratios"], name=f"distance / baseline, {why['samples']} images").r
 #
 # ## Provenance
 
-# %%
+# %% tags=["hide-input"]
 ledger.this_run(
     started,
     budget=budget,

@@ -25,10 +25,9 @@ budget: str = "quick"  # "quick", "standard" or "full"
 seeds: list = None  # one trial for each seed; None: what the budget says
 output_dir: str = "outputs/A2_metrics_on_trial"  # figures
 
-# %%
+# %% tags=["hide-input"]
 import time
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
@@ -69,8 +68,8 @@ rows = {}
 for fault, (spoil, doses) in study.FAULTS.items():
     rows[fault] = spoil(shown, doses[-2], torch.Generator().manual_seed(1)).images
 captions = [worlds.caption(a) for a in shown.asked]
-figures.image_grid({"no fault": shown.images, **rows}, captions).savefig(output / "faults.png")
-plt.show()
+figures.image_grid({"no fault": shown.images, **rows}, captions)
+figures.show("A2.1", save=output / "faults.png")
 
 # %% [markdown]
 # ## The test, small
@@ -89,11 +88,11 @@ here.groupby(["fault", "dose"], sort=False)[list(study.SCORES)].mean().round(3)
 # plotted as their negative. Each is scaled to what it ranges over in the whole test, so 0 is the worst
 # that was ever seen.
 
-# %%
+# %% tags=["hide-input"]
 stored = ledger.read("metrics_trial")
 rows = pd.DataFrame(stored["rows"]) if budget == "quick" else here
-figures.doses(report.scaled(rows), list(study.SCORES)).savefig(output / "doses.png", dpi=150)
-plt.show()
+figures.doses(report.scaled(rows), list(study.SCORES))
+figures.show("A2.2", save=output / "doses.png")
 
 # %%
 found = report.verdicts(rows)
@@ -130,7 +129,7 @@ wide.loc[rows["fault"].unique(), list(study.SCORES)]
 # half of the time. Two Gaussians in 16 dimensions show it, because their distance is known: equal ones
 # have 0, and where the means are 1 apart the Fréchet distance is 1. `study.bias` samples them again.
 
-# %%
+# %% tags=["hide-input"]
 gaussians = pd.DataFrame(stored["gaussians"])
 means = gaussians.groupby(["pair", "count"])[["fd", "kid"]].mean()
 counts = means.loc["equal"].index.tolist()
@@ -142,8 +141,8 @@ panels["equal Gaussians, KID"] = {"KID": (counts, means.loc["equal", "kid"].toli
 truth = {"equal Gaussians": 0.0, "shifted Gaussians": 1.0, "equal Gaussians, KID": 0.0}
 figures.lines(
     panels, ["samples"] * 3, ["semilogx"] * 3, {k: ("truth", v) for k, v in truth.items()}
-).savefig(output / "bias.png", dpi=150)
-plt.show()
+)
+figures.show("A2.3", save=output / "bias.png")
 
 # %%
 spread = gaussians.groupby(["pair", "count"])[["fd", "kid"]].agg(["mean", "std"])
@@ -195,5 +194,5 @@ pd.DataFrame(baselines).T.rename_axis("real against real, images")
 #
 # ## Provenance
 
-# %%
+# %% tags=["hide-input"]
 ledger.this_run(started, budget=budget, seeds=str(run.seeds))

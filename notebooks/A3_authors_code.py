@@ -40,7 +40,6 @@ output_dir: str = "outputs/A3_authors_code"  # figures
 import contextlib
 import time
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -167,10 +166,7 @@ errors = [(f - g).square().mean() for f, g in zip(ours, theirs, strict=True)]
 feature = sum(errors)
 by_block = {name: error.item() for (name, _), error in zip(pairs, errors, strict=True)}
 figures.bars({name: {"raw error": error} for name, error in by_block.items()}, "raw squared error")
-plt.xticks(rotation=45, ha="right")
-plt.title("The raw feature errors of a freshly cut student")
-plt.savefig(output / "features.png", dpi=150, bbox_inches="tight")
-plt.show()
+figures.show("A3.1", save=output / "features.png")
 print(f"sum {feature.item():.3f}, mean {feature.item() / len(errors):.3f}")
 
 # %% [markdown]

@@ -25,7 +25,7 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            shared = file.endswith(("test_notebooks.py", "test_book.py"))
+            shared = file.endswith(("test_notebooks.py", "test_book.py", "test_browser.py"))
             return "notebooks" if shared else file
 
     return ByFile(config, log)
@@ -76,9 +76,15 @@ def executed():
     return run
 
 
+def pytest_addoption(parser):
+    parser.addoption("--book", type=Path, help="the pages of a book that was built before")
+
+
 @pytest.fixture(scope="session")
-def html(executed) -> Path:
+def html(executed, pytestconfig) -> Path:
     """The folder of the strictly built book."""
+    if built := pytestconfig.getoption("--book"):
+        return built.resolve()
     for notebook in book.notebooks():
         executed(notebook)
     return book.build().parent

@@ -44,6 +44,7 @@ LANGUAGE = {
     "nbconvert_exporter": "python",
     "pygments_lexer": "ipython3",
 }
+FIGURE = "kdc"  # the metadata of `studies.figures.show`
 PATHS = ("dataset", "teacher", "output_dir")  # parameters that may name a file or folder
 LINK = re.compile(r"\]\(<?([^)\s>#]+)|\bsrc=[\"']([^\"'#]+)")
 
@@ -207,11 +208,38 @@ def stage(source: Path = EXECUTED) -> None:
     for page in (*NOTEBOOKS.glob("*.md"), NOTEBOOKS / "references.bib"):
         shutil.copy(page, STAGE / "notebooks" / page.name)
     for path in notebooks():
-        notebook = clean(read_executed(path.name, source))
+        notebook = with_figures(clean(read_executed(path.name, source)))
         nbformat.write(notebook, STAGE / "notebooks" / path.name)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 copy_linked(cell.source, NOTEBOOKS)
+
+
+def with_figures(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Tell the book of each figure that `studies.figures.show` showed: caption, size, description.
+
+    In JupyterLab the caption is an output of its own; here it belongs to the figure. Raises
+    `BookError` where a cell shows two: the book has one caption a cell.
+    """
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        notes = [output.get("metadata", {}).get(FIGURE) for output in outputs]
+        shown = [note for note in notes if isinstance(note, dict)]
+        if not shown:
+            continue
+        if len(shown) > 1:
+            numbers = ", ".join(note.figure for note in shown)
+            raise BookError(f"one cell shows the figures {numbers}: split it")
+        figure = shown[0]
+        cell.outputs = [o for o, note in zip(outputs, notes, strict=True) if note != "caption"]
+        cell.metadata["mystnb"] = {
+            "image": {"alt": figure.alt},
+            "figure": {
+                "caption": f"**Figure {figure.figure}.** {figure.caption}",
+                "name": f"figure-{figure.figure.lower().replace('.', '-')}",
+            },
+        }
+    return notebook
 
 
 def copy_linked(text: str, folder: Path) -> None:

@@ -1,12 +1,14 @@
-"""Arrays in, matplotlib figures out. Imports no other module of the library."""
+"""Arrays in, matplotlib figures out, and how these are shown; nothing else of the library."""
 
-from studies.figures.colours import COLOURS
+from studies.figures.colours import COLOURS, WIDTH
 from studies.figures.curves import bars, curves, doses, lines
 from studies.figures.images import image_grid
+from studies.figures.show import show
 from studies.figures.tables import dots, heat_map, spread_bars, trade_offs
 
 __all__ = [
     "COLOURS",
+    "WIDTH",
     "bars",
     "curves",
     "doses",
@@ -14,6 +16,7 @@ __all__ = [
     "heat_map",
     "lines",
     "image_grid",
+    "show",
     "spread_bars",
     "trade_offs",
 ]

@@ -8,6 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from studies.figures.colours import WIDTH
+
 
 def _as_image(image) -> np.ndarray:
     """(3, H, W) uint8, or (3, H, W) float in [-1, 1], to an (H, W, 3) image."""
@@ -23,12 +25,19 @@ def image_grid(
     scale: float = 1.25,
     title: str | None = None,
 ) -> Figure:
-    """Named rows of images (3, H, W), with a caption above each column."""
+    """Named rows of images (3, H, W), with a caption above each column.
+
+    `scale`: the side of an image in inches, less where the page is too narrow for it.
+    """
     columns = max(len(images) for images in rows.values())
+    margin = min(1.2, 0.3 + 0.07 * max(len(line) for name in rows for line in name.split("\n")))
+    scale = min(scale, (WIDTH - margin) / columns)
+    wrapped = [_wrap(caption, max(8, int(15 * scale))) for caption in captions or ()]
+    above = 0.16 * max((text.count("\n") + 1 for text in wrapped), default=0)
     figure, axes = plt.subplots(
         len(rows),
         columns,
-        figsize=(columns * scale + 1.2, len(rows) * scale + (0.5 if captions else 0.1)),
+        figsize=(columns * scale + margin, len(rows) * scale + above + (0.3 if title else 0.1)),
         squeeze=False,
         layout="constrained",
     )
@@ -38,11 +47,12 @@ def image_grid(
             axis.spines[:].set_visible(False)
         for axis, image in zip(line, images, strict=False):
             axis.imshow(_as_image(image), interpolation="nearest")
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
-    for axis, caption in zip(axes[0], captions or (), strict=False):
-        axis.set_title(_wrap(caption, max(10, int(13 * scale))), fontsize=7)
+        name = name if "\n" in name else _wrap(name, 16)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8, labelpad=6)
+    for axis, caption in zip(axes[0], wrapped, strict=False):
+        axis.set_title(caption, fontsize=8)
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title)
     return figure
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from studies.figures.colours import COLOURS
+from studies.figures.colours import COLOURS, HATCHES, WIDTH, looks
 
 
 def spread_bars(draws: Mapping[str, pd.DataFrame], xlabel: str, log_scale: bool = True) -> Figure:
@@ -21,14 +21,15 @@ def spread_bars(draws: Mapping[str, pd.DataFrame], xlabel: str, log_scale: bool 
     order of the first table's, the last one on top.
     """
     rows = next(iter(draws.values())).index
-    figure, axis = plt.subplots(figsize=(7.5, 0.36 * len(rows) + 1.1), layout="constrained")
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.36 * len(rows) + 1.1), layout="constrained")
     height = 0.8 / len(draws)
     for index, (name, table) in enumerate(draws.items()):
         table = table.loc[rows]
         mean = table.mean(axis=1)
         places = np.arange(len(rows)) + ((len(draws) - 1) / 2 - index) * height
         ends = [mean - table.min(axis=1), table.max(axis=1) - mean]
-        axis.barh(places, mean, height * 0.92, color=COLOURS[index], label=name, xerr=ends)
+        style = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "white"}
+        axis.barh(places, mean, height * 0.92, label=name, xerr=ends, ecolor="black", **style)
     axis.set_yticks(range(len(rows)), rows, fontsize=9)
     axis.set_xlabel(xlabel)
     axis.set_xscale("log" if log_scale else "linear")
@@ -48,10 +49,10 @@ def dots(
 
     `spread` gives a column the lower and upper ends of bars, in the order of the rows.
     """
-    figure, axis = plt.subplots(figsize=(7.5, 0.27 * len(table) + 1.1), layout="constrained")
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.27 * len(table) + 1.1), layout="constrained")
     places = np.arange(len(table))
-    for (name, values), colour, mark in zip(
-        table.items(), COLOURS * 3, itertools.cycle("osD^v"), strict=False
+    for (name, values), (colour, _, mark, _) in zip(
+        table.items(), looks(table.shape[1]), strict=True
     ):
         bars = None
         if spread and name in spread:
@@ -68,30 +69,58 @@ def dots(
 
 
 def heat_map(tables: Mapping[str, pd.DataFrame], label: str, log_scale: bool = True) -> Figure:
-    """Tables with the same rows as colours on one scale, side by side, their columns along x."""
+    """Tables with the same rows as colours on one scale, side by side, their columns along x.
+
+    Signed values have a map of two colours with white at 0. The cells of small tables have their
+    values written in.
+    """
     rows, widest = (max(table.shape[i] for table in tables.values()) for i in (0, 1))
-    least = 3.0 if len(tables) < 4 else 1.5
+    labels = 0.3 + 0.07 * max(len(str(name)) for t in tables.values() for name in t.index)
+    wide = max(3.0 if len(tables) < 4 else 1.2, 0.42 * widest)
+    columns = max(1, min(len(tables), int((WIDTH - 1.0 - labels) / wide)))
+    lines = -(-len(tables) // columns)
     figure, axes = plt.subplots(
-        1,
-        len(tables),
-        figsize=(max(least, 0.42 * widest) * len(tables) + 2.3, 0.27 * rows + 1.3),
+        lines,
+        columns,
+        figsize=(min(WIDTH, wide * columns + labels + 1.0), (0.27 * rows + 1.0) * lines + 0.3),
         squeeze=False,
         sharey=True,
         layout="constrained",
     )
-    values = np.concatenate([table.to_numpy().ravel() for table in tables.values()])
-    scale = matplotlib.colors.LogNorm if log_scale else matplotlib.colors.Normalize
-    norm = scale(np.nanmin(values), np.nanmax(values))
-    for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
-        image = axis.imshow(table.to_numpy(), aspect="auto", cmap="viridis", norm=norm)
-        axis.set_yticks(range(len(table)), table.index, fontsize=9)
+    for axis in axes.flat[len(tables) :]:
+        axis.set_axis_off()
+    values = np.concatenate([table.to_numpy(float).ravel() for table in tables.values()])
+    low, high = np.nanmin(values), np.nanmax(values)
+    signed = low < 0 < high
+    colours = "PuOr_r" if signed else "viridis"
+    if signed:
+        norm = matplotlib.colors.CenteredNorm(0, max(-low, high))
+    else:
+        scale = matplotlib.colors.LogNorm if log_scale else matplotlib.colors.Normalize
+        norm = scale(low, high)
+    for axis, (title, table) in zip(axes.flat, tables.items(), strict=False):
+        image = axis.imshow(table.to_numpy(float), aspect="auto", cmap=colours, norm=norm)
+        if not log_scale and widest <= 8 and len(tables) < 4:
+            _write_values(axis, table.to_numpy(float), image)
+        axis.set_yticks(range(len(table)), table.index)
         texts = [str(name) for name in table.columns]
         turn = 90 if sum(map(len, texts)) > 5 * len(texts) else 0  # else they would touch
         axis.set_xticks(range(len(texts)), texts, fontsize=8, rotation=turn)
         axis.set_xlabel(table.columns.name)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title)
     figure.colorbar(image, ax=axes, label=label)
     return figure
+
+
+def _write_values(axis, values: np.ndarray, image) -> None:
+    """Each value in its cell, black or white, whichever is read better there."""
+    for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
+        red, green, blue, _ = image.cmap(image.norm(value))
+        dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45
+        style = {"ha": "center", "va": "center", "fontsize": 8}
+        axis.text(column, row, f"{value:.2f}", color="white" if dark else "black", **style)
 
 
 def trade_offs(
@@ -112,7 +141,7 @@ def trade_offs(
     figure, axes = plt.subplots(
         len(measures),
         len(costs),
-        figsize=(3.3 * len(costs), 2.6 * len(measures) + 0.6),
+        figsize=(min(WIDTH, 3.7 * len(costs)), 2.5 * len(measures) + 0.8),
         squeeze=False,
         sharey="row",
         sharex="col",
@@ -121,7 +150,8 @@ def trade_offs(
     families = {name.partition(": ")[0] for name in rows["candidate"] if ": " in name}
     marks = dict(zip(sorted(families - {control}), "D^sv", strict=False))
     wanted = [name.rpartition(": ")[2] for name in dict.fromkeys(rows["candidate"])]
-    shades = dict(zip(dict.fromkeys(wanted), COLOURS * 3, strict=False))
+    unique = list(dict.fromkeys(wanted))
+    shades = dict(zip(unique, looks(len(unique)), strict=True))
     for line, (measure, label) in zip(axes, measures.items(), strict=True):
         for axis, cost in zip(line, costs, strict=True):
             crosses = itertools.cycle("x+")
@@ -129,14 +159,14 @@ def trade_offs(
                 x, y = group[cost], group[measure]
                 family, _, name = candidate.rpartition(": ")
                 if candidate.startswith(control):
-                    axis.plot(x, y, next(crosses), color="#999999", ms=6, label=candidate)
+                    axis.plot(x, y, next(crosses), color="#767676", ms=6, label=candidate)
                     continue
                 axis.errorbar(
                     [x.mean()],
                     [y.mean()],
                     [[y.mean() - y.min()], [y.max() - y.mean()]],
-                    fmt=marks.get(family, "o"),
-                    color=shades[name],
+                    fmt=marks.get(family) or (shades[name][2] if not families else "o"),
+                    color=shades[name][0],
                     label=candidate,
                 )
             if levels and measure in levels:
@@ -147,5 +177,5 @@ def trade_offs(
         axis.set_xlabel(label)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     named = dict(zip(labels, handles, strict=True))
-    figure.legend(named.values(), named, loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(named.values(), named, loc="outside lower center", ncols=4, fontsize=8)
     return figure

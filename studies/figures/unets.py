@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from studies.figures import COLOURS
+from studies.figures.colours import COLOURS
+from studies.figures.colours import WIDTH as COLUMN
 
 STAGES = 4
 WAY_UP = 6  # the column at which the way up begins
@@ -35,7 +36,7 @@ def _place(block: str) -> tuple[float, float, str] | None:
 
 
 def u_nets(
-    costs: Mapping[str, pd.DataFrame], rows: Sequence[str] = (), width: float = 9.0
+    costs: Mapping[str, pd.DataFrame], rows: Sequence[str] = (), width: float = COLUMN
 ) -> Figure:
     """U-Nets drawn to scale: a square a block, as large as its share of one of the costs.
 
@@ -74,7 +75,7 @@ def u_nets(
             axis.set(xlim=(-0.6 - left, WIDTH - 0.4), ylim=(HEIGHT - 0.45, -0.55), aspect="equal")
             axis.axis("off")
             share = table[name].sum() / whole.sum()
-            axis.set_title(f"{name}: {share:.0%} of the {cost}", fontsize=9)
+            axis.set_title(f"{name}: {share:.0%} of the {cost}", fontsize=8.5)
             for row, label in enumerate(() if column else rows):
                 axis.text(-0.75, row, label, fontsize=8, ha="right", va="center", color=COLOURS[5])
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (*SHADES.values(), COLOURS[5])]
