@@ -20,7 +20,7 @@ help: ## this list
 	@touch $@
 
 book: .venv/.ready ## run every notebook at the quick budget and build the HTML book
-	$(BIN)/python tools/book.py all
+	$(BIN)/python tools/book.py all $(if $(REPOSITORY),--repository "$(REPOSITORY)") $(if $(ADDRESS),--address "$(ADDRESS)")
 
 check: .venv/.ready ## lint, spelling, types, and the quick tests that need no notebook, in minutes
 	$(BIN)/ruff check .
@@ -37,7 +37,7 @@ test: .venv/.ready ## all of check, every notebook at the quick budget, the stri
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: .venv/.ready ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
+	JUPYTER_CONFIG_PATH=tools/jupyter $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
 
 # glibc gives large blocks back to the system after every step and faults them in again, which costs
 # time in every training step on a CPU.

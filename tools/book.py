@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import html
 import re
 import shutil
 import subprocess
@@ -46,6 +47,7 @@ LANGUAGE = {
 }
 FIGURE = "kdc"  # the metadata of `studies.figures.show`
 PATHS = ("dataset", "teacher", "output_dir")  # parameters that may name a file or folder
+MAP = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<file>notebooks/images/method\.svg)\)")
 LINK = re.compile(r"\]\(<?([^)\s>#]+)|\bsrc=[\"']([^\"'#]+)")
 
 
@@ -204,6 +206,9 @@ def stage(source: Path = EXECUTED) -> None:
     (STAGE / "notebooks").mkdir(parents=True)
     for name in ("_toc.yml", "_config.yml", "README.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, STAGE / name)
+    shutil.copytree(NOTEBOOKS / "_static", STAGE / "_static")
+    first = STAGE / "README.md"
+    first.write_text(MAP.sub(in_the_page, first.read_text("utf-8")), "utf-8")
     copy_linked((ROOT / "README.md").read_text("utf-8"), ROOT)
     for page in (*NOTEBOOKS.glob("*.md"), NOTEBOOKS / "references.bib"):
         shutil.copy(page, STAGE / "notebooks" / page.name)
@@ -242,6 +247,15 @@ def with_figures(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
+def in_the_page(image: re.Match) -> str:
+    """A drawing as part of the page, in which its links work; as a picture they would not."""
+    drawing = (ROOT / image["file"]).read_text("utf-8")
+    drawing = drawing[drawing.index("<svg") :]
+    label = html.escape(" ".join(image["alt"].split()))
+    drawing = drawing.replace("<svg", f'<svg role="group" aria-label="{label}"', 1)
+    return f'```{{raw}} html\n<div class="map">{drawing}</div>\n```'
+
+
 def copy_linked(text: str, folder: Path) -> None:
     """Copy the project's files that a page links to or shows; the strict build asks for each."""
     for link in LINK.findall(text):
@@ -252,13 +266,46 @@ def copy_linked(text: str, folder: Path) -> None:
             shutil.copy(path, copy)
 
 
-def build(source: Path = EXECUTED) -> Path:
-    """Build the HTML book; any warning fails it. Returns its first page."""
+def publish(repository: str | None, address: str | None) -> None:
+    """Tell the staged book where its source and its pages lie on the net.
+
+    `repository`, an address such as https://HOST/OWNER/NAME, gives every page links to its source
+    and to issues, and buttons that open it on Binder and Colab. `address` is that of the pages.
+    """
+    path = STAGE / "_config.yml"
+    config = yaml.safe_load(path.read_text("utf-8"))
+    if repository:
+        config["repository"] = {"url": repository.rstrip("/"), "branch": "main"}
+        config["html"] |= {"use_repository_button": True, "use_issues_button": True}
+        config["launch_buttons"] |= {
+            "notebook_interface": "jupyterlab",
+            "binderhub_url": "https://mybinder.org",
+            "colab_url": "https://colab.research.google.com",
+        }
+    if address:
+        config["sphinx"]["config"]["ogp_site_url"] = address.rstrip("/") + "/"
+    path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), "utf-8")
+
+
+def lighten(pages: Path) -> None:
+    """Take out what no page loads: maps of the theme's sources, and its list of translations."""
+    for file in (pages / "_static").rglob("*.map"):
+        file.unlink()
+    shutil.rmtree(pages / "_static" / "locales", ignore_errors=True)
+
+
+def build(
+    source: Path = EXECUTED, repository: str | None = None, address: str | None = None
+) -> Path:
+    """Build the HTML book; any warning fails it. Returns its first page. See `publish`."""
     stage(source)
+    if repository or address:
+        publish(repository, address)
     command = [Path(sys.executable).with_name("jupyter-book"), "build", STAGE]
     done = subprocess.run([*command, "-W", "-n", "--keep-going"])
     if done.returncode != 0:
         raise BookError("the book has warnings or errors, see above")
+    lighten(INDEX.parent)
     (INDEX.parent / ".nojekyll").touch()  # else pages servers leave out folders such as _static
     return INDEX
 
@@ -289,6 +336,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--source", type=Path, default=EXECUTED, help="where `build` finds executed notebooks"
     )
+    parser.add_argument("--repository", help="the address of the source, for links and buttons")
+    parser.add_argument("--address", help="the address of the published pages, for shared links")
     options = parser.parse_args(arguments)
     try:
         parameters = {name: as_value(name, value) for name, value in options.parameters}
@@ -299,7 +348,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.command == "keep":
             keep(options.only)
         if options.command in ("build", "all"):
-            print(f"The book is ready: {build(options.source)}")
+            first = build(options.source, options.repository, options.address)
+            print(f"The book is ready: {first}")
     except BookError as error:
         sys.exit(f"error: {error}")
 

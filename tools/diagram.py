@@ -1,4 +1,7 @@
-"""Draws the map of the method, `notebooks/images/method.svg`: `python tools/diagram.py`."""
+"""Draws the map of the method, `notebooks/images/method.svg`: `python tools/diagram.py`.
+
+Each box is a link to its chapter, in the book, where the map stands in the page itself.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 FILE = Path(__file__).resolve().parent.parent / "notebooks" / "images" / "method.svg"
+CHAPTERS = {path.stem.split("_")[0]: path.stem for path in FILE.parents[1].glob("*.ipynb")}
 FROZEN, TRAINED, LOSS, DATA = "#dbe7f3", "#d9efdf", "#fbe7cf", "#eeeeee"
 # Each box: centre, size, text, chapter, colour.
 BOXES = {
@@ -69,12 +73,16 @@ def draw() -> Figure:
             (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0.02",
             facecolor=colour, edgecolor="#333333", lw=1.2,
         )  # fmt: skip
+        link = f"notebooks/{CHAPTERS[chapter]}.html"
+        box.set_url(link)
         axis.add_patch(box)
         head, _, rest = text.partition("\n")
         lines = rest.count("\n") + 1
         axis.text(x, y + 0.11 * lines + 0.1, head, fontsize=9.5, weight="bold", ha="center",
-                  va="center")  # fmt: skip
-        axis.text(x, y - 0.14, rest, fontsize=8.5, ha="center", va="center", linespacing=1.25)
+                  va="center", url=link)  # fmt: skip
+        axis.text(
+            x, y - 0.14, rest, fontsize=8.5, ha="center", va="center", linespacing=1.25, url=link
+        )
         axis.text(x + width / 2 - 0.05, y - height / 2 + 0.04, chapter, fontsize=7.5,
                   ha="right", va="bottom", color="#333333")  # fmt: skip
     return figure

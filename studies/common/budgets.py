@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+import difflib
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
+
+from IPython import get_ipython
+
+INJECTED = "# Parameters\n"  # how the cell begins that papermill puts after the notebook's own
 
 
 def settle(budget: str, table: Mapping[str, Mapping], **given) -> SimpleNamespace:
     """The row of `table` for `budget`, with every value of `given` that is not None put over it.
 
-    Raises `ValueError` for an unknown budget or a name that the row does not have, and for a step,
-    batch or seed count that could not be run.
+    Raises `ValueError` for an unknown budget or a name that the row does not have, for a step,
+    batch or seed count that could not be run, and for a parameter that papermill gave and the
+    notebook does not have.
     """
+    session = get_ipython()
+    refuse_unknown(session.user_ns.get("In", []) if session else [])
     if budget not in table:
         raise ValueError(f"unknown budget {budget!r}; the budgets are {', '.join(table)}")
     row = dict(table[budget])
@@ -28,3 +37,31 @@ def settle(budget: str, table: Mapping[str, Mapping], **given) -> SimpleNamespac
             "-y 'seeds: [0, 1, 2]'"
         )
     return SimpleNamespace(**row)
+
+
+def refuse_unknown(cells: Sequence[str]) -> None:
+    """Raise `ValueError` for a name that papermill injected and the cell before it does not have.
+
+    `cells` are the sources of the cells that ran so far. Papermill itself only warns, and the
+    notebook would run with its defaults.
+    """
+    for own, given in zip(cells, cells[1:], strict=False):
+        if not given.startswith(INJECTED):
+            continue
+        known = _assigned(own)
+        if unknown := sorted(_assigned(given) - known):
+            close = difflib.get_close_matches(unknown[0], known, n=1)
+            raise ValueError(
+                f"this notebook has no parameter {', '.join(unknown)}; "
+                + (f"did you mean {close[0]}? " if close else "")
+                + f"it has: {', '.join(sorted(known))}"
+            )
+
+
+def _assigned(source: str) -> set[str]:
+    """The names that a cell assigns."""
+    found = set()
+    for line in ast.parse(source).body:
+        targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+        found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found

@@ -6,7 +6,6 @@ Needs Chromium and playwright; `.ci/run` installs the former. `pytest tests/book
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -14,11 +13,10 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
-from tools import book
+from tools import book, diagram
 
 pytestmark = pytest.mark.book
 WIDTHS = {"desktop": 1400, "phone": 390}
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 SERIOUS = {"serious", "critical"}
 # What the theme says the first time that it is opened.
 HARMLESS = {"Got invalid theme mode: . Resetting to auto."}
@@ -41,7 +39,8 @@ TOO_WIDE = """() => {
 IMAGES = """() => [...document.querySelectorAll('article img')].map(i => ({
   src: i.getAttribute('src').slice(0, 90), alt: (i.getAttribute('alt') || '').trim(),
   width: i.naturalWidth }))"""
-LINKS = """() => [...document.querySelectorAll('a[href]')].map(a => a.href)"""
+LINKS = """() => [...document.querySelectorAll('a[href], svg a')].map(
+  a => a.href.baseVal === undefined ? a.href : new URL(a.href.baseVal, document.baseURI).href)"""
 AXE = """(rules) => {
   [...document.querySelectorAll('.highlight')].slice(2).forEach(e => { e.dataset.more = 'code' });
   return axe.run({exclude: [['[data-more=code]'], ['mjx-container']]}, rules) }"""
@@ -68,17 +67,6 @@ class Visit:
     maths: dict = field(default_factory=dict)
     # Serious violations of axe's rules, by the colour scheme; in the dark of contrast alone.
     violations: dict[str, list[str]] = field(default_factory=dict)
-
-
-@pytest.fixture(scope="session")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if not (program := next(filter(None, map(shutil.which, CHROMIUM)), None)):
-        pytest.skip("no Chromium here: apt-get install chromium")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")
@@ -199,6 +187,13 @@ def test_every_link_leads_somewhere(visits, html):
         return found
 
     assert not faults(visits, broken)
+
+
+def test_the_map_on_the_first_page_leads_to_the_chapters(visits):
+    first = next(visit for visit in visits if visit.page == "README.html")
+    drawn = {box[5] for box in diagram.BOXES.values()}
+    for chapter in (diagram.CHAPTERS[number] for number in drawn):
+        assert sum(link.endswith(f"/notebooks/{chapter}.html") for link in first.links) >= 4
 
 
 def test_the_search_answers(browser, html):

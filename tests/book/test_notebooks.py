@@ -15,11 +15,13 @@ import papermill
 import pytest
 import yaml
 from IPython.core.inputtransformer2 import TransformerManager
+from PIL import Image
 
+import kdc
 from studies.common import ledger
 from studies.full_scale import report as full_scale
 from studies.replay import report
-from tools import book
+from tools import book, front
 
 PATHS = sorted(book.NOTEBOOKS.glob("*.ipynb"))
 PARAMETERS = set("budget teacher dataset plan steps batch_size seeds output_dir".split())
@@ -171,9 +173,11 @@ def test_what_the_text_says_of_a_study_is_what_was_stored(chapter, stored, words
 
 
 def text_of(name: str) -> str:
-    """The prose of a notebook, or of the README, in one line."""
+    """The prose of a notebook, of a page of text, or of the README, in one line."""
     if name == "README":
         text = (book.ROOT / "README.md").read_text()
+    elif (page := book.NOTEBOOKS / f"{name}.md").is_file():
+        text = page.read_text()
     else:
         notebook = read(book.NOTEBOOKS / f"{name}.ipynb")
         text = " ".join(c.source for c in notebook.cells if c.cell_type == "markdown")
@@ -225,7 +229,41 @@ def test_the_numbers_that_chapter_04_and_the_readme_state_are_those_stored():
         f"is {1 / alone['ratio']:.1f} times as fast",
     ):
         assert words in text, words
-    assert f"at {best['steps']} steps is {1 / best['ratio']:.1f} times as fast" in text_of("README")
+    seconds = {
+        (row["pipeline"], row["steps"]): row["median"]
+        for row in ledger.read("evaluation_timing")["images"]
+        if row["batch_size"] == 1
+    }
+    fewer = seconds["teacher", 50] / seconds["teacher", best["steps"]]
+    slimmed = seconds["teacher", best["steps"]] / seconds["shipped student", best["steps"]]
+    for words in (
+        f"At {best['steps']} steps it is {1 / best['ratio']:.1f} times as fast as the teacher",
+        f"{fewer:.1f} times by fewer steps, {slimmed:.1f} times by slimming.",
+    ):
+        assert words in text_of("README"), words
+
+
+def test_the_findings_on_the_first_page_are_those_stored():
+    readme = text_of("README")
+    rows = ledger.read("authors_ratio")["rows"]
+    times = statistics.mean(row["soft"] / row["task"] for row in rows)
+    assert f"the soft term is {times:.0f} times as large as the task term" in readme
+    kept = report.table(report.stored("domains")).groupby("candidate")["old_accuracy"].mean()
+    percent = {name: f"{value:.0%}".replace("%", " %") for name, value in kept.items()}
+    assert (
+        f"keeps {percent['finetune']} of its accuracy on flowers, and {percent['replay']}" in readme
+    )
+    assert f"replay of the last sample keeps {percent['last_sample']}" in readme
+    teacher, student = (kdc.count_costs(one.unet) for one in front.models().values())
+    assert (
+        f"{student['parameters'].sum() / teacher['parameters'].sum():.0%}".replace("%", " %")
+        in readme
+    )
+
+
+def test_the_picture_on_the_first_page_is_by_the_shipped_models():
+    comment = Image.open(front.FILE).info["comment"].decode()
+    assert comment == front.made_with(front.models()), "run python tools/front.py"
 
 
 def test_the_numbers_that_chapter_05_states_are_those_stored():
@@ -273,7 +311,7 @@ def test_the_numbers_of_appendix_a3_and_of_kills_are_those_stored():
     assert f"gives {statistics.mean(ratio):.2f} ± {statistics.stdev(ratio):.2f}." in said
     rows = ledger.read("robustness_kills")["rows"]
     assert all(row["deaths"] for row in rows) and all(row["equal"] for row in rows)
-    readme = " ".join((book.ROOT / "README.md").read_text().split())
+    readme = text_of("library")
     deaths = sum(row["deaths"] for row in rows)
     assert f"Of {len(rows)} runs killed {deaths} times at random moments, all {len(rows)}" in readme
 
@@ -285,7 +323,7 @@ def test_the_speed_of_a_step_that_is_stated_is_the_one_stored():
 
     (ours, _), (compiled, memory) = reached("mini", "ours"), reached("mini", "compiled")
     full = reached("full", "ours")[0]
-    chapter, readme = text_of("02_distillation_layers"), text_of("README")
+    chapter, readme = text_of("02_distillation_layers"), text_of("studies")
     compact = f"{memory:.2f}".lstrip("0")
     assert f"gives {compiled:.2f} times the images in {compact} of the memory" in chapter
     assert f"{ours:.1f} times its images a second on the mini teacher, {full:.1f} times" in readme

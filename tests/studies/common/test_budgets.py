@@ -1,6 +1,8 @@
+import papermill
 import pytest
 
-from studies.common.budgets import settle
+from studies.common.budgets import refuse_unknown, settle
+from tools import book
 
 TABLE = {"quick": {"steps": 5, "seeds": [0]}, "standard": {"steps": 50, "seeds": [0, 1, 2]}}
 
@@ -30,3 +32,25 @@ def test_a_budget_fills_what_was_left_open():
 def test_what_cannot_be_run_is_refused_at_once(budget, given, message):
     with pytest.raises(ValueError, match=message):
         settle(budget, TABLE, **given)
+
+
+OWN = 'budget: str = "quick"  # how long\nsteps: int = None  # how many\n'
+
+
+def test_a_name_that_papermill_gives_must_be_one_of_the_notebooks():
+    refuse_unknown(["", OWN, "# Parameters\nsteps = 3\n", "import kdc"])
+    refuse_unknown(["", OWN, "stepz = 3\n"])  # what a reader types is the reader's
+    with pytest.raises(ValueError, match="no parameter stepz; did you mean steps.*budget, steps"):
+        refuse_unknown(["", OWN, "# Parameters\nstepz = 3\n"])
+    with pytest.raises(ValueError, match="no parameter colour; it has"):
+        refuse_unknown(["", OWN, "# Parameters\nsteps = 3\ncolour = 1\n"])
+
+
+@pytest.mark.long
+def test_papermill_alone_refuses_a_misspelt_parameter(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="did you mean seeds"):
+        papermill.execute_notebook(
+            str(book.NOTEBOOKS / "00_quickstart.ipynb"), str(tmp_path / "out.ipynb"),
+            parameters={"seedz": [1], "output_dir": str(tmp_path)}, cwd=str(book.NOTEBOOKS),
+            kernel_name="python3", progress_bar=False,
+        )  # fmt: skip

@@ -182,14 +182,14 @@ def test_the_stored_grades_are_complete_and_their_goals_the_codes():
             assert np.isfinite(stored[name][key])
 
 
-def test_the_readme_shows_the_stored_grades():
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
+def test_the_page_of_studies_shows_the_stored_grades():
+    readme = (Path(__file__).parents[3] / "notebooks" / "studies.md").read_text()
     shown = readme.split("<!-- grades -->")[1].split("<!-- /grades -->")[0].strip()
     assert shown == grades.markdown(grades.report(ledger.read("mini_grades")))
 
 
-def test_the_readme_says_where_the_frechet_distance_comes_from():
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
+def test_the_page_of_studies_says_where_the_frechet_distance_comes_from():
+    readme = (Path(__file__).parents[3] / "notebooks" / "studies.md").read_text()
     stored = ledger.read("mini_fd")
     assert f"on {stored['samples']} images" in readme
     ratios = stored["ratios"]

@@ -1,0 +1,21 @@
+"""The browser that looks at the pages of the book and at JupyterLab."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium from the distribution; without it, or without playwright, a test is skipped."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    if not (program := next(filter(None, map(shutil.which, CHROMIUM)), None)):
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
