@@ -221,29 +221,35 @@ def stage(source: Path = EXECUTED) -> None:
 
 
 def with_figures(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Tell the book of each figure that `studies.figures.show` showed: caption, size, description.
+    """Tell the book of each figure that `studies.figures.show` showed: its caption and description.
 
-    In JupyterLab the caption is an output of its own; here it belongs to the figure. Raises
-    `BookError` where a cell shows two: the book has one caption a cell.
+    In JupyterLab the caption is an output of its own; here it belongs to the figure. The book has
+    one caption a cell, for all of its outputs, so a figure gets a cell of its own, without code.
     """
+    cells = []
     for cell in notebook.cells:
-        outputs = cell.get("outputs", [])
-        notes = [output.get("metadata", {}).get(FIGURE) for output in outputs]
-        shown = [note for note in notes if isinstance(note, dict)]
-        if not shown:
+        cells.append(cell)
+        if cell.cell_type != "code":
             continue
-        if len(shown) > 1:
-            numbers = ", ".join(note.figure for note in shown)
-            raise BookError(f"one cell shows the figures {numbers}: split it")
-        figure = shown[0]
-        cell.outputs = [o for o, note in zip(outputs, notes, strict=True) if note != "caption"]
-        cell.metadata["mystnb"] = {
-            "image": {"alt": figure.alt},
-            "figure": {
-                "caption": f"**Figure {figure.figure}.** {figure.caption}",
-                "name": f"figure-{figure.figure.lower().replace('.', '-')}",
-            },
-        }
+        rest, cell.outputs = cell.outputs, []
+        for output in rest:
+            note = output.get("metadata", {}).get(FIGURE)
+            if note == "caption":
+                continue
+            last = cells[-1]
+            if note or "mystnb" in last.metadata:
+                cells.append(last := nbformat.v4.new_code_cell(metadata={"tags": ["remove-input"]}))
+                last.execution_count = cell.execution_count
+            if note:
+                last.metadata["mystnb"] = {
+                    "image": {"alt": note.alt},
+                    "figure": {
+                        "caption": f"**Figure {note.figure}.** {note.caption}",
+                        "name": f"figure-{note.figure.lower().replace('.', '-')}",
+                    },
+                }
+            last.outputs.append(output)
+    notebook.cells = cells
     return notebook
 
 
@@ -287,11 +293,16 @@ def publish(repository: str | None, address: str | None) -> None:
     path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), "utf-8")
 
 
-def lighten(pages: Path) -> None:
-    """Take out what no page loads: maps of the theme's sources, and its list of translations."""
+def finish(pages: Path) -> None:
+    """Take out what no page loads, and a role that the bibliography's entries do not fit.
+
+    The former are maps of the theme's sources and its translations.
+    """
     for file in (pages / "_static").rglob("*.map"):
         file.unlink()
     shutil.rmtree(pages / "_static" / "locales", ignore_errors=True)
+    page = pages / "notebooks" / "bibliography.html"
+    page.write_text(page.read_text("utf-8").replace(' role="list"', ""), "utf-8")
 
 
 def build(
@@ -305,7 +316,7 @@ def build(
     done = subprocess.run([*command, "-W", "-n", "--keep-going"])
     if done.returncode != 0:
         raise BookError("the book has warnings or errors, see above")
-    lighten(INDEX.parent)
+    finish(INDEX.parent)
     (INDEX.parent / ".nojekyll").touch()  # else pages servers leave out folders such as _static
     return INDEX
 

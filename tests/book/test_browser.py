@@ -128,6 +128,7 @@ def visits(browser, html, pages) -> list[Visit]:
         tab.evaluate(axe)
         visit.violations["light"] = violations(tab)
         tab.evaluate("() => { document.documentElement.dataset.theme = 'dark' }")
+        tab.wait_for_timeout(500)  # colours pass over into one another
         visit.violations["dark"] = violations(tab, runOnly=["color-contrast"])
         tab.set_viewport_size({"width": WIDTHS["phone"], "height": 900})
         visit.wide["phone"] = tab.evaluate(TOO_WIDE)

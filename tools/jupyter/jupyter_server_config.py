@@ -1,7 +1,7 @@
 """For `make lab`: chapters open unmodified, whatever version of Python runs them.
 
-A kernel tells JupyterLab its version, which JupyterLab writes into the notebook. Stored notebooks have no
-version; so they are given the present one as they are read, and there is nothing left to write.
+A kernel tells JupyterLab its version, which JupyterLab writes into the notebook. Stored notebooks
+have no version; so they are given the present one as they are read, and nothing is left to write.
 """
 
 import platform

@@ -82,16 +82,18 @@ def test_the_book_is_told_of_a_figure_and_shows_its_caption_once():
         "display_data", {"text/markdown": "-"}, metadata={KEY: "caption"}
     )
     other = nbformat.v4.new_output("stream", text="printed")
-    cell = nbformat.v4.new_code_cell(outputs=[image, caption, other])
-    told = book.with_figures(nbformat.v4.new_notebook(cells=[cell])).cells[0]
-    assert told.outputs == [image, other]
-    assert told.metadata["mystnb"] == {
+    cell = nbformat.v4.new_code_cell(
+        "show()", outputs=[other, image, caption, image, caption, other]
+    )
+    cells = book.with_figures(nbformat.v4.new_notebook(cells=[cell])).cells
+    assert [c.outputs for c in cells] == [[other], [image], [image], [other]]
+    assert [c.source for c in cells] == ["show()", "", "", ""]
+    assert all(c.metadata["tags"] == ["remove-input"] for c in cells[1:])
+    told = {
         "image": {"alt": "Bars."},
         "figure": {"caption": "**Figure 1.2.** What to see.", "name": "figure-1-2"},
     }
-    twice = nbformat.v4.new_code_cell(outputs=[image, image])
-    with pytest.raises(book.BookError, match="1.2, 1.2: split it"):
-        book.with_figures(nbformat.v4.new_notebook(cells=[twice]))
+    assert [c.metadata.get("mystnb") for c in cells] == [None, told, told, None]
 
 
 def test_no_figure_is_wider_than_the_column_and_all_colours_stand_out():
