@@ -238,7 +238,9 @@ def with_figures(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
                 continue
             last = cells[-1]
             if note or "mystnb" in last.metadata:
-                cells.append(last := nbformat.v4.new_code_cell(metadata={"tags": ["remove-input"]}))
+                # The book leaves out a cell whose source is empty, with its outputs.
+                last = nbformat.v4.new_code_cell("...", metadata={"tags": ["remove-input"]})
+                cells.append(last)
                 last.execution_count = cell.execution_count
             if note:
                 last.metadata["mystnb"] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tomllib
+from html import unescape
 from html.parser import HTMLParser
 from importlib.metadata import metadata
 from pathlib import Path
@@ -61,6 +62,22 @@ def test_the_book_has_its_pages_with_images(html):
         for image in images:
             local = (html / name).parent / image
             assert image.startswith("data:") or local.is_file(), f"{name} lacks {image}"
+
+
+@pytest.mark.book
+def test_every_figure_that_was_shown_is_on_its_page_with_its_number_and_description(html):
+    for path in book.notebooks():
+        shown = [
+            output.metadata[book.FIGURE]
+            for cell in nbformat.read(book.EXECUTED / path.name, as_version=4).cells
+            for output in cell.get("outputs", [])
+            if isinstance(output.get("metadata", {}).get(book.FIGURE), dict)
+        ]
+        page = (html / f"notebooks/{path.stem}.html").read_text("utf-8")
+        captions = re.findall(r"<figcaption>.*?<strong>Figure ([\w.]+)\.</strong>", page, re.S)
+        assert captions == [note.figure for note in shown] and shown, path.name
+        described = re.findall(r'<img alt="([^"]+)"', page)
+        assert [unescape(text) for text in described] == [note.alt for note in shown], path.name
 
 
 @pytest.mark.book

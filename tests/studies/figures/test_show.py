@@ -87,7 +87,7 @@ def test_the_book_is_told_of_a_figure_and_shows_its_caption_once():
     )
     cells = book.with_figures(nbformat.v4.new_notebook(cells=[cell])).cells
     assert [c.outputs for c in cells] == [[other], [image], [image], [other]]
-    assert [c.source for c in cells] == ["show()", "", "", ""]
+    assert [c.source for c in cells] == ["show()", "...", "...", "..."]
     assert all(c.metadata["tags"] == ["remove-input"] for c in cells[1:])
     told = {
         "image": {"alt": "Bars."},
