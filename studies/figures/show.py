@@ -20,15 +20,15 @@ KEY = "kdc"  # of the metadata that tools/book.py reads
 def show(number: str, save: Path | None = None) -> None:
     """Show the current figure as "Figure `number`" with its caption from `CAPTIONS`, and close it.
 
-    `save`: a file that it is also written to. Raises `KeyError` for a number without a caption.
+    `save`: a PNG file that it is also written to. Raises `KeyError` for a number without a caption.
     """
     texts = captions()[number]
     caption, alt = texts["caption"], texts["alt"]
     figure = plt.gcf()
-    if save:
-        figure.savefig(save, dpi=150)
     stored = io.BytesIO()
     figure.savefig(stored, format="png", dpi=DOTS)
+    if save:
+        save.write_bytes(stored.getvalue())
     width = round(figure.get_size_inches()[0] * 96)
     plt.close(figure)
     kind, data = lightest(stored.getvalue())
