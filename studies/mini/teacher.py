@@ -93,8 +93,9 @@ class Leg:
 LEGS = (
     Leg(3 / 36, hiding=0.25, skip_dropout=0.0, power=1.0),
     Leg(1 / 36),
-    *[Leg(3 / 36, together=2)] * 7,
-    Leg(11 / 36, schedule="cosine", together=2),
+    Leg(1.8 / 36, together=2),
+    *[Leg(3 / 36, together=2)] * 6,
+    Leg(12.2 / 36, schedule="cosine", together=2),
 )
 BY_LEVEL = (1.0, 1.0, 0.5)  # of `skip_dropout`, by upward block from the inside
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+PATIENCE = 120_000  # milliseconds, for a machine that is busy with other tests
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
+from tests.book.conftest import PATIENCE
 from tools import book, diagram
 
 pytestmark = pytest.mark.book
@@ -104,6 +105,7 @@ def visits(browser, html, pages) -> list[Visit]:
     """Every page, loaded once and looked at in both widths and both colour schemes."""
     axe = (files("axe_playwright_python") / "axe.min.js").read_text("utf-8")
     context = browser.new_context(offline=True, color_scheme="light")
+    context.set_default_timeout(PATIENCE)
     found = []
     for page in pages:
         visit, tab = Visit(str(page.relative_to(html))), context.new_page()
@@ -200,7 +202,7 @@ def test_the_map_on_the_first_page_leads_to_the_chapters(visits):
 def test_the_search_answers(browser, html):
     tab = browser.new_context(offline=True).new_page()
     settled(tab, html / "search.html", "?q=reservoir")
-    tab.wait_for_selector("#search-results li a", timeout=20_000)
+    tab.wait_for_selector("#search-results li a", timeout=PATIENCE)
     assert any("03_replay" in a for a in tab.evaluate(LINKS))
     tab.context.close()
 

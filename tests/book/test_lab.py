@@ -12,6 +12,7 @@ import time
 import nbformat
 import pytest
 
+from tests.book.conftest import PATIENCE
 from tools import book
 
 pytestmark = [pytest.mark.book, pytest.mark.long]
@@ -47,6 +48,7 @@ def lab(browser, tmp_path_factory):
         env=os.environ | own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     context = browser.new_context(viewport={"width": 1400, "height": 900})
+    context.set_default_timeout(PATIENCE)
 
     def opened(path: str):
         tab, address = context.new_page(), f"http://localhost:{port}/lab/tree/{path}"
@@ -57,9 +59,9 @@ def lab(browser, tmp_path_factory):
             except Exception:  # it has not started yet
                 assert server.poll() is None, "JupyterLab ended"
                 time.sleep(1)
-        tab.wait_for_selector(".jp-Notebook .jp-Cell", timeout=120_000)
+        tab.wait_for_selector(".jp-Notebook .jp-Cell", timeout=PATIENCE)
         tab.wait_for_selector(
-            '.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=120_000
+            '.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=PATIENCE
         )
         return tab
 
@@ -83,7 +85,7 @@ def test_every_chapter_opens_unmodified(lab):
         tab.evaluate(command, f"notebooks/{path.name}")
     kernels = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
     ready = "([kernels, count]) => document.querySelectorAll(kernels).length === count"
-    tab.wait_for_function(ready, arg=[kernels, len(others) + 1], timeout=120_000)
+    tab.wait_for_function(ready, arg=[kernels, len(others) + 1], timeout=PATIENCE)
     tab.wait_for_timeout(3000)  # each kernel says what it is, and JupyterLab notes it
     assert tab.locator(".jp-mod-dirty").count() == 0
     tab.close()
@@ -103,7 +105,7 @@ def test_a_link_leads_from_chapter_to_chapter(lab):
     link.scroll_into_view_if_needed()
     link.click()
     other = tab.locator(".lm-TabBar-tab", has_text="01_unet_slimming.ipynb")
-    other.wait_for(timeout=30_000)
+    other.wait_for(timeout=PATIENCE)
     tab.close()
 
 
@@ -135,7 +137,7 @@ def test_a_widget_moves(lab):
     tab = opened("widget.ipynb")
     run_all(tab)
     told = tab.locator(".widget-html-content code")
-    told.wait_for(timeout=120_000)
+    told.wait_for(timeout=PATIENCE)
     before = told.inner_text()
     tab.locator(".noUi-handle").first.focus()
     tab.keyboard.press("ArrowRight")
