@@ -45,6 +45,7 @@ LANGUAGE = {
     "nbconvert_exporter": "python",
     "pygments_lexer": "ipython3",
 }
+CAPTIONS = NOTEBOOKS / "captions.yml"
 FIGURE = "kdc"  # the metadata of `studies.figures.show`
 PATHS = ("dataset", "teacher", "output_dir")  # parameters that may name a file or folder
 MAP = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<file>notebooks/images/method\.svg)\)")
@@ -163,7 +164,21 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
                 output = nbformat.v4.new_output("display_data", data)
             outputs.append(output)
         cell.outputs = outputs
+        recaption(outputs)
     return notebook
+
+
+def recaption(outputs: list) -> None:
+    """Give figures the present words of `CAPTIONS`; the run that drew them may be older."""
+    words, number = yaml.safe_load(CAPTIONS.read_text("utf-8")), None
+    for output in outputs:
+        note = output.get("metadata", {}).get(FIGURE)
+        if note == "caption":
+            output.data["text/markdown"] = f"**Figure {number}.** {words[number]['caption']}"
+        elif note:
+            number = note["figure"]
+            note |= words[number]
+            output.data["text/plain"] = note["alt"]
 
 
 def tidy() -> None:

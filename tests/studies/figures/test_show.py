@@ -109,3 +109,19 @@ def test_no_figure_is_wider_than_the_column_and_all_colours_stand_out():
                 for kind in ("image/png", "image/jpeg"):
                     width = output.get("metadata", {}).get(kind, {}).get("width", 0)
                     assert width <= WIDTH * 96 + 1, f"{path.name}: {cell.source[:80]}"
+
+
+def test_the_stored_figures_have_the_present_captions():
+    old = {"figure": "1.2", "caption": "Old.", "alt": "Old."}
+    image = nbformat.v4.new_output("display_data", {"text/plain": "Old."}, metadata={KEY: old})
+    under = nbformat.v4.new_output(
+        "display_data", {"text/markdown": "Old."}, metadata={KEY: "caption"}
+    )
+    book.recaption([image, under])
+    assert image.metadata[KEY] == {"figure": "1.2", **captions()["1.2"]}
+    assert under.data["text/markdown"] == f"**Figure 1.2.** {captions()['1.2']['caption']}"
+    for path in book.notebooks():
+        stored = nbformat.read(path, as_version=4)
+        shown = [o.copy() for c in stored.cells for o in c.get("outputs", [])]
+        book.clean(nbformat.from_dict(stored))
+        assert shown == [o for c in stored.cells for o in c.get("outputs", [])], path.name
