@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import sys
+from copy import deepcopy
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -122,6 +123,6 @@ def test_the_stored_figures_have_the_present_captions():
     assert under.data["text/markdown"] == f"**Figure 1.2.** {captions()['1.2']['caption']}"
     for path in book.notebooks():
         stored = nbformat.read(path, as_version=4)
-        shown = [o.copy() for c in stored.cells for o in c.get("outputs", [])]
-        book.clean(nbformat.from_dict(stored))
+        shown = deepcopy([o for c in stored.cells for o in c.get("outputs", [])])
+        book.clean(stored)
         assert shown == [o for c in stored.cells for o in c.get("outputs", [])], path.name
