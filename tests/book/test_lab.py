@@ -33,11 +33,12 @@ def lab(browser, tmp_path_factory):
     kernel = {"kernelspec": {"name": "python3", "display_name": "-", "language": "python"}}
     widget = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(WIDGET)], metadata=kernel)
     nbformat.write(widget, root / "widget.ipynb")
-    assert "JUPYTER_CONFIG_PATH=tools/jupyter" in (book.ROOT / "Makefile").read_text()
+    said = "JUPYTER_CONFIG_PATH=tools/jupyter"  # by `make lab`
+    assert f"{said} $(BIN)/jupyter lab" in (book.ROOT / "Makefile").read_text()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    own = {"JUPYTER_CONFIG_PATH": str(book.ROOT / "tools" / "jupyter"),
+    own = {"JUPYTER_CONFIG_PATH": said.partition("=")[2],
            "JUPYTER_CONFIG_DIR": str(root / "config"), "JUPYTER_DATA_DIR": str(root / "data"),
            "PYTHONPATH": str(book.ROOT)}  # fmt: skip
     server = subprocess.Popen(
@@ -45,7 +46,7 @@ def lab(browser, tmp_path_factory):
          "--expose-app-in-browser",
          f"--ServerApp.root_dir={root}", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
          "--IdentityProvider.token=reader"],
-        env=os.environ | own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=book.ROOT, env=os.environ | own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     context = browser.new_context(viewport={"width": 1400, "height": 900})
     context.set_default_timeout(PATIENCE)
