@@ -12,7 +12,8 @@ from IPython.display import Markdown, display
 from PIL import Image
 
 DOTS = 192  # an inch: twice what it is shown at, for screens with small pixels
-PICTURE = 120_000  # bytes; a larger PNG is of pictures, which JPEG stores in less
+HEAVY = 100_000  # bytes; a larger PNG is stored in less
+FEW_COLOURS = 2**14  # a drawing has at most so many, soft edges included; pictures have more
 CAPTIONS = Path(__file__).parents[2] / "notebooks" / "captions.yml"
 KEY = "kdc"  # of the metadata that tools/book.py reads
 
@@ -44,12 +45,19 @@ def captions() -> dict[str, dict[str, str]]:
 
 
 def lightest(png: bytes) -> tuple[str, bytes]:
-    """Its type and bytes: as it is, or where that is heavy and JPEG lighter, as JPEG."""
-    if len(png) <= PICTURE:
+    """A figure's type and bytes: as it is, or where that is heavy and the other lighter, in less.
+
+    Drawings have few colours, which a palette holds; pictures become JPEG, at fewer dots.
+    """
+    if len(png) <= HEAVY:
         return "image/png", png
-    stored = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(
-        stored, "JPEG", quality=88, subsampling=0, optimize=True, progressive=True
-    )
+    image, stored = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    if image.getcolors(FEW_COLOURS):
+        kind = "image/png"
+        image.quantize(256, dither=Image.Dither.NONE).save(stored, "PNG", optimize=True)
+    else:
+        kind, size = "image/jpeg", tuple(round(side * 2 / 3) for side in image.size)
+        image = image.resize(size, Image.Resampling.LANCZOS)
+        image.save(stored, "JPEG", quality=85, optimize=True, progressive=True)
     smaller = len(stored.getvalue()) < len(png)
-    return ("image/jpeg", stored.getvalue()) if smaller else ("image/png", png)
+    return (kind, stored.getvalue()) if smaller else ("image/png", png)

@@ -44,21 +44,32 @@ def test_a_figure_is_shown_at_half_its_dots_with_its_texts(displayed, tmp_path):
         show("9.99")
 
 
+def stored_and_plain(displayed, draw) -> tuple[str, bytes, float]:
+    """How `show` stores a drawing: its type, its bytes, and how far it is from the plain one."""
+    figure, axis = plt.subplots(figsize=(7, 5))
+    draw(axis)
+    plain = io.BytesIO()
+    figure.savefig(plain, dpi=192)
+    show("1.3")
+    data, metadata = displayed[-2]
+    (kind,) = (k for k in data if k.startswith("image/"))
+    assert metadata[kind]["width"] == 7 * 96
+    first, second = (Image.open(i).convert("RGB") for i in (plain, io.BytesIO(data[kind])))
+    apart = np.abs(np.asarray(first, float) - np.asarray(second.resize(first.size), float)).mean()
+    return kind, data[kind], apart
+
+
 def test_a_heavy_picture_becomes_a_lighter_jpeg_that_looks_the_same(displayed):
     seen = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
     seen = np.asarray(Image.fromarray(seen).resize((1400, 1000), Image.Resampling.BICUBIC))
-    _, axis = plt.subplots(figsize=(7, 5))
-    axis.imshow(seen)
-    show("1.3")
-    data = displayed[0][0]["image/jpeg"]
-    assert len(data) < 250_000
-    plain = io.BytesIO()
-    _, axis = plt.subplots(figsize=(7, 5))
-    axis.imshow(seen)
-    plt.savefig(plain, dpi=192)
-    plt.close("all")
-    a, b = (np.asarray(Image.open(i).convert("RGB"), float) for i in (plain, io.BytesIO(data)))
-    assert np.abs(a - b).mean() < 2
+    kind, data, apart = stored_and_plain(displayed, lambda axis: axis.imshow(seen))
+    assert kind == "image/jpeg" and len(data) < 100_000 and apart < 3
+
+
+def test_a_heavy_drawing_gets_a_palette(displayed):
+    places = np.random.default_rng(0).random((2, 4000))
+    kind, data, apart = stored_and_plain(displayed, lambda axis: axis.plot(*places, "-", lw=0.4))
+    assert kind == "image/png" and Image.open(io.BytesIO(data)).mode == "P" and apart < 3
 
 
 def test_every_figure_has_texts_and_every_text_a_figure_in_order():
