@@ -89,7 +89,9 @@ def draw() -> Figure:
 
 
 def main() -> None:
-    with matplotlib.rc_context({"svg.hashsalt": "kdc", "svg.fonttype": "path"}):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever else is drawn in this process
+        matplotlib.rcParams.update({"svg.hashsalt": "kdc", "svg.fonttype": "path"})
         FILE.parent.mkdir(parents=True, exist_ok=True)
         draw().savefig(FILE, metadata={"Date": None})
 

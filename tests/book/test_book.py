@@ -112,6 +112,21 @@ def test_the_pages_name_no_folder_of_the_machine_that_built_them(html):
         assert str(ROOT) not in page.read_text("utf-8"), page.name
 
 
+def test_a_published_book_knows_its_source_and_its_address(tmp_path, monkeypatch):
+    monkeypatch.setattr(book, "STAGE", tmp_path)
+    own = (ROOT / "_config.yml").read_text()
+    (tmp_path / "_config.yml").write_text(own)
+    book.publish("https://github.com/reader/kdc/", "https://example.org/kdc")
+    config = yaml.safe_load((tmp_path / "_config.yml").read_text())
+    assert config["repository"]["url"] == "https://github.com/reader/kdc"
+    assert config["html"]["use_repository_button"] and config["html"]["use_issues_button"]
+    assert {"binderhub_url", "colab_url"} < set(config["launch_buttons"])
+    assert config["sphinx"]["config"]["ogp_site_url"] == "https://example.org/kdc/"
+    assert "binderhub_url" not in own, "a book built here has no buttons that need the network"
+    workflow = (ROOT / ".github" / "workflows" / "pages.yml").read_text()
+    assert re.search(r"make book REPOSITORY=.* ADDRESS=", workflow)
+
+
 @pytest.fixture
 def two_notebooks(tmp_path, monkeypatch):
     """A folder with a notebook that fails and one that draws nothing but runs."""
