@@ -47,6 +47,9 @@ LANGUAGE = {
 }
 CAPTIONS = NOTEBOOKS / "captions.yml"
 FIGURE = "kdc"  # the metadata of `studies.figures.show`
+# What of a notebook its text half holds, as in pyproject.toml. Where a notebook says otherwise, it
+# opens with an error in a fresh clone, in which either half may be the newer.
+PAIRED = {"cell_metadata_filter": "tags,-all", "notebook_metadata_filter": "kernelspec,-all"}
 PATHS = ("dataset", "teacher", "output_dir")  # parameters that may name a file or folder
 MAP = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<file>notebooks/images/method\.svg)\)")
 LINK = re.compile(r"\]\(<?([^)\s>#]+)|\bsrc=[\"']([^\"'#]+)")
@@ -145,9 +148,8 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     A widget needs scripts from the network to come alive on a page, so a note takes its place;
     a progress bar has nothing left to say and goes without one.
     """
-    keep = {"kernelspec", "jupytext"}
-    notebook.metadata = {k: v for k, v in notebook.metadata.items() if k in keep}
-    notebook.metadata["language_info"] = LANGUAGE
+    notebook.metadata = {k: v for k, v in notebook.metadata.items() if k == "kernelspec"}
+    notebook.metadata |= {"language_info": LANGUAGE, "jupytext": PAIRED}
     notebook.cells = [
         c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])
     ]

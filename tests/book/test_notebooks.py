@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tomllib
 
 import nbformat
 import papermill
@@ -55,6 +56,15 @@ def test_every_page_is_in_the_table_of_contents():
 
 def test_every_text_half_has_its_notebook():
     assert sorted(p.stem for p in book.NOTEBOOKS.glob("*.py")) == [p.stem for p in PATHS]
+
+
+@every_notebook
+def test_the_two_halves_hold_the_same_whichever_is_newer(path):
+    """JupyterLab compares them where the notebook is newer, as it may be in a fresh clone."""
+    settings = tomllib.loads((book.ROOT / "pyproject.toml").read_text())["tool"]["jupytext"]
+    metadata = read(path).metadata
+    assert metadata["jupytext"] == book.PAIRED
+    assert book.PAIRED == {name: settings[name] for name in book.PAIRED}
 
 
 @every_notebook
