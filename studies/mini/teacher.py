@@ -82,6 +82,8 @@ class Leg:
     schedule: str = "constant_with_warmup"
     # How many batches make one update; the learning rate is higher by the square root of that.
     together: int = 1
+    # Updates in which the learning rate rises; None: a tenth of all, at most 200.
+    warmup: int | None = None
 
     def updates(self, batches: int) -> int:
         """Its updates in a training of so many batches."""
@@ -93,7 +95,7 @@ class Leg:
 LEGS = (
     Leg(3 / 36, hiding=0.25, skip_dropout=0.0, power=1.0),
     Leg(1 / 36),
-    Leg(1.8 / 36, together=2),
+    Leg(1.8 / 36, together=2, warmup=150),
     *[Leg(3 / 36, together=2)] * 6,
     Leg(12.2 / 36, schedule="cosine", together=2),
 )
@@ -282,7 +284,7 @@ def train_teacher(
                 updates,
                 batch_size=part.stop - part.start,
                 learning_rate=learning_rate * leg.together**0.5,
-                warmup=min(200, updates // 10),
+                warmup=min(200, updates // 10) if leg.warmup is None else leg.warmup,
                 schedule=leg.schedule,
                 ema_decay=0.9995**leg.together,
                 seed=seed + number,

@@ -17,6 +17,10 @@ def browser():
     if not (program := next(filter(None, map(shutil.which, CHROMIUM)), None)):
         pytest.skip("no Chromium here: apt-get install chromium")
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        arguments = ["--no-sandbox", "--disable-dev-shm-usage"]  # for containers
+        try:
+            browser = started.chromium.launch(executable_path=program, args=arguments)
+        except playwright.Error as error:
+            pytest.skip(f"{program} does not start here: {str(error).splitlines()[0]}")
         yield browser
         browser.close()
