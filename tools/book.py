@@ -12,7 +12,6 @@ For example: `python tools/book.py run --only 01 -p budget standard -p seeds "[0
 from __future__ import annotations
 
 import argparse
-import difflib
 import html
 import re
 import shutil
@@ -24,6 +23,8 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
+
+from studies.common.budgets import unknown_names
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -70,13 +71,8 @@ def notebooks(only: str | None = None) -> list[Path]:
 def check_parameters(notebook: Path, names) -> None:
     """Refuse names that the notebook does not have: papermill would only warn and run on."""
     known = set(papermill.inspect_notebook(str(notebook)))
-    if unknown := sorted(set(names) - known):
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        raise BookError(
-            f"{notebook.name} has no parameter {', '.join(unknown)}; "
-            + (f"did you mean {close[0]}? " if close else "")
-            + f"it has: {', '.join(sorted(known)) or 'none'}"
-        )
+    if message := unknown_names(notebook.name, set(names), known):
+        raise BookError(message)
 
 
 def run_one(notebook: Path, **parameters) -> Path:

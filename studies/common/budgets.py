@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from types import SimpleNamespace
 
 from IPython import get_ipython
@@ -49,13 +49,20 @@ def refuse_unknown(cells: Sequence[str]) -> None:
         if not given.startswith(INJECTED):
             continue
         known = _assigned(own)
-        if unknown := sorted(_assigned(given) - known):
-            close = difflib.get_close_matches(unknown[0], known, n=1)
-            raise ValueError(
-                f"this notebook has no parameter {', '.join(unknown)}; "
-                + (f"did you mean {close[0]}? " if close else "")
-                + f"it has: {', '.join(sorted(known))}"
-            )
+        if message := unknown_names("this notebook", _assigned(given), known):
+            raise ValueError(message)
+
+
+def unknown_names(notebook: str, given: Set[str], known: Set[str]) -> str:
+    """What is said of given parameters that a notebook does not have; "" where it has them all."""
+    if not (unknown := sorted(given - known)):
+        return ""
+    close = difflib.get_close_matches(unknown[0], known, n=1)
+    return (
+        f"{notebook} has no parameter {', '.join(unknown)}; "
+        + (f"did you mean {close[0]}? " if close else "")
+        + f"it has: {', '.join(sorted(known)) or 'none'}"
+    )
 
 
 def _assigned(source: str) -> set[str]:
