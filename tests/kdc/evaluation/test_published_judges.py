@@ -49,7 +49,10 @@ def folder_of(found, place):
 
 @pytest.mark.long
 def test_inception_and_kid_are_torch_fidelitys(tmp_path, monkeypatch):
-    """The file lies where the package looks for it; KID of two folders of PNGs agrees."""
+    """The file lies where the package looks for it; KID of two folders of PNGs agrees.
+
+    The second set is darker, so that the distance is far from 0: near it, only rounding is left.
+    """
     with monkeypatch.context() as patched:
         patched.setattr(inception, "load_state_dict_from_url", lambda *a, **k: {})
         patched.setattr(torch.nn.Module, "load_state_dict", lambda *a, **k: None)
@@ -64,14 +67,14 @@ def test_inception_and_kid_are_torch_fidelitys(tmp_path, monkeypatch):
     see = find_extractor("inception-v3")
     assert all(torch.equal(a, b) for a, b in zip(
         see.model.state_dict().values(), made.state_dict().values(), strict=True))  # fmt: skip
-    pair = images(12, 64), images(12, 64, seed=1)
+    pair = images(12, 64), images(12, 64, seed=1) // 2
     ours = kernel_distance(see(pair[0]), see(pair[1]))
     folders = [folder_of(found, tmp_path / str(i)) for i, found in enumerate(pair)]
     theirs = torch_fidelity.calculate_metrics(
         input1=folders[0], input2=folders[1], kid=True, kid_subsets=1, kid_subset_size=12,
         feature_extractor_weights_path=str(file), cuda=False, cache=False, verbose=False,
     )["kernel_inception_distance_mean"]  # fmt: skip
-    assert ours == pytest.approx(theirs, rel=1e-3) and ours != 0
+    assert ours == pytest.approx(theirs, rel=1e-3) and ours > 0.1
 
 
 @pytest.mark.parametrize("name", ["clip-vit-b16", "openai-vit-b16"])

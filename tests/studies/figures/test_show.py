@@ -19,7 +19,8 @@ from tools import book
 
 @pytest.fixture
 def displayed(monkeypatch) -> list:
-    """What is displayed, with its metadata."""
+    """What is displayed, with its metadata; no figure that another test left open is in the way."""
+    plt.close("all")
     found = []
     module = sys.modules["studies.figures.show"]
     monkeypatch.setattr(
