@@ -1,6 +1,6 @@
 """Seconds that each strategy takes for the second task: `python -m benchmarks.strategies`.
 
-Every strategy learns the second world after the first, with the loss of the study of chapter 03, in
+Every strategy learns the second world after the first, with the loss of the study of chapter 04, in
 turn and for some rounds, so that whatever else the machine does falls on all alike. All is a
 quarter of that study: its steps, the images that are drawn in advance, those of the Fisher.
 Writes the seconds and, over fine-tuning's of the same round, median and quartiles to

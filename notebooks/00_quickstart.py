@@ -16,10 +16,14 @@
 # **student**, what it would have predicted. Does the student still generate what you ask for, and what
 # does it save?
 #
-# **The claim.** From the same prompt and the same starting noise, the distilled student draws
-# the same image as the teacher or one like it, in less time. The grades behind it, measured on
-# hundreds of images, stand in `results/mini_grades.json` and are printed below; this page makes
-# a few images while you watch.
+# :::{admonition} Findings
+# 1. The shipped student has **56 %** of the teacher's parameters and draws what is asked for **as often**:
+#    99.0 % of 576 images are right in colour, kind and background, the teacher's 98.8 % (figure 0.1,
+#    `results/mini_grades.json`).
+# 2. It does so for combinations that **no training image showed**: 99.7 %.
+# 3. Slimming takes less time off than parameters (figure 0.2). Most of what makes images fast comes from
+#    fewer denoising steps, as [chapter 06](06_evaluation.ipynb) shows.
+# :::
 #
 # Everything here runs on a laptop without a download: the teacher is a *mini* Stable Diffusion
 # that comes with the package. It has the block layout of Stable Diffusion v1 at a tenth of its
@@ -27,7 +31,7 @@
 # id as `teacher`; nothing else changes.
 
 # %% tags=["parameters"]
-budget: str = "quick"  # "quick", "standard" or "full": how many images and timing rounds
+budget: str = "quick"  # "quick", "standard" or "full": images and rounds
 teacher: str = "mini"  # "mini", a hub id, or a diffusers folder
 plan: str = "kdc"  # the plan of the student, if one has to be made (see below)
 steps: int = None  # denoising steps an image; None: what the budget says
@@ -73,13 +77,18 @@ if teacher == "mini" and plan == "kdc":
     student_pipeline = kdc.load_student("mini", teacher_pipeline)
     student_name = "student (slimmed and distilled)"
 else:
-    student_pipeline = kdc.with_unet(teacher_pipeline, kdc.slim(teacher_pipeline.unet, plan))
+    student_pipeline = kdc.with_unet(
+        teacher_pipeline, kdc.slim(teacher_pipeline.unet, plan)
+    )
     student_name = "student (slimmed, not distilled)"
 pipelines = {"teacher": teacher_pipeline, student_name: student_pipeline}
 
 sizes = {n: sum(p.numel() for p in p_.unet.parameters()) for n, p_ in pipelines.items()}
 for name, count in sizes.items():
-    print(f"{name}: {count:,} U-Net parameters ({count / sizes['teacher']:.1%} of the teacher's)")
+    print(
+        f"{name}: {count:,} U-Net parameters,"
+        f" {count / sizes['teacher']:.1%} of the teacher's"
+    )
 
 # %% [markdown]
 # ## Draw
@@ -100,7 +109,9 @@ prompts = [
     "an orange eyed butterfly on a night background",
 ]
 generated = {
-    f"{name.split(' (')[0]}\nseed {seed}": kdc.generate(pipeline, prompts, seed=seed, steps=steps)
+    f"{name.split(' (')[0]}\nseed {seed}": kdc.generate(
+        pipeline, prompts, seed=seed, steps=steps
+    )
     for seed in seeds
     for name, pipeline in pipelines.items()
 }
@@ -142,7 +153,8 @@ for name in pipelines:
         {
             "network": name,
             "U-Net parameters": f"{sizes[name]:,}",
-            "seconds an image": f"{median:.2f} ({min(times[name]):.2f} to {max(times[name]):.2f})",
+            "seconds an image": f"{median:.2f}",
+            "range": f"{min(times[name]):.2f} to {max(times[name]):.2f}",
             "time / teacher": f"{median / np.median(times['teacher']):.2f}",
         }
     )
@@ -190,23 +202,42 @@ if teacher == "mini":
     display(pd.DataFrame(table))
 
 # %% [markdown]
-# ## What would have shown the claim false
+# ## What this does not show
 #
-# - The student's row shows other subjects than the prompts, or noise. Try it: give
-#   `plan="bk-tiny"`, for which no distilled student is shipped, and look at its row.
-# - The student is not faster in every round: then the ranges above overlap.
-# - The student's grades are far below the teacher's on combinations neither has seen: then it
-#   has remembered images instead of learning the teacher.
+# The mini world is easy: after its full training the student is as good as the teacher. On Stable Diffusion
+# a slimmed student stays behind. And this page times one image on one machine.
 #
 # ## Exercises
 #
-# 1. Replace a prompt. What happens with a word that the worlds do not know, such as "a green
-#    daisy"? Why is it not an error?
+# 1. Replace a prompt. What happens with a word that the worlds do not know, such as "a green daisy"?
+
+# %% tags=["hide-cell"]
+# Solution to exercise 1: an unknown word is spelt in smaller tokens
+tokens = teacher_pipeline.tokenizer.tokenize("a green daisy")
+prompt = "a green daisy on a sand background"
+unknown = kdc.generate(teacher_pipeline, [prompt], seed=1, steps=8)
+print(tokens, "some daisy, in a colour of the model's own choice", len(unknown))
+
+# %% [markdown]
 # 2. Halve `steps`, then halve again. Which of the two networks suffers first?
-# 3. Call `kdc.generate(..., guidance=1.0)`. What does guidance do for the colour, and what does it
-#    do to the time?
+# 3. Call `kdc.generate(..., guidance=1.0)`. What does it do to the time?
+
+# %% tags=["hide-cell"]
+# Solution to exercise 3: without guidance the network is called once a step instead of twice
+for guidance in (7.5, 1.0):
+    start = time.perf_counter()
+    kdc.generate(teacher_pipeline, prompts[0], steps=8, guidance=guidance)
+    print(f"guidance {guidance:g}: {time.perf_counter() - start:.2f} s")
+
+# %% [markdown]
 # 4. Run this notebook from a terminal with another seed:
 #    `papermill notebooks/00_quickstart.ipynb out.ipynb -y 'seeds: [7]'`.
+#
+# **Summary.** A network with half of the parameters draws the same images, after distillation. It saves more
+# parameters than time.
+#
+# **Further reading.** Rombach et al., *Latent diffusion*, arXiv 2112.10752; Kim et al., *BK-SDM*, arXiv
+# 2305.15798; the [primer](A0_latent_diffusion.ipynb) of this book.
 #
 # ## Provenance
 

@@ -16,7 +16,7 @@
 # that comes with the package. You need to know what a network, a loss and a gradient are, and no more.
 # The chapters start where it ends.
 #
-# ```{admonition} In short
+# ```{admonition} Findings
 # - An **autoencoder** makes images small; everything else happens on these *latents*.
 # - Training **adds noise** to a latent and asks the **U-Net** to find it. The caption helps, most of all
 #   where the noise is strong.
@@ -27,7 +27,7 @@
 
 # %% tags=["parameters"]
 budget: str = "quick"  # "quick", "standard" or "full": how many images are looked at
-teacher: str = "mini"  # "mini", a hub id, or a diffusers folder; one that predicts noise
+teacher: str = "mini"  # "mini", a hub id, or a folder; predicts noise
 steps: int = None  # denoising steps; None: what the budget says
 output_dir: str = "outputs/A0_latent_diffusion"  # where this notebook writes
 
@@ -105,7 +105,7 @@ figures.show("A0.1")
 # The latent $x_0$ at *timestep* $t$ is mixed with noise $\varepsilon$ from a normal distribution
 # (Ho et al., [arXiv 2006.11239](https://arxiv.org/abs/2006.11239)):
 #
-# $$ x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \varepsilon. $$
+# $$ x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \varepsilon. \tag{A0.1} $$
 #
 # $\bar\alpha_t$ falls from nearly 1 at $t = 0$ to nearly 0 at $t = 999$: from an image to nothing but
 # noise, with the variance always about 1.
@@ -162,7 +162,7 @@ print(f"embeddings: {tuple(embed(captions[:1]).shape)}")
 # The U-Net gets the noisy latent, the timestep and the embeddings, and predicts the noise. The loss is the
 # mean squared error:
 #
-# $$ L = \mathbb{E}_{x_0, c, t, \varepsilon}\, \lVert \varepsilon - \varepsilon_\theta(x_t, t, c) \rVert^2. $$
+# $$ L = \mathbb{E}_{x_0, c, t, \varepsilon}\, \lVert \varepsilon - \varepsilon_\theta(x_t, t, c) \rVert^2. \tag{A0.2} $$
 #
 # That is the whole of training. One update, in full:
 #
@@ -208,7 +208,7 @@ figures.show("A0.3")
 # guidance* (Ho and Salimans, [arXiv 2207.12598](https://arxiv.org/abs/2207.12598)) goes $g$ times as far:
 #
 # $$ \tilde\varepsilon = \varepsilon_\theta(x_t, t, \varnothing)
-#    + g\, \bigl(\varepsilon_\theta(x_t, t, c) - \varepsilon_\theta(x_t, t, \varnothing)\bigr). $$
+#    + g\, \bigl(\varepsilon_\theta(x_t, t, c) - \varepsilon_\theta(x_t, t, \varnothing)\bigr). \tag{A0.3} $$
 #
 # At $g = 1$ that is the plain prediction. At the usual 7.5 images fit their captions better, become alike,
 # and cost two calls of the network a step.
@@ -225,8 +225,10 @@ def guided(noisy, timestep, texts, guidance):
 # ## 6. Sampling: take the noise out, a little at a time
 #
 # From a prediction of the noise follows one of the clean latent:
-# $\hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t}\,\tilde\varepsilon) / \sqrt{\bar\alpha_t}$. At $t = 999$
-# it is a blur, the mean of everything the caption could mean. So a *sampler* does not jump there: it goes to
+#
+# $$ \hat x_0 = \frac{x_t - \sqrt{1 - \bar\alpha_t}\,\tilde\varepsilon}{\sqrt{\bar\alpha_t}}. \tag{A0.4} $$
+#
+# At $t = 999$ it is a blur, the mean of everything the caption could mean. So a *sampler* does not jump there: it goes to
 # a slightly smaller timestep, with the noise that it has found, and asks again. This one is DDIM (Song et
 # al., [arXiv 2010.02502](https://arxiv.org/abs/2010.02502)):
 
@@ -299,7 +301,7 @@ figures.show("A0.5")
 # make images cheaper: fewer steps, and a cheaper U-Net. The second is what this book is about.
 #
 # **What this page does not show:** how the mini teacher was trained ([A1](A1_mini_models.ipynb)), and how good
-# its images are ([04](04_evaluation.ipynb)).
+# its images are ([06](06_evaluation.ipynb)).
 #
 # ## Exercises
 #

@@ -14,8 +14,18 @@
 # how bad it is. A score that does not change when half of the species are never generated, or when
 # every image is a copy of a training image, must not be trusted to tell you that all is well.
 #
-# **The claims**, each written down before it was measured (`studies.metrics.study.NOTICED`): for each
-# of eight faults, which of eight scores notice it at the largest dose. And one that has a closed form:
+# :::{admonition} Findings
+# 1. **No score sees everything.** Fréchet distance, KID, precision and recall never notice a wrong caption;
+#    accuracy and CLIP score never notice that some species are missing (figure A2.2).
+# 2. **Memorised copies make the Fréchet distance better.** Only *leakage* falls.
+# 3. **Precision** stays at 1 when all images are one.
+# 4. The Fréchet distance of **few samples is too large**, and KID is not: two equal Gaussians in 16
+#    dimensions are 5.5 apart at 32 samples and 0.09 at 2,048 (figure A2.3).
+# :::
+#
+# **Claimed beforehand** (`studies.metrics.study.NOTICED`): for each of eight faults, which of eight scores
+# notice it at the largest dose. A score that misses what it was expected to catch, or catches what it was
+# not, refutes that. And one claim has a closed form:
 #
 # - The Fréchet distance of **few samples is too large**, and KID is not. *Gaussians whose true
 #   distance is known, twenty samples of each; `results/metrics_trial.json`.*
@@ -98,7 +108,9 @@ figures.show("A2.2", save=output / "doses.png")
 found = report.verdicts(rows)
 marks = {(True, True): "caught", (True, False): "CAUGHT, not expected",
          (False, True): "MISSED, expected to catch", (False, False): "-"}  # fmt: skip
-found["outcome"] = [marks[n, e] for n, e in zip(found["noticed"], found["expected"], strict=True)]
+found["outcome"] = [
+    marks[n, e] for n, e in zip(found["noticed"], found["expected"], strict=True)
+]
 wide = found.pivot(index="fault", columns="score", values="outcome")
 wide.loc[rows["fault"].unique(), list(study.SCORES)]
 
@@ -140,7 +152,10 @@ panels = {
 panels["equal Gaussians, KID"] = {"KID": (counts, means.loc["equal", "kid"].tolist())}
 truth = {"equal Gaussians": 0.0, "shifted Gaussians": 1.0, "equal Gaussians, KID": 0.0}
 figures.lines(
-    panels, ["samples"] * 3, ["semilogx"] * 3, {k: ("truth", v) for k, v in truth.items()}
+    panels,
+    ["samples"] * 3,
+    ["semilogx"] * 3,
+    {k: ("truth", v) for k, v in truth.items()},
 )
 figures.show("A2.3", save=output / "bias.png")
 
@@ -173,17 +188,19 @@ features = torch.cat([see(every.images), see(every.reference)])
 baselines = {}
 for count in (128, 192, 256, 384):
     baselines[count] = {
-        name: "{:.3f} ± {:.3f}".format(*real_vs_real(metric.measure, features, count, draws=5))
+        name: "{:.3f} ± {:.3f}".format(
+            *real_vs_real(metric.measure, features, count, draws=5)
+        )
         for name, metric in METRICS.items()
         if metric.of_sets
     }
 pd.DataFrame(baselines).T.rename_axis("real against real, images")
 
 # %% [markdown]
-# ## What would have shown the claims false
+# ## What this does not show
 #
-# A cell of the outcome table in capitals: a score that missed what it was expected to catch, or caught
-# what it was not. A Fréchet distance of few samples that is not above the truth, or a KID that is.
+# The faults are planted one at a time and are stronger than what trainings differ by. The features are those
+# of the embedded CLIP; Inception's see other things.
 #
 # ## Exercises
 #
@@ -191,6 +208,13 @@ pd.DataFrame(baselines).T.rename_axis("real against real, images")
 #    score notice a watermark in one corner?
 # 2. Which fault would let a model win a contest that is judged by Fréchet distance alone?
 # 3. Run the test with 64 images (`study.hold(count=64)`). Which scores are refused, and why?
+#
+# **Summary.** Each score is blind to something that matters. Report several, at a sample size that carries
+# them, beside what real images get.
+#
+# **Further reading.** Sajjadi et al., *Precision and recall*, arXiv 1806.00035; Naeem et al., *Density and
+# coverage*, arXiv 2002.09797; Chong and Forsyth, *Effectively unbiased FID*, arXiv 1911.07023; Jayasumana et
+# al., *Rethinking FID*, arXiv 2401.09603.
 #
 # ## Provenance
 

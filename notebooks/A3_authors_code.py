@@ -77,12 +77,16 @@ output.mkdir(parents=True, exist_ok=True)
 # %%
 pipeline = kdc.load_teacher(teacher)
 size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-data = kdc.cache_latents(pipeline, kdc.load_dataset(dataset, "train", size, count=run.images))
+data = kdc.cache_latents(
+    pipeline, kdc.load_dataset(dataset, "train", size, count=run.images)
+)
 student = kdc.slim(pipeline.unet, plan).eval()
 process = forward_process(pipeline)
 draw = torch.Generator().manual_seed(run.seeds[0])
 
-latents, prompt_embeds = data.draw(run.batch, draw, dropout=0.0)  # their code drops no captions
+latents, prompt_embeds = data.draw(
+    run.batch, draw, dropout=0.0
+)  # their code drops no captions
 noise = torch.randn(latents.shape, generator=draw)
 timesteps = torch.randint(1000, (run.batch,), generator=draw)
 noisy = process.add_noise(latents, noise, timesteps)
@@ -93,7 +97,7 @@ noise = noise.to(pipeline.device)
 # ## The output term is dead
 #
 # $$\mathcal{L}_\text{task} = \operatorname{mean}\,(s - y)^2, \qquad
-#   \mathcal{L}_\text{output} = \operatorname{mean}\,(s - u)^2. \tag{1}$$
+#   \mathcal{L}_\text{output} = \operatorname{mean}\,(s - u)^2. \tag{A3.1}$$
 #
 # Commit 05aa8f9 computed both with a gradient. Commit 6901ef2 moved the second into the block that
 # switches gradients off for the teacher. Its value is still added to the loss and logged.
@@ -111,13 +115,13 @@ print(f"output {output_term.item():.4f}, has a gradient: {output_term.requires_g
 
 # %% [markdown]
 # **What follows.** The student follows the teacher's prediction only through the KL below.
-# **Corrected:** compute the student's part of equation (1) outside the block.
+# **Corrected:** compute the student's part of equation (A3.1) outside the block.
 #
 # ## The softened KL is a sum, and blind to a shift
 #
 # $$\mathcal{L}_\text{soft} = \frac{T^2}{B} \sum_{\text{images}} \sum_{\text{pixels}}
 #   \operatorname{KL}\bigl(\operatorname{softmax}(u / T) \,\|\, \operatorname{softmax}(s / T)\bigr),
-#   \qquad T = 2. \tag{2}$$
+#   \qquad T = 2. \tag{A3.2}$$
 #
 # The softmax runs over the four latent channels of a pixel, as if they were classes. The reduction
 # divides by the batch alone, so all pixels are summed: 64 x 64 = 4,096 on Stable Diffusion. A weight
@@ -130,12 +134,18 @@ log_teacher = F.log_softmax(taught / T, dim=1)
 divergence = log_teacher.exp() * (log_teacher - log_student)
 soft = T**2 * divergence.sum() / len(predicted)
 pixels = predicted.shape[-2] * predicted.shape[-1]
-print(f"softened KL {soft.item():.3f}, a pixel's mean {soft.item() / pixels:.5f}, {pixels} pixels")
+print(
+    f"softened KL {soft.item():.3f},"
+    f" a pixel's mean {soft.item() / pixels:.5f}, {pixels} pixels"
+)
 
-shift = torch.randn(len(predicted), 1, *predicted.shape[-2:], generator=draw).to(predicted.device)
+shift = torch.randn(len(predicted), 1, *predicted.shape[-2:], generator=draw).to(
+    predicted.device
+)
 moved = F.log_softmax((predicted + shift) / T, dim=1)
 print(
-    f"changed by an error that all channels share: {(moved - log_student).abs().max().item():.1e}"
+    "changed by an error that all channels share:"
+    f" {(moved - log_student).abs().max().item():.1e}"
 )
 
 # %% [markdown]
@@ -145,7 +155,7 @@ print(
 #
 # ## The feature term sums eight raw errors
 #
-# $$\mathcal{L}_\text{feature} = \sum_{b=1}^{8} \operatorname{mean}\,(f^s_b - f^u_b)^2 \tag{3}$$
+# $$\mathcal{L}_\text{feature} = \sum_{b=1}^{8} \operatorname{mean}\,(f^s_b - f^u_b)^2 \tag{A3.3}$$
 #
 # over the outputs of the four up blocks and the four down blocks. (The plan `kdc` has no mid-block.)
 # Commit 685bce4, the newest training script, comments the term out. It also drops the copying of the
@@ -154,7 +164,9 @@ print(
 # %%
 pairs = feature_pairs(student, pipeline.unet)
 names = zip(*pairs, strict=True)
-hooks = [FeatureHooks(u, n) for u, n in zip((student, pipeline.unet), names, strict=True)]
+hooks = [
+    FeatureHooks(u, n) for u, n in zip((student, pipeline.unet), names, strict=True)
+]
 predicted = student(*inputs).sample
 with torch.no_grad():
     taught = pipeline.unet(*inputs).sample
@@ -165,7 +177,10 @@ for each in hooks:
 errors = [(f - g).square().mean() for f, g in zip(ours, theirs, strict=True)]
 feature = sum(errors)
 by_block = {name: error.item() for (name, _), error in zip(pairs, errors, strict=True)}
-figures.bars({name: {"raw error": error} for name, error in by_block.items()}, "raw squared error")
+figures.bars(
+    {name: {"raw error": error} for name, error in by_block.items()},
+    "raw squared error",
+)
 figures.show("A3.1", save=output / "features.png")
 print(f"sum {feature.item():.3f}, mean {feature.item() / len(errors):.3f}")
 
@@ -193,7 +208,9 @@ for image in range(12):
     passes.append([image] if stored is None else [image, stored])
     if (image + 1) % 4 == 0:  # the optimiser steps once in four passes
         stored = image
-pd.DataFrame({"forward pass": range(12), "images in its batch": passes}).set_index("forward pass").T
+pd.DataFrame({"forward pass": range(12), "images in its batch": passes}).set_index(
+    "forward pass"
+).T
 
 # %% [markdown]
 # `kdc` has this as the strategy `last_sample`, and a replay buffer over tasks as `replay`.
@@ -208,12 +225,14 @@ pd.DataFrame({"forward pass": range(12), "images in its batch": passes}).set_ind
 # %%
 theirs_settings = dict(AUTHORS["as in the authors' code"].training)
 ours_settings = {name: getattr(kdc.TrainSettings(1), name) for name in theirs_settings}
-pd.DataFrame({"as in the authors' code": theirs_settings, "our default": ours_settings}).astype(str)
+pd.DataFrame(
+    {"as in the authors' code": theirs_settings, "our default": ours_settings}
+).astype(str)
 
 # %% [markdown]
 # ## The library does the same
 #
-# `LossWeights.as_published()` is the sum of (1), (2) and (3). Both columns must agree. (They do for plans
+# `LossWeights.as_published()` is the sum of (A3.1), (A3.2) and (A3.3). Both columns must agree. (They do for plans
 # without a mid-block. For `bk-base` the library compares the mid-block too, as a ninth.)
 
 # %%
@@ -226,7 +245,8 @@ both = pd.DataFrame(
         "by hand": {name: value.item() for name, value in by_hand.items()},
         "kdc": {name: library[name].item() for name in by_hand},
         "corrected": {
-            name: value.item() for name, value in DistillationLoss(LossWeights())(*parts).items()
+            name: value.item()
+            for name, value in DistillationLoss(LossWeights())(*parts).items()
         },
     }
 )
@@ -243,16 +263,22 @@ both.round(4)
 # authors-ratio`), and the ratio here, for this notebook's seeds.
 
 # %%
-distillation_step = DistillationStep(student, pipeline.unet, process, LossWeights.as_published())
+distillation_step = DistillationStep(
+    student, pipeline.unet, process, LossWeights.as_published()
+)
 ratios = {}
 with contextlib.closing(distillation_step), torch.no_grad():
     for seed in run.seeds:
         generator = torch.Generator().manual_seed(seed)
-        found = distillation_step(student, *data.draw(run.batch, generator, 0.0), generator)
+        found = distillation_step(
+            student, *data.draw(run.batch, generator, 0.0), generator
+        )
         ratios[seed] = (found["feature"] / found["soft"]).item()
 stored_rows, notes = stages.stored_ratio()
 terms = ["task", "output", "feature", "soft"]
-sources = {f"authors' log, {line}": (found, 4096) for line, found in notes["theirs"].items()}
+sources = {
+    f"authors' log, {line}": (found, 4096) for line, found in notes["theirs"].items()
+}
 sources["mini teacher, stored"] = (stored_rows[terms].mean().to_dict(), notes["pixels"])
 log = pd.DataFrame({name: found for name, (found, _) in sources.items()}).loc[terms].T
 log["feature / soft"] = log["feature"] / log["soft"]
@@ -261,7 +287,10 @@ log.loc["mini teacher, stored", "feature / soft"] = ratio.mean()  # the mean ove
 size = pd.Series({name: each for name, (_, each) in sources.items()})
 log["soft / (output x pixels)"] = log["soft"] / log["output"] / size
 display(log.round(3))
-print(f"feature / soft, stored: {ratio.mean():.3f} ± {ratio.std():.3f}, {len(ratio)} seeds")
+print(
+    f"feature / soft, stored: {ratio.mean():.3f} ± {ratio.std():.3f},"
+    f" {len(ratio)} seeds"
+)
 print("here:", ", ".join(f"seed {seed}: {value:.2f}" for seed, value in ratios.items()))
 print(f"with the mean over the eight blocks instead: {ratio.mean() / 8:.3f}")
 
@@ -283,7 +312,9 @@ print(f"with the mean over the eight blocks instead: {ratio.mean() / 8:.3f}")
 
 # %%
 rows = pd.DataFrame(ledger.read("authors")["rows"])
-measures = [name for name in ("output_error", "accuracy", "unseen", "fd") if name in rows]
+measures = [
+    name for name in ("output_error", "accuracy", "unseen", "fd") if name in rows
+]
 rows.groupby("candidate", sort=False)[measures].mean().round(3)
 
 # %% [markdown]
@@ -317,4 +348,6 @@ rows.groupby("candidate", sort=False)[measures].mean().round(3)
 # ## Provenance
 
 # %% tags=["hide-input"]
-ledger.this_run(started, budget=budget, teacher=teacher, dataset=dataset, seeds=str(run.seeds))
+ledger.this_run(
+    started, budget=budget, teacher=teacher, dataset=dataset, seeds=str(run.seeds)
+)

@@ -25,6 +25,7 @@ import papermill
 import yaml
 
 from studies.common.budgets import unknown_names
+from tools import equations
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -180,13 +181,14 @@ def recaption(outputs: list) -> None:
 
 
 def tidy() -> None:
-    """Sync each .ipynb with its .py, clean and format it, and let the .py follow."""
+    """Sync each .ipynb with its .py, clean and format it, and let the .py and the index follow."""
     jupytext = [sys.executable, "-m", "jupytext", "--quiet", "--sync"]
     subprocess.run([*jupytext, *NOTEBOOKS.glob("*.py"), *NOTEBOOKS.glob("*.ipynb")], check=True)
     for path in notebooks():
         nbformat.write(clean(nbformat.read(path, as_version=4)), path)
     subprocess.run([sys.executable, "-m", "ruff", "format", *notebooks()], check=True)
     subprocess.run([*jupytext, *notebooks()], check=True)
+    equations.write()
 
 
 def keep(only: str | None = None) -> None:
@@ -225,6 +227,7 @@ def stage(source: Path = EXECUTED) -> None:
     copy_linked((ROOT / "README.md").read_text("utf-8"), ROOT)
     for page in (*NOTEBOOKS.glob("*.md"), NOTEBOOKS / "references.bib"):
         shutil.copy(page, STAGE / "notebooks" / page.name)
+    copy_linked(equations.PAGE.read_text("utf-8"), NOTEBOOKS)
     for path in notebooks():
         notebook = with_figures(clean(read_executed(path.name, source)))
         nbformat.write(notebook, STAGE / "notebooks" / path.name)

@@ -16,16 +16,16 @@ CHAPTERS = {path.stem.split("_")[0]: path.stem for path in FILE.parents[1].glob(
 FROZEN, TRAINED, LOSS, DATA = "#dbe7f3", "#d9efdf", "#fbe7cf", "#eeeeee"
 # Each box: centre, size, text, chapter, colour.
 BOXES = {
-    "tasks": (1.25, 4.9, 2.1, 0.9, "task after task\nflowers, then butterflies", "03", DATA),
-    "buffer": (1.25, 3.2, 2.1, 0.9, "replay buffer\na few old images", "03", DATA),
+    "tasks": (1.25, 4.9, 2.1, 0.9, "task after task\nflowers, then butterflies", "04", DATA),
+    "buffer": (1.25, 3.2, 2.1, 0.9, "replay buffer\na few old images", "05", DATA),
     "noise": (4.2, 4.05, 2.0, 0.9, "noisy latents\nof images; captions", "A0", DATA),
     "teacher": (7.4, 5.1, 2.2, 0.95, "teacher U-Net\n859,520,964 parameters", "A1", FROZEN),
     "student": (7.4, 2.6, 2.2, 0.95, "student U-Net\n482,346,884 parameters", "01", TRAINED),
     "terms": (11.0, 3.85, 2.5, 1.9,
               "four terms of the loss\ntask: against the noise\n"
               "output, soft: against\nthe teacher\nfeature: block by block", "02", LOSS),
-    "scores": (7.4, 0.75, 2.2, 0.9, "scores\nimages, forgetting, time", "04", DATA),
-    "full": (11.0, 0.75, 2.5, 0.9, "Stable Diffusion\nthe same code on a GPU", "05", DATA),
+    "scores": (7.4, 0.75, 2.2, 0.9, "scores\nimages, forgetting, time", "06", DATA),
+    "full": (11.0, 0.75, 2.5, 0.9, "Stable Diffusion\nthe same code on a GPU", "07", DATA),
 }  # fmt: skip
 # Arrow: from, to, text, and whether what it carries comes back (a dashed line).
 ARROWS = (

@@ -1,6 +1,6 @@
 """Draws the picture on the first page, `notebooks/images/front.jpg`: `python tools/front.py`.
 
-Teacher and student at the steps that chapter 04 chose, from the same noise; times from `results/`.
+Teacher and student at the steps that chapter 06 chose, from the same noise; times from `results/`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROMPTS = (
 
 
 def costs() -> dict[str, dict]:
-    """Steps and seconds an image of teacher and student, one at a time, as chapter 04 measured."""
+    """Steps and seconds an image of teacher and student, one at a time, as chapter 06 measured."""
     timed = ledger.read("evaluation_timing")["images"]
     chosen = next(
         row

@@ -25,10 +25,12 @@ class Diagnosis:
     """What `diagnose` found.
 
     `terms` has a row for every enabled term: its weighted `value`, the `gradient_norm` over all
-    weights of the student (NaN: there is no gradient), and its `share` of the update, which is the
-    projection of its gradient on that of the whole loss, so that the shares sum to 1; it is NaN
-    where the whole gradient is 0 or there is none. `cosines` are those between the terms' gradients
-    (NaN with one that is 0), `faults` sentences on what is wrong.
+    weights of the student (NaN: there is no gradient), and two shares. To first order, a step d of
+    the weights changes the loss by g . d, of which the term with gradient g_i makes g_i . d. Its
+    `share` is that part for gradient descent (d = -g), its `adam_share` that for the first step of
+    AdamW, which moves every weight by the learning rate (d = -sign(g)). Shares sum to 1, and are
+    NaN where the whole gradient is 0 or there is none. `cosines` are those between the terms'
+    gradients (NaN with one that is 0), `faults` sentences on what is wrong.
     """
 
     terms: pd.DataFrame
@@ -66,12 +68,16 @@ def diagnose(
     alive = {name: g for name, g in gradients.items() if g is not None}
     whole = sum(alive.values())
     none = 0.0 if alive else float("nan")  # no share of an update, or no update to have one of
+    steps = {"share": whole, "adam_share": whole.sign()} if alive else {"share": 0, "adam_share": 0}
     terms = pd.DataFrame(
         {
             name: {
                 "value": weighted[name].item(),
                 "gradient_norm": alive[name].norm().item() if name in alive else float("nan"),
-                "share": (alive[name] @ whole / (whole @ whole)).item() if name in alive else none,
+            }
+            | {
+                share: (alive[name] @ step / (whole @ step)).item() if name in alive else none
+                for share, step in steps.items()
             }
             for name in weighted
         }

@@ -5,6 +5,7 @@ Nothing here draws with replacement: that shows a set to itself and biases Fréc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -64,6 +65,20 @@ def welch_interval(
         return float("nan"), float("nan")
     found = stats.ttest_ind(a, b, equal_var=False).confidence_interval(confidence)
     return float(found.low), float(found.high)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values adjusted for testing all of them (Holm, Scand. J. Statist. 6, 1979, 65-70).
+
+    Rejecting where the adjusted value is at most alpha, the chance of one false rejection or more
+    among all is at most alpha. NaN stays NaN and counts as no test.
+    """
+    order = sorted((value, index) for index, value in enumerate(p) if not math.isnan(value))
+    adjusted, largest = [float("nan")] * len(p), 0.0
+    for rank, (value, index) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * value))
+        adjusted[index] = largest
+    return adjusted
 
 
 def permutation_test(

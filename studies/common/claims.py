@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from kdc.evaluation.statistics import holm
 from studies.common.protocol import compare_rows
 
-COLUMNS = ("claim", "compared", "in", "expected", "difference", "seeds", "found", "outcome")
+NUMBERS = ("mean", "low", "high", "p")
+COMPARED = ("claim", "candidate", "baseline", "measure", "expected")
+COLUMNS = (*COMPARED, *NUMBERS, "seeds", "found", "outcome")
 EXPECTED = ("better", "worse", "not worse", "open")
 
 
@@ -19,7 +22,7 @@ class Claim:
 
     "not worse" is refuted by "worse" alone; "open" says that no difference is to be seen, and is
     refuted by "better" and by "worse". That no difference was seen does not show that there is
-    none: what those two claim is then "not refuted". Raises `ValueError` for another expectation.
+    none, so these two stay open where nothing was. Raises `ValueError` for another expectation.
     """
 
     text: str
@@ -33,29 +36,20 @@ class Claim:
             raise ValueError(f"expected {self.expected!r}; it can be {', '.join(EXPECTED)}")
 
     def outcome(self, verdict: str) -> str:
-        """What a verdict of `compare_rows` means for it: holds, FAILS, not refuted or open."""
+        """What a verdict of `compare_rows` means for it: "holds", "refuted" or "open"."""
         if verdict == "open":
-            return "not refuted" if self.expected in ("not worse", "open") else "open"
+            return "open"
         if verdict == self.expected or (self.expected, verdict) == ("not worse", "better"):
             return "holds"
-        return "FAILS"
-
-
-def laid_out(table: pd.DataFrame) -> pd.DataFrame:
-    """What `check` gives for the eye: equal claims said once, without what the rest implies.
-
-    The outcome stands first, because a narrow page cuts off what stands last.
-    """
-    rows = table.set_index(["claim", "compared", "in"])
-    return rows[["outcome", "difference", "expected"]]
+        return "refuted"
 
 
 def check(rows: pd.DataFrame, claims: Iterable[Claim]) -> pd.DataFrame:
     """A row for each claim: the difference candidate - baseline over seeds, verdict and outcome.
 
     Claims about measures or candidates that are not in `rows` are left out. Differences are those
-    of `compare_rows`. There are as many chances to be wrong as there are rows: of twenty true
-    claims of "open" one is expected to fail.
+    of `compare_rows`. "adjusted" are their p-values by Holm's correction for all these claims; the
+    outcome is that of each claim by itself.
     """
     table, known = [], set(rows["candidate"])
     for claim in claims:
@@ -66,13 +60,29 @@ def check(rows: pd.DataFrame, claims: Iterable[Claim]) -> pd.DataFrame:
         table.append(
             {
                 "claim": claim.text,
-                "compared": f"{claim.candidate} - {claim.baseline}",
-                "in": claim.measure,
+                "candidate": claim.candidate,
+                "baseline": claim.baseline,
+                "measure": claim.measure,
                 "expected": claim.expected,
-                "difference": f"{found['mean']:+.3g} [{found['low']:+.3g}, {found['high']:+.3g}]",
+                **{name: float(found[name]) for name in NUMBERS},
                 "seeds": found["n"],
                 "found": found["verdict"],
                 "outcome": claim.outcome(found["verdict"]),
             }
         )
-    return pd.DataFrame(table, columns=COLUMNS)
+    return one_family([pd.DataFrame(table, columns=COLUMNS)])
+
+
+def one_family(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of `check` as one, with "adjusted" for all claims of all of them."""
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(adjusted=holm(list(table["p"])))
+
+
+def survivors(table: pd.DataFrame, alpha: float = 0.05) -> str:
+    """How many differences of a family are significant, each by itself and among all of them."""
+    alone, among = ((table[name] < alpha).sum() for name in ("p", "adjusted"))
+    return (
+        f"significant (p < {alpha:g}): {alone} of {table['p'].notna().sum()} differences by"
+        f" themselves, {among} among all of them (Holm's correction)"
+    )

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
+from scipy import stats
 
 from kdc import pipelines
 from kdc.data import worlds
@@ -135,10 +136,11 @@ def compare_rows(
     measures: Iterable[str] = MEASURES,
     confidence: float = 0.95,
 ) -> pd.DataFrame:
-    """Differences candidate - baseline by measure: `mean`, an interval `low` to `high`, `n`.
+    """Differences candidate - baseline by measure: `mean`, interval `low` to `high`, `p`, `n`.
 
     They are paired by seed, with Student's interval. Where the two share no seed, the difference is
-    that of the means, with Welch's interval, and `n` counts both. `verdict` is "better", "worse"
+    that of the means, with Welch's interval, and `n` counts both. `p` is that of the two-sided
+    t-test of no difference, not corrected for the number of tests. `verdict` is "better", "worse"
     or, where the interval holds 0 or cannot be had, "open".
     """
     table = {}
@@ -150,14 +152,19 @@ def compare_rows(
         if len(paired):
             mean, n = paired.mean(), len(paired)
             low, high = student_interval(paired, confidence)
+            tested = stats.ttest_1samp(paired, 0.0) if n > 1 else None
         else:
             ours, theirs = (wide[name].dropna() for name in (candidate, baseline))
             mean, n = ours.mean() - theirs.mean(), f"{len(ours)} + {len(theirs)}"
             low, high = welch_interval(ours, theirs, confidence)
+            many = min(len(ours), len(theirs)) > 1
+            tested = stats.ttest_ind(ours, theirs, equal_var=False) if many else None
         sign = 1 if higher_is_better(measure) else -1
         better, worse = min(sign * low, sign * high) > 0, max(sign * low, sign * high) < 0
         verdict = "better" if better else "worse" if worse else "open"
-        table[measure] = {"mean": mean, "low": low, "high": high, "n": n, "verdict": verdict}
+        p = float(tested.pvalue) if tested else float("nan")
+        table[measure] = {"mean": mean, "low": low, "high": high, "p": p, "n": n}
+        table[measure]["verdict"] = verdict
     return pd.DataFrame(table).T
 
 

@@ -1,1 +1,1 @@
-"""Chapter 02: what each distillation term contributes."""
+"""Chapter 03: what each distillation term contributes."""

@@ -1,4 +1,4 @@
-"""What chapter 02 shows of the study of distillation: its claims, and figures of what is stored."""
+"""What chapter 03 shows of the study of distillation: its claims, and figures of what is stored."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ AVERAGED = "authors' terms, features averaged"
 MAIN = (FIRST, *PAIRS, "corrected", AVERAGED)  # from copied weights, and then from random ones
 SINGLE = tuple(TERMS)
 BOTH, OUTPUT, SOFT = (f"features averaged, {what} corrected" for what in ("both", "output", "soft"))
+
+# What the chapter opens with: what each recipe draws.
+OPENING = ("teacher", FIRST, f"{FIRST}, output", f"{FIRST}, feature", AVERAGED, BOTH)
 
 # Written before the study ran. Each: what is claimed, the recipe, what it is compared with, the
 # measure, and what is expected if it is not "better".

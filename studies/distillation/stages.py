@@ -1,4 +1,4 @@
-"""The stages of chapter 02's study, and of appendix A3's."""
+"""The stages of chapter 03's study, and of appendix A3's."""
 
 from __future__ import annotations
 

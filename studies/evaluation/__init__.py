@@ -1,1 +1,1 @@
-"""Chapter 04: teacher against students on every score and in time."""
+"""Chapter 06: teacher against students on every score and in time."""

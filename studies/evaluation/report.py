@@ -1,4 +1,4 @@
-"""What chapter 04 shows of its study: the headline, the table after equal steps, all plans."""
+"""What chapter 06 shows of its study: the headline, the table after equal steps, all plans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages of the study of chapter 04: the clock, how few steps do, students of equal steps."""
+"""The stages of the study of chapter 06: the clock, how few steps do, students of equal steps."""
 
 from __future__ import annotations
 

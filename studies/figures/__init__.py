@@ -4,7 +4,7 @@ from studies.figures.colours import COLOURS, WIDTH
 from studies.figures.curves import bars, curves, doses, lines
 from studies.figures.images import image_grid
 from studies.figures.show import show
-from studies.figures.tables import dots, heat_map, spread_bars, trade_offs
+from studies.figures.tables import dots, forest, heat_map, spread_bars, trade_offs
 
 __all__ = [
     "COLOURS",
@@ -13,6 +13,7 @@ __all__ = [
     "curves",
     "doses",
     "dots",
+    "forest",
     "heat_map",
     "lines",
     "image_grid",

@@ -103,8 +103,8 @@ def lines(
     """Panels of lines side by side: {title: {label: (x, y)}}, an x label for each panel.
 
     A line may be (x, y, low, high), which draws a band from low to high.
-    `scales` are "log" where both axes are logarithmic, "semilogx" where x alone is, "linear" (the
-    default). `levels` {title: (label, y)} draws a dotted line across a panel.
+    `scales` are "log" where both axes are logarithmic, "semilogx" or "semilogy" where one is,
+    "linear" (the default). `levels` {title: (label, y)} draws a dotted line across a panel.
     """
     figure, axes = _panels(len(panels), 2.7)
     scales = scales or ["linear"] * len(panels)
@@ -122,9 +122,9 @@ def lines(
             label, y = levels[title]
             axis.axhline(y, ls=":", color="k", label=label)
         axis.set(title=title, xlabel=xlabel)
-        if scale != "linear":
+        if scale in ("log", "semilogx"):
             _log_ticks(axis, [value for x, *_ in generated.values() for value in x])
-        axis.set_yscale("log" if scale == "log" else "linear")
+        axis.set_yscale("log" if scale in ("log", "semilogy") else "linear")
         axis.grid(alpha=0.3)
         if any(generated):
             axis.legend(fontsize=8)

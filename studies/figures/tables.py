@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Collection, Mapping
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -68,6 +69,71 @@ def dots(
     return figure
 
 
+OUTCOMES = {  # of a claim: colour and mark
+    "holds": (COLOURS[0], "o"),
+    "refuted": (COLOURS[1], "X"),
+    "open": (COLOURS[5], "D"),
+}
+
+
+def forest(
+    checked: pd.DataFrame, higher_is_better: Callable[[str], bool], names: Mapping[str, str] = {}
+) -> Figure:
+    """Differences with their intervals: a line for each comparison, a panel for each measure.
+
+    `checked` is what `claims.check` gives: "claim", "candidate", "baseline", "measure", "mean",
+    "low", "high", "adjusted" and "outcome". The mark says what came of the claim, and is filled
+    where the difference is significant among all of its family. A claim is written once, over its
+    comparisons. `names` are what measures are called; below each axis stands where better is.
+    """
+    measures = list(dict.fromkeys(checked["measure"]))
+    compared = ["claim", "candidate", "baseline"]
+    lines = list(dict.fromkeys(checked[compared].itertuples(index=False, name=None)))
+    texts, before = [], None
+    for claim, candidate, baseline in lines:
+        head = "" if claim == before else textwrap.fill(claim, 56) + "\n"
+        texts.append(head + textwrap.fill(f"{candidate} \N{MINUS SIGN} {baseline}", 56))
+        before = claim
+    rows = [1.1 + 0.95 * text.count("\n") for text in texts]
+    ends = np.cumsum(rows)
+    places = dict(zip(lines, ends - np.array(rows) / 2, strict=True))
+    figure, axes = plt.subplots(
+        1,
+        len(measures),
+        figsize=(WIDTH, 0.145 * ends[-1] + 1.0),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    for axis, measure in zip(axes.flat, measures, strict=True):
+        for row in checked[checked["measure"] == measure].to_dict("records"):
+            colour, mark = OUTCOMES[row["outcome"]]
+            filled = colour if row["adjusted"] < 0.05 else "white"
+            style = {"color": colour, "fmt": mark, "mfc": filled, "ms": 5}
+            off = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
+            place = places[tuple(row[name] for name in compared)]
+            axis.errorbar([row["mean"]], [place], xerr=off, **style)
+        axis.axvline(0, color="#767676", lw=0.8)
+        for end in ends[:-1]:
+            axis.axhline(end, color="#dddddd", lw=0.5)
+        better = "better \N{RIGHTWARDS ARROW}"
+        better = better if higher_is_better(measure) else "\N{LEFTWARDS ARROW} better"
+        axis.set(title=names.get(measure, measure.replace("_", " ")), xlabel=better)
+        axis.locator_params(axis="x", nbins=3)
+        axis.grid(axis="x", alpha=0.3)
+    axes.flat[0].set_yticks(list(places.values()), texts, fontsize=7)
+    axes.flat[0].set_ylim(ends[-1], 0)
+    marks = [
+        axes.flat[0].plot([], [], mark, color=colour, label=name)[0]
+        for name, (colour, mark) in OUTCOMES.items()
+        if name in set(checked["outcome"])
+    ]
+    hollow = {"color": "#767676", "mfc": "white", "label": "hollow: not after Holm's correction"}
+    marks += axes.flat[0].plot([], [], "o", **hollow)
+    figure.legend(handles=marks, loc="outside upper center", ncols=4, fontsize=8)
+    return figure
+
+
 def heat_map(tables: Mapping[str, pd.DataFrame], label: str, log_scale: bool = True) -> Figure:
     """Tables with the same rows as colours on one scale, side by side, their columns along x.
 
@@ -129,6 +195,7 @@ def trade_offs(
     measures: Mapping[str, str],
     control: str = "random",
     levels: Mapping[str, float] | None = None,
+    wide: Collection[str] = (),
 ) -> Figure:
     """What candidates reach against what they cost: a panel for each measure and cost.
 
@@ -136,7 +203,7 @@ def trade_offs(
     Points are means over the rows of a candidate, bars reach from the least to the largest; rows of
     candidates that begin with `control` are small crosses of their own. A candidate "family: name"
     has the mark of its family and the colour of its name. `levels` draws a line, such as the
-    teacher's, in the panels of a measure.
+    teacher's, in the panels of a measure. `wide` costs have a logarithmic axis, with 0 at its end.
     """
     figure, axes = plt.subplots(
         len(measures),
@@ -173,8 +240,11 @@ def trade_offs(
                 axis.axhline(levels[measure], color=COLOURS[5], lw=0.8, ls=":", label="teacher")
             axis.grid(alpha=0.3)
         line[0].set_ylabel(label)
-    for axis, label in zip(axes[-1], costs.values(), strict=True):
+    for axis, (cost, label) in zip(axes[-1], costs.items(), strict=True):
         axis.set_xlabel(label)
+        if cost in wide:
+            axis.set_xscale("symlog", linthresh=10)
+            axis.set_xlim(left=-1)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     named = dict(zip(labels, handles, strict=True))
     figure.legend(named.values(), named, loc="outside lower center", ncols=4, fontsize=8)

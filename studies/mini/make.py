@@ -62,7 +62,7 @@ def make_teacher(out: Path, **settings) -> None:
 
 
 def make_student(out: Path, steps: int = 3600, batch_size: int = 16, **settings) -> None:
-    """The student by a recipe of the study of chapter 02, with more steps and images.
+    """The student by a recipe of the study of chapter 03, with more steps and images.
 
     `batch_size` images an update, which several processes share.
     """

@@ -1,1 +1,1 @@
-"""Chapter 03: what is forgotten, and what each strategy and buffer saves."""
+"""Chapter 04: what is forgotten, and what each strategy and buffer saves."""

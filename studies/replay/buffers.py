@@ -19,6 +19,14 @@ from studies.replay.study import stem_of
 
 
 @torch.inference_mode()
+def decoded(pipeline: StableDiffusionPipeline, mean: torch.Tensor) -> torch.Tensor:
+    """Images (N, 3, H, W) in [-1, 1] that scaled latents (N, 4, h, w) decode to."""
+    vae = pipeline.vae
+    latents = mean.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    parts = [vae.decode(x).sample for x in latents.split(32)]
+    return torch.cat(parts).float().clamp(-1, 1).cpu()
+
+
 def decoded_loss(
     pipeline: StableDiffusionPipeline, data: LatentDataset, count: int = 64
 ) -> dict[str, float]:
@@ -27,19 +35,13 @@ def decoded_loss(
     They are compared with those that the exact means of the first `count` items decode to, as
     images in [0, 1]. Infinite where nothing is lost.
     """
-    vae, rows = pipeline.vae, torch.arange(min(count, len(data)))
-
-    def decode(mean: torch.Tensor) -> torch.Tensor:
-        latents = mean.to(vae.device, vae.dtype) / vae.config.scaling_factor
-        parts = [vae.decode(x).sample for x in latents.split(32)]
-        return (torch.cat(parts).float().clamp(-1, 1) + 1) / 2
-
-    exact, found = decode(data.mean[rows]), {}
+    rows = torch.arange(min(count, len(data)))
+    exact, found = decoded(pipeline, data.mean[rows]), {}
     for dtype in DTYPES:
         buffer = ReplayBuffer(len(rows), "fifo", dtype)
         buffer.add(data, rows)
-        generated = decode(buffer.items()["mean"])
-        found[dtype] = peak_signal_noise_ratio(generated, exact, data_range=1.0).item()
+        generated = decoded(pipeline, buffer.items()["mean"])
+        found[dtype] = peak_signal_noise_ratio(generated, exact, data_range=2.0).item()
     return found
 
 

@@ -1,4 +1,4 @@
-"""What chapter 03 shows of the study of forgetting: its claims, tables, and what is stored."""
+"""What chapters 04 and 05 show of the study of forgetting: claims, tables, and what is stored."""
 
 from __future__ import annotations
 
@@ -23,6 +23,19 @@ MEASURES = (
     "retention_accuracy",
     "leakage",
 )
+# How measures are called in figures and tables.
+NAMES = {
+    f"{part}_{name}": f"{part}, {called}"
+    for part in ("old", "new", "forgetting", "retention")
+    for name, called in (
+        ("accuracy", "accuracy"),
+        ("output_error", "output error"),
+        ("fd", "Fréchet distance"),
+        ("species", "right species"),
+    )
+}
+# What chapter 04 opens with.
+OPENING = ("teacher", "after the first task", "finetune", "last_sample", "replay", "joint")
 BASELINES = ("finetune", "replay", "replay+distil", "generative_distillation", "joint")
 BESIDE = ("buffers", "ratios", "teachers")  # stages whose baselines are rows of the domains
 EXTREMES = (np.mean, np.min, np.max)

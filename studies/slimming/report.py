@@ -14,7 +14,8 @@ from kdc.unet.costs import count_costs
 from kdc.unet.plans import SlimPlan, find_plan
 from kdc.unet.slimming import slim, source_of
 from studies.common import ledger
-from studies.common.protocol import Setup, compare_rows, prepare, score
+from studies.common.claims import Claim
+from studies.common.protocol import Setup, prepare, score
 from studies.slimming import full_size, stages, study
 
 
@@ -107,6 +108,10 @@ def importances(
     return rows, scores
 
 
+CLAIMED = ("output_error", "accuracy", "fd")
+SPELT = {"macs": "multiply-accumulates"}
+
+
 def last_rounds(searched: Mapping[str, dict]) -> pd.DataFrame:
     """For every search the winner's place by other judgements, and the errors before and after."""
     rows = {}
@@ -123,14 +128,21 @@ def last_rounds(searched: Mapping[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def comparisons(rows: pd.DataFrame, found: Iterable[str]) -> dict[str, pd.DataFrame]:
-    """`compare_rows` of every found plan and `kdc`, and the random plans of the same budget."""
-    known, tables = set(rows["candidate"]), {}
+def claims(found: Iterable[str]) -> list[Claim]:
+    """What was claimed of the plans that were found, and the published order of the named ones.
+
+    Those named "found: ..." are the last search's: better than "kdc" and than random plans of their
+    budget. Claims about candidates that were not measured are left out by `claims.check`.
+    """
+    compared = [
+        ("the published order", "bk-base", "kdc"),
+        ("the published order", "kdc", "bk-tiny"),
+    ]
     for name in found:
-        for baseline in ("kdc", f"random: {name.rpartition(': ')[2]}"):
-            if baseline in known:
-                tables[f"{name} - {baseline}"] = compare_rows(rows, name, baseline)
-    return tables
+        limit = name.rpartition(": ")[2]
+        text = f"a plan found for its {SPELT.get(limit, limit)} is better"
+        compared += [(text, name, "kdc"), (text, name, f"random: {limit}")]
+    return [Claim(*one, measure) for one in compared for measure in CLAIMED]
 
 
 def blocks_of(unet: UNet2DConditionModel, plan: str | SlimPlan) -> pd.DataFrame:

@@ -203,7 +203,7 @@ def test_the_search_answers(browser, html):
     tab = browser.new_context(offline=True).new_page()
     settled(tab, html / "search.html", "?q=reservoir")
     tab.wait_for_selector("#search-results li a", timeout=PATIENCE)
-    assert any("03_replay" in a for a in tab.evaluate(LINKS))
+    assert any("05_buffers" in a for a in tab.evaluate(LINKS))
     tab.context.close()
 
 

@@ -12,6 +12,7 @@ import sys
 import tomllib
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 import yaml
@@ -20,13 +21,16 @@ from PIL import Image
 
 import kdc
 from studies.common import ledger
+from studies.common.claims import check
+from studies.distillation import report as distillation
 from studies.full_scale import report as full_scale
 from studies.replay import report
-from tools import book, front
+from studies.slimming import report as slimming
+from tools import book, equations, front
 
 PATHS = sorted(book.NOTEBOOKS.glob("*.ipynb"))
 PARAMETERS = set("budget teacher dataset plan steps batch_size seeds output_dir".split())
-MAX_CELLS, MAX_CODE_LINES, MAX_WORDS, MAX_CLASS_LINES = 44, 240, 2500, 15
+MAX_CELLS, MAX_CODE_LINES, MAX_WORDS, MAX_CLASS_LINES = 50, 360, 2800, 15
 MACHINE_PATH = re.compile(r"(/home/|/Users/|/root/|/tmp/|site-packages)")
 
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
@@ -166,12 +170,12 @@ def test_the_notebook_runs_at_the_quick_budget_and_draws(path, executed):
 @pytest.mark.parametrize(
     ("chapter", "stored", "words"),
     [
-        ("02_distillation_layers", "distillation", "same {steps} steps of {batch_size} images"),
-        ("03_replay", "forgetting_domains", "{steps} steps of {batch_size} images for each"),
-        ("03_replay", "forgetting_domains", "asked for {generated} images"),
-        ("03_replay", "forgetting_buffers", "One order of the worlds, three seeds, replay alone"),
-        ("04_evaluation", "evaluation_table", "three trainings of each recipe, {training_steps}"),
-        ("04_evaluation", "evaluation_table", "all at {table_steps} sampling steps"),
+        ("03_what_terms_are_worth", "distillation", "same {steps} steps of {batch_size} images"),
+        ("04_forgetting", "forgetting_domains", "{steps} steps of {batch_size} images for each"),
+        ("04_forgetting", "forgetting_domains", "asked for {generated} images"),
+        ("05_buffers", "forgetting_buffers", "One order of the worlds, three seeds, replay alone"),
+        ("06_evaluation", "evaluation_table", "three trainings of each recipe, {training_steps}"),
+        ("06_evaluation", "evaluation_table", "all at {table_steps} sampling steps"),
         ("A2_metrics_on_trial", "metrics_trial", "All faults, {count} images, three seeds"),
     ],
 )
@@ -194,7 +198,7 @@ def text_of(name: str) -> str:
     return " ".join(text.split())
 
 
-def test_the_numbers_that_chapter_03_states_are_those_stored():
+def test_the_numbers_that_chapters_04_and_05_state_are_those_stored():
     def means(stage, column="old_accuracy"):
         table = report.table(report.stored(stage))
         return table.groupby("candidate")[column].mean()
@@ -202,7 +206,7 @@ def test_the_numbers_that_chapter_03_states_are_those_stored():
     def two(value):
         return f"{value:.2f}".lstrip("0")
 
-    text = text_of("03_replay")
+    text = text_of("04_forgetting") + text_of("05_buffers")
     old, leak, dose = means("teachers"), means("buffers", "leakage"), means("ratios")
     plain, six = means("plain"), means("classes")
     task, output = old["replay, task only"], old["replay, task and output"]
@@ -221,18 +225,26 @@ def test_the_numbers_that_chapter_03_states_are_those_stored():
         f"only the previous class, and keeps {two(six['replay fifo'])}",
     ):
         assert words in text, words
+    both = {name: f"{value:.0%}".replace("%", " %") for name, value in means("domains").items()}
+    for words in (
+        f"{both['finetune']} of the images that a student is asked for of the first are right",
+        f"keeps {both['replay']}, as much as joint",
+        f"of **the last sample** keeps {both['last_sample']}",
+        f"Features keep {100 * (old['replay'] - output):.0f} points more than the output alone",
+    ):
+        assert words in text, words
     few = means("buffers")
     assert few["replay 4"] / few["replay"] == pytest.approx(0.75, abs=0.03)  # three quarters
 
 
-def test_the_numbers_that_chapter_04_and_the_readme_state_are_those_stored():
+def test_the_numbers_that_chapter_06_and_the_readme_state_are_those_stored():
     steps = ledger.read("evaluation_steps")
     chosen = {(s["pipeline"], rule): s for s in steps["chosen"] for rule in s["rules"]}
     best, fastest = (chosen["shipped student", rule] for rule in ("best", "fastest"))
     alone = chosen["teacher", "fastest"]
     label = f"shipped student, {fastest['scheduler']}, {fastest['steps']} steps"
     kept = (steps["tables"][x]["accuracy"]["value"] for x in (label, "teacher"))
-    text = text_of("04_evaluation")
+    text = text_of("06_evaluation")
     for words in (
         f"With {best['steps']} steps of DPM-Solver++",
         f"keep {next(kept) / next(kept):.0%} of the accuracy".replace("%", " %"),
@@ -253,6 +265,61 @@ def test_the_numbers_that_chapter_04_and_the_readme_state_are_those_stored():
         assert words in text_of("README"), words
 
 
+def test_the_findings_of_chapters_00_01_and_03_are_those_stored():
+    grades, text = ledger.read("mini_grades"), text_of("00_quickstart")
+    teacher, student = grades["teacher"], grades["student"]
+    for value in (student["all"], teacher["all"], student["held_out_all"]):
+        assert f"{100 * value:.1f} %" in text
+    study, text = slimming.stored(), text_of("01_unet_slimming")
+    accuracy = study.rows.groupby("candidate")["accuracy"].mean()
+    found = f"an accuracy of {accuracy['found: macs']:.2f} instead of {accuracy['kdc']:.2f}"
+    assert found.replace("0.", ".") in text
+    assert f"{study.timed.loc['found: time', 'ratio']:.2f} of the teacher's instead of" in text
+    better = check(study.rows, slimming.claims([])).query("baseline == 'bk-tiny'")
+    assert set(better["outcome"]) == {"refuted"} and "`bk-tiny` is better than `kdc`" in text
+    rows, text = distillation.stored()[0], text_of("03_what_terms_are_worth")
+    reached = rows.groupby("candidate")["accuracy"].mean().map("{:.2f}".format)
+    reached = {name: value.lstrip("0") for name, value in reached.items()}
+    for words in (
+        f"task term alone has an accuracy of {reached['task']}. With the features it is"
+        f" {reached['task, feature']}, with all four terms {reached['corrected']}",
+        f"over the task alone: {reached[distillation.AVERAGED]} against {reached['task']}",
+        f"Correcting it alone brings {reached[distillation.SOFT]}",
+        f"its gradient as well brings {reached[distillation.BOTH]}",
+    ):
+        assert words in text, words
+    claims = [claim for part in distillation.CLAIMS.values() for claim in part]
+    checked = check(rows, claims)
+    alone, among = ((checked[name] < 0.05).sum() for name in ("p", "adjusted"))
+    said = (
+        f"Of {len(checked)} differences claimed beforehand, {alone} are significant by themselves"
+    )
+    assert f"{said}, and {among} after correction" in text
+
+
+@every_notebook
+def test_a_chapter_opens_with_a_question_and_findings_and_says_what_it_does_not_show(path):
+    text = text_of(path.stem)
+    assert "**The question.**" in text and "{admonition} Findings" in text
+    findings = text[text.index("{admonition} Findings") :].split(":::")[0].split("```")[0]
+    assert 3 <= len(re.findall(r"(?:^| )(?:\d\.|-) ", findings)) <= 7
+    assert "does not show" in text and "**Summary.**" in text
+
+
+def test_the_index_of_equations_is_that_of_the_chapters():
+    assert equations.PAGE.read_text() == equations.page(), "run `python tools/book.py tidy`"
+    assert len(equations.numbered()) >= 20
+
+
+@every_notebook
+def test_displayed_equations_are_numbered_by_chapter(path):
+    shown = re.findall(r"\$\$(.+?)\$\$", text_of(path.stem))
+    chapter = path.stem.partition("_")[0].lstrip("0")
+    for equation in shown:
+        number = equations.NUMBER.findall(equation)
+        assert len(number) == 1 and number[0].startswith(f"{chapter}."), equation
+
+
 def test_the_findings_on_the_first_page_are_those_stored():
     readme = text_of("README")
     rows = ledger.read("authors_ratio")["rows"]
@@ -261,6 +328,12 @@ def test_the_findings_on_the_first_page_are_those_stored():
     kept = report.table(report.stored("domains")).groupby("candidate")["old_accuracy"].mean()
     percent = {name: f"{value:.0%}".replace("%", " %") for name, value in kept.items()}
     lost, saved = percent["finetune"], percent["replay"]
+    learnt = pd.DataFrame(ledger.read("distillation")["rows"]).groupby("candidate")["accuracy"]
+    both, authors = (
+        f"{learnt.mean()[name]:.0%}".replace("%", " %")
+        for name in (distillation.BOTH, distillation.AVERAGED)
+    )
+    assert f"a student is right in {both} of its images instead of {authors}" in readme
     assert (
         f"{lost} of its flowers are right; with a replay buffer of 64 images {saved} are" in readme
     )
@@ -277,8 +350,8 @@ def test_the_picture_on_the_first_page_is_by_the_shipped_models():
     assert comment == front.made_with(front.models()), "run python tools/front.py"
 
 
-def test_the_numbers_that_chapter_05_states_are_those_stored():
-    text = text_of("05_full_scale")
+def test_the_numbers_that_chapter_07_states_are_those_stored():
+    text = text_of("07_full_scale")
     rows = ledger.read("throughput_cuda")["rows"]
     fastest = max(rows, key=lambda row: max(row["images_per_second"]))
     assert f"{max(fastest['images_per_second'])} images a second go" in text
@@ -298,13 +371,11 @@ def test_the_numbers_that_chapter_05_states_are_those_stored():
     )
     assert words.format(**left).replace("%", " %") in text
     assert f"saves: {left['finetune']:.0%} and {left['replay']:.0%}".replace("%", " %") in text
-    first, second = report.check_stage("species", lines)[["difference", "outcome"]].values[:2]
-    assert (
-        first[1] == "holds" and first[0].startswith("+0.206 [") and "+0.21 [+0.20, +0.22]" in text
-    )
-    assert (
-        second[1] == "FAILS" and second[0].startswith("-0.0741") and "costs .07 [.05, .10]" in text
-    )
+    first, second = report.check_stage("species", lines).to_dict("records")[:2]
+    assert first["outcome"] == "holds" and second["outcome"] == "refuted"
+    gain = "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(**first)
+    loss = [f"{-second[name]:.2f}".lstrip("0") for name in ("mean", "high", "low")]
+    assert gain in text and "costs {} [{}, {}]".format(*loss) in text
     held_out = ledger.read("forgetting_species")["judge"]["held_out"]
     assert f"right on {held_out:.0%}".replace("%", " %") in text
     smoke = ledger.read("full_smoke")
@@ -334,7 +405,7 @@ def test_the_speed_of_a_step_that_is_stated_is_the_one_stored():
 
     (ours, _), (compiled, memory) = reached("mini", "ours"), reached("mini", "compiled")
     full = reached("full", "ours")[0]
-    chapter, readme = text_of("02_distillation_layers"), text_of("studies")
+    chapter, readme = text_of("03_what_terms_are_worth"), text_of("studies")
     compact = f"{memory:.2f}".lstrip("0")
     assert f"gives {compiled:.2f} times the images in {compact} of the memory" in chapter
     assert f"{ours:.1f} times its images a second on the mini teacher, {full:.1f} times" in readme

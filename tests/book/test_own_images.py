@@ -39,23 +39,23 @@ def run_on_images(chapter: str, folder, names, **parameters) -> str:
 @pytest.mark.book
 def test_the_replay_chapter_runs_on_two_folders(tmp_path):
     short = {"steps": 1, "batch_size": 2}
-    text = run_on_images("03_replay", tmp_path, ["before", "after"], **short)
+    text = run_on_images("04_forgetting", tmp_path, ["before", "after"], **short)
     assert all(re.search(rf"{name}: \d+ images", text) for name in ("before", "after"))
-    assert (tmp_path / "03_replay" / "out" / "forgetting.png").is_file()
+    assert (tmp_path / "04_forgetting" / "out" / "forgetting.png").is_file()
 
 
 @pytest.mark.book
 def test_the_evaluation_chapter_runs_on_a_folder(tmp_path):
-    text = run_on_images("04_evaluation", tmp_path, ["images"], steps=1)
+    text = run_on_images("06_evaluation", tmp_path, ["images"], steps=1)
     assert "the attributes of the prompts are not known" in text
-    assert (tmp_path / "04_evaluation" / "out" / "images.png").is_file()
+    assert (tmp_path / "06_evaluation" / "out" / "images.png").is_file()
 
 
 @pytest.mark.book
 def test_the_distillation_chapter_runs_on_a_folder_of_images(tmp_path):
     """Fine-tuning first, two classes, and a broken file that is named and left out."""
     short = {"steps": 1, "batch_size": 2}
-    text = run_on_images("02_distillation_layers", tmp_path, ["images"], **short)
+    text = run_on_images("03_what_terms_are_worth", tmp_path, ["images"], **short)
     assert "2 captions" in text
-    out = tmp_path / "02_distillation_layers" / "out"
+    out = tmp_path / "03_what_terms_are_worth" / "out"
     assert (out / "fine_tuning.png").is_file() and (out / "students.png").is_file()

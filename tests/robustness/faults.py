@@ -574,7 +574,7 @@ def _(folder):
     return " | ".join(said)
 
 
-@trial("8", "chapter 03 on a flat folder, on unique captions, on twice the same name")
+@trial("8", "chapter 04 on a flat folder, on unique captions, on twice the same name")
 def _(folder):
     from studies.replay.tasks import check_dataset
 

@@ -45,9 +45,13 @@ def test_norms_cosines_and_shares_make_up_the_gradient_of_the_loss(student, teac
     whole = whole_gradient(student, teacher, data, LossWeights())
     assert squared == pytest.approx(whole.square().sum().item(), rel=1e-3)
     assert found.terms["share"].sum() == pytest.approx(1)
+    assert found.terms["adam_share"].sum() == pytest.approx(1)
     assert all(found.cosines.loc[n, n] == pytest.approx(1) for n in TERMS)
     alone = whole_gradient(student, teacher, data, LossWeights.only("output"))
     assert norms["output"] == pytest.approx(alone.norm().item(), rel=1e-3)
+    for column, step in (("share", whole), ("adam_share", whole.sign())):
+        share = (alone @ step / (whole @ step)).item()
+        assert found.terms.loc["output", column] == pytest.approx(share, rel=1e-3)
 
 
 def test_the_published_recipe_is_told_what_is_wrong_with_it(teacher, data):
@@ -76,7 +80,7 @@ def test_a_loss_of_dead_terms_alone_is_told_so(student, teacher, data):
     with pytest.warns(UserWarning, match="output term is enabled and has no gradient"):
         found = diagnose(student, teacher, data, dead, batch_size=4)
     assert list(found.terms.index) == ["output"] and found.terms.loc["output", "value"] > 0
-    assert found.terms.loc["output", ["gradient_norm", "share"]].isna().all()
+    assert found.terms.loc["output", ["gradient_norm", "share", "adam_share"]].isna().all()
     assert found.cosines.empty and len(found.faults) == 1
 
 

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,16 @@ def test_the_permutation_test_is_level_and_finds_a_difference():
     assert observed == pytest.approx(0.1) and p == 0.01
     with pytest.raises(ValueError, match="pairs"):
         statistics.permutation_test(difference, a, a[:5])
+
+
+def test_holms_correction_of_a_known_example_and_of_true_nulls():
+    """Of many families of ten true nulls, about one in twenty has a false rejection."""
+    assert statistics.holm([0.01, 0.04, math.nan, 0.03, 0.005]) == pytest.approx(
+        [0.03, 0.06, math.nan, 0.06, 0.02], nan_ok=True
+    )
+    families = np.random.default_rng(0).uniform(size=(2000, 10))
+    rejected = np.mean([min(statistics.holm(list(family))) < 0.05 for family in families])
+    assert rejected == pytest.approx(0.05, abs=0.015)
 
 
 def test_sampling_and_retraining_are_told_apart():

@@ -1,4 +1,4 @@
-"""What chapter 04 says of stored numbers, on numbers made up so that the answer is known."""
+"""What chapter 06 says of stored numbers, on numbers made up so that the answer is known."""
 
 import pytest
 

@@ -132,3 +132,25 @@ def test_doses_draw_a_panel_a_fault_and_a_line_a_score():
     assert [axis.get_title() for axis in shown] == ["blur", "jpeg", "hue"]
     assert shown[0].lines[0].get_ydata().tolist() == [0.5, 2.5]
     assert [text.get_text() for text in shown[0].get_xticklabels()] == ["0", "2"]
+
+
+def test_a_forest_has_a_line_a_comparison_and_a_panel_a_measure():
+    """Its marks lie at the differences, filled where these are significant among all."""
+    rows = [
+        ("ahead", "new", "old", "accuracy", 0.3, 0.2, 0.4, 0.01, "holds"),
+        ("ahead", "new", "old", "fd", 2.0, -1.0, 5.0, 0.9, "open"),
+        ("ahead", "newer", "old", "accuracy", -0.1, -0.2, -0.0, 0.08, "refuted"),
+    ]
+    names = ["claim", "candidate", "baseline", "measure", "mean", "low", "high", "adjusted"]
+    table = pd.DataFrame(rows, columns=[*names, "outcome"])
+    figure = figures.forest(table, lambda measure: measure == "accuracy", {"fd": "distance"})
+    left, right = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["accuracy", "distance"]
+    assert left.get_xlabel().startswith("better") and right.get_xlabel().endswith("better")
+    marks = [bar.lines[0] for bar in left.containers]
+    assert [mark.get_xdata()[0] for mark in marks] == [0.3, -0.1]
+    assert [mark.get_markerfacecolor() == "white" for mark in marks] == [False, True]
+    (low, high) = left.containers[0].lines[2][0].get_segments()[0][:, 0]
+    assert (low, high) == pytest.approx((0.2, 0.4))
+    texts = [text.get_text() for text in left.get_yticklabels()]
+    assert "".join(texts).count("ahead") == 1 and len(texts) == 2

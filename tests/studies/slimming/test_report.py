@@ -8,6 +8,7 @@ import kdc
 from kdc.unet.blocks import group_of, plan_without
 from kdc.unet.costs import count_costs
 from kdc.unet.plans import PLANS
+from studies.common.claims import check
 from studies.common.protocol import compare_rows, summary
 from studies.slimming import report
 
@@ -40,15 +41,19 @@ def test_candidates_with_common_seeds_are_compared_in_pairs():
     assert one["mean"] == pytest.approx(-1.05) and one["n"] == 2
 
 
-def test_comparisons_are_with_kdc_and_the_random_plans_of_the_budget():
+def test_claims_are_about_kdc_the_random_plans_of_the_budget_and_the_published_order():
     names = ["kdc", "random: macs", "found: macs", "found: time"]
     table = pd.concat([rows(name, [0, 1], [1.0, 2]) for name in names])
-    made = report.comparisons(table, names[2:])
-    assert list(made) == [
-        "found: macs - kdc",
-        "found: macs - random: macs",
-        "found: time - kdc",
+    checked = check(table, report.claims(names[2:]))
+    made = checked[["candidate", "baseline"]].drop_duplicates().to_numpy().tolist()
+    assert made == [
+        ["found: macs", "kdc"],
+        ["found: macs", "random: macs"],
+        ["found: time", "kdc"],
     ]
+    assert "multiply-accumulates" in checked["claim"][0]
+    order = [(c.candidate, c.baseline) for c in report.claims([]) if c.measure == "accuracy"]
+    assert order == [("bk-base", "kdc"), ("kdc", "bk-tiny")]
 
 
 def test_blocks_have_the_teachers_names_and_the_students_costs(tiny_unet):

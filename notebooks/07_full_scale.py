@@ -13,7 +13,7 @@
 # Diffusion at 512 x 512 pixels, Oxford Flowers 102 and then Butterflies & Moths: which commands, how
 # many hours, how much memory, and what may you expect?
 #
-# :::{admonition} What is known
+# :::{admonition} Findings
 # - On one NVIDIA H200, 108 images a second go through a distillation step of the 482M student at
 #   batch 64 (`results/throughput_cuda.json`; random weights, so the speed is real and the images are
 #   not). That is a third of the rate of a large bf16 product there.
@@ -32,11 +32,11 @@
 # %% tags=["parameters"]
 budget: str = "quick"  # "quick", "standard" or "full": how long everything is trained
 teacher: str = "mini"  # "mini", sd-v1-4, sd-v1-5, sd-v2-1-base, a hub id, or a folder
-dataset: str = "tiny"  # "tiny", "flowers102 then butterflies", or "A then B" of your own folders
+dataset: str = "tiny"  # "tiny", "flowers102 then butterflies", "A then B" (folders)
 plan: str = "kdc"  # which layers the student keeps, see kdc.PLANS
 steps: int = None  # updates of the distillation; None: what the budget says
-batch_size: int = None  # images in a forward pass of each process; None: what the budget says
-output_dir: str = "outputs/05_full_scale"  # latents, teacher, student, sequence, images
+batch_size: int = None  # images a forward pass; None: what the budget says
+output_dir: str = "outputs/07_full_scale"  # latents, teacher, student, sequence, images
 
 # %% tags=["hide-input"]
 import time
@@ -58,13 +58,13 @@ from studies.replay import report as replay
 
 started = time.perf_counter()
 table = {
-    "quick": {"steps": 6, "batch_size": 4, "tuning": 4, "task_steps": 3, "asked": 6,
-              "images": 24, "sampling_steps": 8},
-    "standard": {"steps": 200, "batch_size": 16, "tuning": 100, "task_steps": 80, "asked": 64,
-                 "images": None, "sampling_steps": 25},
-    "full": {"steps": 20_000, "batch_size": 64, "tuning": 20_000, "task_steps": 5_000,
-             "asked": 2_000, "images": None, "sampling_steps": 25},
-}  # fmt: skip
+    "quick": {"steps": 6, "batch_size": 4, "tuning": 4, "task_steps": 3},
+    "standard": {"steps": 200, "batch_size": 16, "tuning": 100, "task_steps": 80},
+    "full": {"steps": 20_000, "batch_size": 64, "tuning": 20_000, "task_steps": 5_000},
+}
+table["quick"] |= {"asked": 6, "images": 24, "sampling_steps": 8}
+table["standard"] |= {"asked": 64, "images": None, "sampling_steps": 25}
+table["full"] |= {"asked": 2_000, "images": None, "sampling_steps": 25}
 run = settle(budget, table, steps=steps, batch_size=batch_size)
 output = as_path(output_dir, "output_dir")
 output.mkdir(parents=True, exist_ok=True)
@@ -95,12 +95,16 @@ called = [as_path(name).name for name in names]
 pipeline = kdc.load_teacher(teacher)
 size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 data = {
-    name: [kdc.load_dataset(name, split, size, count=run.images) for split in ("train", "test")]
+    name: [
+        kdc.load_dataset(name, split, size, count=run.images)
+        for split in ("train", "test")
+    ]
     for name in names
 }
 for name, (train, test) in data.items():
     print(
-        f"{name.split('/')[-1]}: {len(train)} images to train on, {len(test)} for tests, {size} px"
+        f"{name.split('/')[-1]}: {len(train)} images to train on,"
+        f" {len(test)} for tests, {size} px"
     )
 
 # %% [markdown]
@@ -171,8 +175,10 @@ log = kdc.distill(
     resume=True,
     log_every=max(1, run.steps // 20),
 )
-sizes = {name: sum(p.numel() for p in unet.parameters())
-         for name, unet in (("teacher", pipeline.unet), ("student", student))}  # fmt: skip
+sizes = {
+    name: sum(p.numel() for p in unet.parameters())
+    for name, unet in (("teacher", pipeline.unet), ("student", student))
+}
 print(f"{sizes['teacher']:,} -> {sizes['student']:,} parameters")
 display(log.tail(3).round(3))
 
@@ -197,7 +203,9 @@ tasks = [
 
 def evaluate(scored, task):
     """How far the student is from its teacher on held-back images of that task."""
-    return {"output_error": float(kdc.output_error(scored.unet, pipeline, task.test).mean())}
+    return {
+        "output_error": float(kdc.output_error(scored.unet, pipeline, task.test).mean())
+    }
 
 
 result = kdc.run_sequence(
@@ -244,7 +252,7 @@ drawn = {
     for name, one in (("teacher", pipeline), ("student", mine))
 }
 figures.image_grid(drawn, asked)
-figures.show("5.1", save=output / "images.png")
+figures.show("7.1", save=output / "images.png")
 
 # %% [markdown]
 # At `quick` teacher and student have seen a handful of updates, so the figure shows that the way works and
@@ -278,7 +286,7 @@ print("\n".join((folder / "README.md").read_text().splitlines()[:24]))
 # %% [markdown]
 # ## Do photographs forget?
 #
-# [Chapter 03](03_replay.ipynb) found nothing forgotten on photographs, with tasks of 80 updates and scores
+# [Chapter 04](04_forgetting.ipynb) found nothing forgotten on photographs, with tasks of 80 updates and scores
 # that cannot name a species. Here the twelve species are learnt in two tasks of 450 updates, six and then
 # six. A judge names the species of 288 generated images: a linear layer on EfficientNet-Lite0, fitted
 # on the training photographs, right on 96 % of the test photographs at 64 pixels. Written
@@ -289,7 +297,7 @@ print("\n".join((folder / "README.md").read_text().splitlines()[:24]))
 if teacher == "mini":
     strips, captions = replay.shown("species")
     figures.image_grid(strips, captions, scale=0.8)
-    figures.show("5.2")
+    figures.show("7.2")
 lines = replay.table(replay.stored("species"))
 measures = ["old_species", "new_species", "forgetting_species"]
 display(summary(lines, measures))
@@ -346,12 +354,14 @@ display(report.memory())
 #
 # With a specialised data set expect the student to come closer to its teacher than BK-SDM's does: 102
 # captions are fewer than the world of COCO. Expect forgetting to be larger at higher learning
-# rates, and replay to cost twice the images of fine-tuning (see [chapter 03](03_replay.ipynb)).
+# rates, and replay to cost twice the images of fine-tuning (see [chapter 04](04_forgetting.ipynb)).
 
 # %%
 own = output / "scores" / "scores.json"
 beside = report.beside(own)
-display(beside.map(lambda x: "" if pd.isna(x) else f"{x:,.4g}" if x < 1e4 else f"{x:,.0f}"))
+display(
+    beside.map(lambda x: "" if pd.isna(x) else f"{x:,.4g}" if x < 1e4 else f"{x:,.0f}")
+)
 
 # %% [markdown]
 # `python -m kdc evaluate`, as above, fills the last row when this page runs again.
@@ -372,9 +382,14 @@ display(beside.map(lambda x: "" if pd.isna(x) else f"{x:,.4g}" if x < 1e4 else f
 #    --num_processes 2 -m kdc distill mini --steps 20 --batch-size 8 --output-dir two`. Then with one
 #    process and `--batch-size 16`. Compare the two `log.csv`.
 #
-# **In three sentences.** The way from Stable Diffusion to a slimmed, distilled and further taught student
+# **Summary.** The way from Stable Diffusion to a slimmed, distilled and further taught student
 # is seven commands, each of which can be killed and goes on. On one fast GPU it takes hours, by
 # measurement of its slowest part. What comes out at the end has yet to be measured.
+#
+# **Further reading.** Kim et al., *BK-SDM*, arXiv 2305.15798; Nilsback and Zisserman, *Automated flower
+# classification*, 2008; Fang et al., *Structural pruning for diffusion models*, arXiv 2305.10924.
 
 # %% tags=["hide-input"]
-ledger.this_run(started, budget=budget, teacher=teacher, dataset=dataset, steps=run.steps)
+ledger.this_run(
+    started, budget=budget, teacher=teacher, dataset=dataset, steps=run.steps
+)
