@@ -223,7 +223,7 @@ print(tokens, "some daisy, in a colour of the model's own choice", len(unknown))
 # 3. Call `kdc.generate(..., guidance=1.0)`. What does it do to the time?
 
 # %% tags=["hide-cell"]
-# Solution to exercise 3: without guidance the network is called once a step instead of twice
+# Solution to exercise 3: without guidance a step is one call instead of two
 for guidance in (7.5, 1.0):
     start = time.perf_counter()
     kdc.generate(teacher_pipeline, prompts[0], steps=8, guidance=guidance)

@@ -408,7 +408,7 @@ for stage in dict.fromkeys(stages):
 figures.bars(by_stage, "share of AdamW's first step")
 figures.show("2.5")
 rms = pd.Series(mean_square, name="root mean square of the gradient of a weight")
-rms.map("{:.1e}".format).to_frame().T
+rms.map("{:.1e}".format).to_frame()
 
 # %% [markdown]
 # The outer layers have the largest gradients, and there the task and output terms rule. The innermost
@@ -540,6 +540,8 @@ print(f"by hand and by the library they differ by at most {apart:.1e}")
 before = kdc.output_error(start, pipeline, held_back, count=32).mean()
 after = kdc.output_error(twin, pipeline, held_back, count=32).mean()
 print(f"output error on held-back images: {before:.4f} after the cut, {after:.4f} now")
+result = {"plan": plan, "seed": seed, "after the cut": before, "distilled": after}
+pd.Series(result).to_json(output / "result.json")
 
 # %% [markdown]
 # ## What this does not show
@@ -570,7 +572,7 @@ live.terms[["share", "adam_share"]].round(3)
 alone = [
     feature_term([x], [y], normalised=False).item() for x, y in zip(fs, fu, strict=True)
 ]
-(pd.Series(alone, short, name="share of the term") / sum(alone)).round(3).to_frame().T
+(pd.Series(alone, short, name="share of the term") / sum(alone)).round(3).to_frame()
 
 # %% [markdown]
 # 3. Equation (2.6) is a limit. At which temperature does the soft term come within 1 % of it?

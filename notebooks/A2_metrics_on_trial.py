@@ -88,7 +88,8 @@ figures.show("A2.1", save=output / "faults.png")
 
 # %%
 here = study.hold(run.faults, run.count, run.seeds)
-here.groupby(["fault", "dose"], sort=False)[list(study.SCORES)].mean().round(3)
+shown = ["fd", "kid", "recall", "accuracy", "leakage"]
+here.groupby(["fault", "dose"], sort=False)[shown].mean().round(3)
 
 # %% [markdown]
 # ## The whole test
@@ -106,15 +107,21 @@ figures.show("A2.2", save=output / "doses.png")
 
 # %%
 found = report.verdicts(rows)
-marks = {(True, True): "caught", (True, False): "CAUGHT, not expected",
-         (False, True): "MISSED, expected to catch", (False, False): "-"}  # fmt: skip
+marks = {
+    (True, True): "caught",
+    (True, False): "caught *",  # was not expected
+    (False, True): "MISSED",  # was expected to catch it
+    (False, False): "",
+}
 found["outcome"] = [
     marks[n, e] for n, e in zip(found["noticed"], found["expected"], strict=True)
 ]
 wide = found.pivot(index="fault", columns="score", values="outcome")
-wide.loc[rows["fault"].unique(), list(study.SCORES)]
+short = {"lpips_to_teacher": "LPIPS", "clip": "CLIP", "fd": "FD", "kid": "KID"}
+wide.loc[rows["fault"].unique(), list(study.SCORES)].rename(columns=short)
 
 # %% [markdown]
+# A star: caught, and not expected to be. Empty: not caught, as expected.
 # No score sees everything, and each of them is blind to something that matters.
 #
 # - *Wrong captions* do not exist for Fréchet distance, KID, precision and recall: they never read a

@@ -208,9 +208,7 @@ for image in range(12):
     passes.append([image] if stored is None else [image, stored])
     if (image + 1) % 4 == 0:  # the optimiser steps once in four passes
         stored = image
-pd.DataFrame({"forward pass": range(12), "images in its batch": passes}).set_index(
-    "forward pass"
-).T
+pd.Series(passes, name="images in the batch of each forward pass").iloc[:9].to_frame()
 
 # %% [markdown]
 # `kdc` has this as the strategy `last_sample`, and a replay buffer over tasks as `replay`.
