@@ -39,6 +39,9 @@ from .distillation.features import (
 from .distillation.features import (
     tap_names as tap_names,
 )
+from .distillation.few_steps import (
+    distill_few_steps as distill_few_steps,
+)
 from .distillation.fidelity import (
     drawing_judge as drawing_judge,
 )
@@ -74,6 +77,9 @@ from .handover.onnx import (
 )
 from .pipelines import (
     generate as generate,
+)
+from .pipelines import (
+    in_few_steps as in_few_steps,
 )
 from .pipelines import (
     load_student as load_student,

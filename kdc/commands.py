@@ -124,6 +124,17 @@ def _distill(values: dict[str, Any]) -> None:
     _report(values, kdc.distill(student, teacher, settings=settings, weights=weights, **how))
 
 
+def _few_steps(values: dict[str, Any]) -> None:
+    import kdc
+
+    settings = _settings(values)
+    teacher = kdc.load_teacher(values["teacher"])
+    student = _student(values, teacher)
+    how = _images_and_folders(values, teacher)
+    how |= {name: values[name] for name in ("guidance", "grid")}
+    _report(values, kdc.distill_few_steps(student, teacher, settings=settings, **how))
+
+
 def _finetune(values: dict[str, Any]) -> None:
     import kdc
 
@@ -331,6 +342,24 @@ COMMANDS: dict[str, Command] = {
             RESUME,
         ),
         _distill,
+    ),
+    "few-steps": Command(
+        "train a student once more, to draw in two to four steps without guidance's second call",
+        (
+            TEACHER,
+            Option("student", "mini, or a student's folder: where it begins", required=True),
+            Option("dataset", DATASET_NAMES + ", or a folder", default="worlds"),
+            IMAGES,
+            CACHE,
+            Option("guidance", "what is folded in", float, 7.5),
+            Option("grid", "steps of the sampler whose path is shortened", int, 50),
+            *(dataclasses.replace(o, default=0.0) if o.name == "caption_dropout" else o
+              for o in TRAINING),
+            SAMPLE_PROMPTS,
+            OUTPUT,
+            RESUME,
+        ),
+        _few_steps,
     ),
     "finetune": Command(
         "train a teacher's U-Net on images first, as the authors did",

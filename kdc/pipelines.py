@@ -7,13 +7,13 @@ import copy
 import importlib
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -54,6 +54,10 @@ TEACHER_FILES = ("model_index.json", *(f"{part}/config.json" for part in PARTS))
 MINI_STUDENT = ASSETS / "mini-student"
 LIBRARIES = ("diffusers", "transformers")  # whose networks can be parts of a teacher
 UNSEEDED = {"DPMSolverSDEScheduler"}  # samplers that draw from a noise of their own
+SCHEDULE = (  # what of a sampler's settings is the noising process
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "prediction_type", "rescale_betas_zero_snr",
+)  # fmt: skip
 GRID = 8  # images that show how a training goes
 PREVIOUS = "unet.previous"  # an older student, while a new one takes its place
 
@@ -209,7 +213,8 @@ def load_student(
     """A distilled student as a pipeline: "mini", a folder that `save_student` wrote, or a hub id.
 
     A folder that holds only a U-Net borrows the other parts from `teacher` (default: the mini
-    teacher); they are shared, not copied. A hub id must be that of a whole pipeline. Raises as
+    teacher); they are shared, not copied. A student that `distill_few_steps` made comes with its
+    own sampler, see `in_few_steps`. A hub id must be that of a whole pipeline. Raises as
     `load_teacher`, and `ValueError` where a U-Net does not fit the parts it is to borrow.
     """
     path = MINI_STUDENT if str(source) == "mini" else as_path(source, "the student")
@@ -236,7 +241,10 @@ def load_student(
             f"the student in {path} reads prompts of width {unet.config.cross_attention_dim}, its"
             f" teacher writes {width}: give the teacher that it was distilled from"
         )
-    return with_unet(pipeline, unet)
+    note = read_json(path / "kdc.json") if (path / "kdc.json").is_file() else {}
+    few = note.get("few_steps")
+    student = with_unet(pipeline, unet)
+    return in_few_steps(student, few["grid"]) if few else student
 
 
 def check_teacher(pipeline: StableDiffusionPipeline) -> None:
@@ -277,6 +285,18 @@ def in_pipeline(
 ) -> StableDiffusionPipeline:
     """`with_unet`, but a pipeline of another precision gets a copy: `unet` stays as it is."""
     return with_unet(pipeline, unet if unet.dtype == pipeline.dtype else copy.deepcopy(unet))
+
+
+def in_few_steps(pipeline: StableDiffusionPipeline, grid: int = 50) -> StableDiffusionPipeline:
+    """The same networks with the sampler of consistency models (Song et al. 2303.01469, section 3).
+
+    For U-Nets that `distill_few_steps` trained on that `grid`. Draw with 1 to 8 steps; guidance is
+    folded in, so give 1: `generate(pipeline, prompts, steps=4, guidance=1.0)`.
+    """
+    few = with_unet(pipeline, pipeline.unet)
+    kept = {k: v for k, v in pipeline.scheduler.config.items() if k in SCHEDULE}
+    few.scheduler = LCMScheduler(**kept, original_inference_steps=grid, clip_sample=False)
+    return few
 
 
 def save_student(unet: UNet2DConditionModel, folder: str | Path, **notes) -> Path:
@@ -443,11 +463,20 @@ def generate(
 
 
 def sample_grid(
-    teacher: StableDiffusionPipeline, unet: UNet2DConditionModel, prompts: Sequence[str], seed: int
+    teacher: StableDiffusionPipeline,
+    unet: UNet2DConditionModel,
+    prompts: Sequence[str],
+    seed: int,
+    in_steps: Callable[[StableDiffusionPipeline], StableDiffusionPipeline] = lambda given: given,
+    **how: Any,
 ) -> Tensor:
-    """Images of `GRID` of the prompts, evenly chosen, by `unet` in the teacher: (3, H, W) uint8."""
+    """Images of `GRID` of the prompts, evenly chosen, by `unet` in the teacher: (3, H, W) uint8.
+
+    `in_steps` may give the pipeline another sampler; `how` are further arguments of `generate`.
+    """
     chosen = prompts[:: math.ceil(len(prompts) / GRID)]
-    return as_grid(generate(in_pipeline(teacher, unet), chosen, seed=seed, progress=False))
+    pipeline = in_steps(in_pipeline(teacher, unet))
+    return as_grid(generate(pipeline, chosen, seed=seed, progress=False, **how))
 
 
 def as_grid(images: Tensor) -> Tensor:

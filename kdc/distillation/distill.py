@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from kdc.checks import as_texts
@@ -93,7 +94,65 @@ def distill(
     weights = weights or LossWeights()
     process = forward_process(teacher)
     check_fit(student, teacher, process, weights)
-    device = this_process().device
+
+    def make_step(followed: UNet2DConditionModel, data: LatentDataset) -> DistillationStep:
+        return DistillationStep(student, followed, process, weights, settings.seed)
+
+    return train_student(
+        student,
+        teacher,
+        dataset,
+        make_step,
+        settings=settings,
+        follows=weights.needs_teacher,
+        made_with={"weights": weights.to_dict()},
+        output_dir=output_dir,
+        resume=resume,
+        cache_dir=cache_dir,
+        sample_prompts=sample_prompts,
+        label=label,
+    )
+
+
+class Step(Protocol):
+    """What `train_student` trains by: the named terms of a batch's loss."""
+
+    @property
+    def hooks(self) -> Sequence[Any]:
+        """What hangs in the networks, which a compiled network must know of."""
+
+    def __call__(
+        self, model: nn.Module, latents: Tensor, prompt_embeds: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]: ...
+
+    def close(self) -> None:
+        """Remove what the step has hung into the networks."""
+
+
+def train_student(
+    student: UNet2DConditionModel,
+    teacher: StableDiffusionPipeline,
+    dataset: Dataset | LatentDataset,
+    make_step: Callable[[UNet2DConditionModel, LatentDataset], Step],
+    *,
+    settings: TrainSettings,
+    follows: bool,
+    made_with: dict[str, Any],
+    output_dir: str | Path | None,
+    resume: bool,
+    cache_dir: str | Path | None,
+    sample_prompts: Sequence[str],
+    label: str,
+    **drawn: Any,
+) -> pd.DataFrame:
+    """Train a student by any step on the latents of images; see `distill`, which is one use of it.
+
+    `make_step(followed, data)` makes the step; `followed` is the teacher's U-Net, or its copy in
+    bf16 where `follows` and the precision ask for it. `made_with` says in plain values what the
+    step depends on; it is written beside the student, and a run resumes with the same only. `drawn`
+    says how `sample_grid` draws the grids of images.
+    """
+    process, device = forward_process(teacher), this_process().device
     options = {
         "compile": settings.compile,
         "gradient_checkpointing": settings.gradient_checkpointing,
@@ -102,7 +161,7 @@ def distill(
     sample_prompts = as_texts("sample_prompts", sample_prompts)
     if cache_dir is not None and not isinstance(dataset, LatentDataset):
         check_cache(cache_dir, dataset)
-    identity = {"weights": weights.to_dict()} | identity_of(student, teacher, process)
+    identity = made_with | identity_of(student, teacher, process)
     folder = check_run(output_dir, resume, settings, STUDENT_FILES, identity)
     check_finished(folder, resume, settings, identity)
     accelerator = make_accelerator(settings.precision)
@@ -116,22 +175,23 @@ def distill(
             return _finished(student, folder, settings, identity)
         followed = teacher.unet
         bf16 = precision_on(device, settings.precision) == "bf16"
-        if weights.needs_teacher and bf16:
+        if follows and bf16:
             followed = reduced(followed, torch.bfloat16)
-        distillation_step = DistillationStep(student, followed, process, weights, settings.seed)
+        step = make_step(followed, data)
 
         images = settings.batch_size * this_process().num_processes
         part = own_part(images)
 
         def loss(model, generator):
             batch = data.draw(images, generator, settings.caption_dropout, part)
-            return distillation_step(model, *batch, generator)
+            return step(model, *batch, generator)
 
         def samples():
-            return sample_grid(teacher, student, sample_prompts or data.captions, settings.seed)
+            asked = sample_prompts or data.captions
+            return sample_grid(teacher, student, asked, settings.seed, **drawn)
 
         try:
-            with quickened(student, followed, distillation_step.hooks, **options, bf16=bf16):
+            with quickened(student, followed, step.hooks, **options, bf16=bf16):
                 log = train(
                     student,
                     loss,
@@ -144,10 +204,10 @@ def distill(
                     label=label,
                 )
         finally:
-            distillation_step.close()
+            step.close()
             student.eval()
         if folder and accelerator.is_main_process:
-            notes = {"weights": weights.to_dict(), "training": dataclasses.asdict(settings)}
+            notes = made_with | {"training": dataclasses.asdict(settings)}
             save_student(student, folder, **notes, made_with=identity_of_run(settings) | identity)
             if not settings.keep_state:
                 forget_checkpoints(folder)
