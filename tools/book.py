@@ -25,7 +25,7 @@ import papermill
 import yaml
 
 from studies.common.budgets import unknown_names
-from tools import equations
+from tools import claims, equations
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -181,7 +181,7 @@ def recaption(outputs: list) -> None:
 
 
 def tidy() -> None:
-    """Sync each .ipynb with its .py, clean and format it, and let the .py and the index follow."""
+    """Sync each .ipynb with its .py, clean and format it; the .py and the indexes follow."""
     jupytext = [sys.executable, "-m", "jupytext", "--quiet", "--sync"]
     subprocess.run([*jupytext, *NOTEBOOKS.glob("*.py"), *NOTEBOOKS.glob("*.ipynb")], check=True)
     for path in notebooks():
@@ -189,6 +189,7 @@ def tidy() -> None:
     subprocess.run([sys.executable, "-m", "ruff", "format", *notebooks()], check=True)
     subprocess.run([*jupytext, *notebooks()], check=True)
     equations.write()
+    claims.write()
 
 
 def keep(only: str | None = None) -> None:

@@ -35,6 +35,7 @@ MODELS: dict[str, tuple[str, ...]] = {
         ],
         ("teacher",),
     ),
+    "evaluation_few_steps": ("teacher", "student", "clip", "classifier"),
     "evaluation_steps": ("teacher", "student"),
     "evaluation_table": ("teacher", "student"),
     "metrics_trial": ("teacher", "clip", "classifier"),
@@ -67,6 +68,11 @@ def other_models(name: str, folder: str | Path | None = None) -> list[str]:
     """The embedded models that a stored result was measured on and that are shipped no more."""
     known = _stored(name, folder)["provenance"].get("models", FIRST_ROUND)
     return [model for model in MODELS.get(name, ()) if known.get(model) != model_in_use(model)]
+
+
+def provenance_of(name: str, folder: str | Path | None = None) -> dict:
+    """What a stored result says of how it was made, with "commit" and "made" where known."""
+    return dict(_stored(name, folder)["provenance"])
 
 
 def provenance(**settings) -> dict:

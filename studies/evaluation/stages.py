@@ -17,6 +17,7 @@ from studies.common.recipes import RECIPES
 from studies.common.runner import Context, Stage
 from studies.distillation import study as distillation
 from studies.distillation.study import follow
+from studies.evaluation import few_steps
 from studies.evaluation.study import (
     SHIPPED,
     Settings,
@@ -89,11 +90,25 @@ def _stage(measure, name: str, context: Context) -> list[Path]:
     return [ledger.write(f"evaluation_{name}", values, context.results, **notes)]
 
 
+def _few_steps(context: Context) -> list[Path]:
+    settings = few_steps.Settings(**context.settings)
+    rows, times = few_steps.study(load_teacher("mini"), settings, context.folder)
+    notes = dataclasses.asdict(settings)
+    values = {"rows": rows, "times": times}
+    return [ledger.write("evaluation_few_steps", values, context.results, **notes)]
+
+
 STAGES = {
     name: Stage(functools.partial(_stage, measure, name), text, (f"evaluation_{name}.json",))
     for name, measure, text in (
         ("timing", _timing, "seconds of images and of calls; wants a quiet machine"),
         ("steps", _steps, "how few steps do, and the headline; needs the timing"),
         ("table", _table, "students after equal steps, and the shipped one"),
+    )
+} | {
+    "few-steps": Stage(
+        _few_steps,
+        "the shipped student distilled to few steps; wants a quiet machine for its times",
+        ("evaluation_few_steps.json",),
     )
 }
