@@ -306,23 +306,22 @@ figures.show("A0.5")
 # ## Exercises
 #
 # 1. Replace the sampler by a single jump: decode `way[0]`. What do you see, and why?
-#
-#    <details><summary>Solution</summary>
-#
-#    `figures.image_grid({"jump": decode(way[0])})`. The mean of all images that fit the caption:
-#    the squared error is least there, so it is what the network must answer from noise alone.
-#
-#    </details>
-#
+
+# %% tags=["hide-cell"]
+# Solution to exercise 1: the mean of all images that fit the caption, where the squared
+# error is least: what the network must answer from noise alone.
+jump = decode(way[0])
+print(tuple(jump.shape), f"spread {jump.std():.2f}, of the finished {decode(way[-1]).std():.2f}")
+
+# %% [markdown]
 # 2. What does a negative guidance draw?
-#
-#    <details><summary>Solution</summary>
-#
-#    `decode(sample(start, prompts, run.steps, guidance=-2.0)[0])`. It goes away from the caption: other
-#    colours and other backgrounds than those that were asked for.
-#
-#    </details>
-#
+
+# %% tags=["hide-cell"]
+# Solution to exercise 2: it goes away from the caption, to other colours and backgrounds.
+away = decode(sample(start, prompts, 8, guidance=-2.0)[0])
+print(tuple(away.shape))
+
+# %% [markdown]
 # 3. Swap the captions of the two prompts after half of the steps. What follows the first caption, and what
 #    the second?
 #

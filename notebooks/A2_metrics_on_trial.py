@@ -88,8 +88,8 @@ figures.show("A2.1", save=output / "faults.png")
 
 # %%
 here = study.hold(run.faults, run.count, run.seeds)
-shown = ["fd", "kid", "recall", "accuracy", "leakage"]
-here.groupby(["fault", "dose"], sort=False)[shown].mean().round(3)
+scores = ["fd", "kid", "recall", "accuracy", "leakage"]
+here.groupby(["fault", "dose"], sort=False)[scores].mean().round(3)
 
 # %% [markdown]
 # ## The whole test

@@ -39,6 +39,7 @@ output_dir: str = "outputs/A3_authors_code"  # figures
 # %% tags=["hide-input"]
 import contextlib
 import time
+import warnings
 
 import pandas as pd
 import torch
@@ -326,16 +327,23 @@ rows.groupby("candidate", sort=False)[measures].mean().round(3)
 #
 # ## Exercises
 #
-# 1. Give the output term its gradient (`LossWeights.as_published().replace(output_gradient=True)`). How
-#    much of the whole gradient is it? `kdc.diagnose` tells.
-#
-# :::{dropdown} Solution
-# `kdc.diagnose(student, pipeline, data, LossWeights.as_published().replace(output_gradient=True)).terms`.
-# The column `share` has it: a few per cent at most, because the summed KL is so large.
-# :::
-#
+# 1. Give the output term its gradient. How much of the whole gradient is it?
+
+# %% tags=["hide-cell"]
+# Solution to exercise 1
+alive = LossWeights.as_published().replace(output_gradient=True)
+with warnings.catch_warnings(action="ignore"):
+    told = kdc.diagnose(student, pipeline, data, alive, batch_size=run.batch)
+told.terms["share"].map("{:.1%}".format).to_frame()
+
+# %% [markdown]
 # 2. At which number of pixels would the softened KL weigh as much as the task term?
-#
+
+# %% tags=["hide-cell"]
+# Solution to exercise 2: its mean over pixels, times their number
+print(f"{task.item() / (soft.item() / pixels):.0f} pixels, on this batch")
+
+# %% [markdown]
 # **Summary.** The authors' loss is a sum of four terms, one of which has no gradient. Two others are
 # sums, over pixels and over blocks, so that the sizes of networks and images set their weights. Their
 # replay is one image that joins the next batches.
