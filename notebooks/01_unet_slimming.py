@@ -90,8 +90,9 @@ figures.show("1.1", save=output / "anatomy.png")
 #    the teacher than random ones.
 # 3. **Importance** differs by orders of magnitude between parts. At the guidance of 7.5 that images are
 #    drawn with, parts that read the caption count up to 70 times as much (figure 1.4).
-# 4. After equal recovery on the mini teacher, **`bk-tiny` is better than `kdc`** by every score, with 38 %
-#    of the parameters. That is not the order that BK-SDM published (figure 1.7).
+# 4. After equal recovery on the mini teacher, **`bk-tiny` is better than `kdc`** with 38 % of the parameters:
+#    by every score alone, and by the output error after correction. BK-SDM published the other order
+#    (figure 1.7).
 # 5. A **search** finds a plan with `kdc`'s multiply-accumulates and an accuracy of .88 instead of .71. It
 #    misses the goal for time: 0.52 of the teacher's instead of 0.45.
 # :::

@@ -311,7 +311,10 @@ figures.show("A0.5")
 # Solution to exercise 1: the mean of all images that fit the caption, where the squared
 # error is least: what the network must answer from noise alone.
 jump = decode(way[0])
-print(tuple(jump.shape), f"spread {jump.std():.2f}, of the finished {decode(way[-1]).std():.2f}")
+print(
+    tuple(jump.shape),
+    f"spread {jump.std():.2f}, of the finished {decode(way[-1]).std():.2f}",
+)
 
 # %% [markdown]
 # 2. What does a negative guidance draw?
