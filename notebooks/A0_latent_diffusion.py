@@ -311,9 +311,9 @@ figures.show("A0.5")
 # Solution to exercise 1: the mean of all images that fit the caption, where the squared
 # error is least: what the network must answer from noise alone.
 jump = decode(way[0])
+finished = decode(way[-1])
 print(
-    tuple(jump.shape),
-    f"spread {jump.std():.2f}, of the finished {decode(way[-1]).std():.2f}",
+    f"spread of the jump {jump.std():.2f}, of the finished image {finished.std():.2f}"
 )
 
 # %% [markdown]
