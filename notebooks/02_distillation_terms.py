@@ -317,7 +317,7 @@ both = pd.DataFrame(
     }
 )
 assert np.allclose(both["by hand"], both["kdc"], rtol=1e-4)
-both.round(5).fillna("")
+both.round(5).astype(object).fillna("")
 
 # %% [markdown]
 # The same cell would hold for any batch. Four things can be computed exactly, on random numbers: the

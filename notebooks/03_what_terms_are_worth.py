@@ -421,7 +421,7 @@ for alive in (True, False):
         weights=weights,
     )
     found["live" if alive else "detached"] = distance_to_teacher(student)
-{name: round(error, 4) for name, error in found.items()}
+pd.Series(found, name="output error").round(4).to_frame()
 
 # %% [markdown]
 # 2. Compare features at attentions instead of blocks (`LossWeights(features_at="attention")`). Does the
@@ -435,8 +435,10 @@ for place in ("blocks", "attention"):
         told = kdc.diagnose(
             student, pipeline, data, LossWeights(features_at=place), batch_size=4
         )
-    cosines[place] = round(told.cosines.loc["output", "feature"], 3)
-cosines
+    cosines[place] = told.cosines.loc["output", "feature"]
+pd.Series(cosines, name="cosine of the output and feature gradients").round(
+    3
+).to_frame()
 
 # %% [markdown]
 # 3. Run this chapter on your own images:

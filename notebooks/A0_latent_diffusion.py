@@ -320,7 +320,7 @@ print(
 # 2. What does a negative guidance draw?
 
 # %% tags=["hide-cell"]
-# Solution to exercise 2: it goes away from the caption, to other colours and backgrounds.
+# Solution to exercise 2: it goes away from the caption, to other colours
 away = decode(sample(start, prompts, 8, guidance=-2.0)[0])
 print(tuple(away.shape))
 
