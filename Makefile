@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help book check test lab mini grades slimming distillation replay evaluation metrics fuzz kills gpu full-smoke lock clean
+.PHONY: help book check test lab mini grades slimming distillation replay evaluation metrics fuzz kills gpu full-smoke results-check lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,14 +53,14 @@ grades: .venv/.ready ## grade the embedded models again; PHOTOS=FOLDER adds the 
 slimming: .venv/.ready ## measure the study of chapter 01 again, write its files of results/ (hours)
 	$(BIN)/python -m studies slimming
 
-distillation: .venv/.ready ## measure the studies of chapter 02 and appendix A3 again (hours)
+distillation: .venv/.ready ## measure the studies of chapter 03 and appendix A3 again (hours)
 	$(BIN)/python -m studies distillation
 
-replay: .venv/.ready ## measure the study of chapter 03 again (hours); PHOTOS=FOLDER adds photographs
+replay: .venv/.ready ## measure the study of chapters 04 and 05 again (hours); PHOTOS=FOLDER adds photographs
 	$(BIN)/python -m studies replay
 	$(if $(PHOTOS),$(BIN)/python -m studies replay photos --photos "$(PHOTOS)")
 
-evaluation: .venv/.ready ## measure the study of chapter 04 again (an hour)
+evaluation: .venv/.ready ## measure the studies of chapter 06 again (hours)
 	$(BIN)/python -m studies evaluation
 
 metrics: .venv/.ready ## hold the trial of the metrics, appendix A2, again (minutes)
@@ -79,6 +79,9 @@ gpu: .venv/.ready ## measure this project on one CUDA device, in eight minutes
 
 full-smoke: .venv/.ready ## the whole way at full size on a CPU, random weights (15 minutes, 20 GB)
 	$(BIN)/python -m benchmarks.full_smoke
+
+results-check: .venv/.ready ## look at the provenance of every file of results/; fails where one has a fault
+	$(BIN)/python -m tools.results
 
 lock: ## write requirements.lock from the versions now in .venv
 	$(BIN)/python -m pip install --quiet --no-deps -e .
