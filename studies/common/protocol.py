@@ -185,10 +185,15 @@ def summary(rows: pd.DataFrame, measures: Iterable[str] = MEASURES) -> pd.DataFr
 
 
 def strip(
-    pipeline: StableDiffusionPipeline, prompts: Sequence[str], steps: int, seed: int = 0
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    steps: int,
+    seed: int = 0,
+    guidance: float = 7.5,
 ) -> np.ndarray:
     """What a pipeline generates for prompts from one seed, side by side: (H, N W, 3) uint8."""
-    images = pipelines.generate(pipeline, list(prompts), seed=seed, steps=steps)
+    how = {"seed": seed, "steps": steps, "guidance": guidance}
+    images = pipelines.generate(pipeline, list(prompts), **how)
     return np.concatenate(images.permute(0, 2, 3, 1).numpy(), axis=1)
 
 

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from kdc.data import worlds
 from kdc.data.cache import cache_latents
@@ -25,10 +27,16 @@ from kdc.evaluation.metrics import Evidence, means, score
 from kdc.io import fingerprint, make_once
 from kdc.pipelines import generate, in_few_steps, load_student, with_unet
 from kdc.unet.costs import measure_latency
+from studies.common import ledger
+from studies.common.protocol import cut, strip
 from studies.common.renderings import renderings_of
+from studies.distillation.study import SHOWN
 from studies.evaluation.study import SHIPPED, asked_for
 
 FASTER, LOSS = 12.0, 0.05
+FEW = "few-step student"
+# What is shown of it: who draws, in how many steps.
+DRAWN = (("teacher", 50), ("teacher", 2), (SHIPPED, 2), (FEW, 1), (FEW, 2), (FEW, 4))
 
 
 @dataclass(frozen=True)
@@ -59,16 +67,17 @@ class Settings:
 
 def study(
     teacher: StableDiffusionPipeline, settings: Settings, folder: Path
-) -> tuple[list[dict], list[dict]]:
-    """Scores of teacher, shipped student and few-step students, and seconds an image.
+) -> tuple[list[dict], list[dict], np.ndarray]:
+    """Scores of teacher, shipped student and few-step students, seconds an image, and images.
 
     A row each: "pipeline", "steps", "guidance", "seed" and the scores; "pipeline", "steps",
-    "median", "low", "high", "ratio" over the teacher at `goal_steps`. Trainings and rows are kept
-    in `folder`, from which a study that was stopped goes on.
+    "median", "low", "high", "ratio" over the teacher at `goal_steps`. The images are strips of
+    `SHOWN`, one for each of `DRAWN`, by the first student. Trainings and rows are kept in `folder`,
+    from which a study that was stopped goes on.
     """
     student = load_student("mini", teacher)
     data: LatentDataset | None = None
-    rows, few = [], None
+    rows, few, first = [], None, None
     for seed in settings.seeds:
         for name, pipeline in (("teacher", teacher), (SHIPPED, student)):
             rows.append(_scored(name, pipeline, settings.goal_steps, 7.5, seed, settings, folder))
@@ -92,9 +101,22 @@ def study(
             label=f"few steps, seed {seed}",
         )
         few = in_few_steps(with_unet(teacher, unet), settings.grid)
+        first = first or few
         for steps in settings.steps:
-            rows.append(_scored("few-step student", few, steps, 1.0, seed, settings, folder))
-    return rows, _timed(teacher, student, few, settings)
+            rows.append(_scored(FEW, few, steps, 1.0, seed, settings, folder))
+    drawn = {"teacher": (teacher, 7.5), SHIPPED: (student, 7.5), FEW: (first, 1.0)}
+    strips = []
+    for name, steps in DRAWN:
+        pipeline, guidance = drawn[name]
+        strips.append(strip(pipeline, SHOWN, steps, guidance=guidance))
+    return rows, _timed(teacher, student, few, settings), np.concatenate(strips)
+
+
+def shown(results: str | Path | None = None) -> tuple[dict[str, list[np.ndarray]], tuple[str, ...]]:
+    """The stored images by pipeline and steps, and their captions."""
+    file = Path(results or ledger.RESULTS) / "evaluation_few_steps.png"
+    names = [f"{name}, {steps} step{'s' if steps > 1 else ''}" for name, steps in DRAWN]
+    return cut(np.asarray(Image.open(file)), names, len(SHOWN)), SHOWN
 
 
 def _scored(
@@ -138,7 +160,7 @@ def _timed(teacher, student, few, settings: Settings) -> list[dict]:
         ("teacher", settings.goal_steps): (teacher, 7.5),
         **{("teacher", steps): (teacher, 7.5) for steps in settings.steps},
         **{(SHIPPED, steps): (student, 7.5) for steps in (settings.goal_steps, *settings.steps)},
-        **{("few-step student", steps): (few, 1.0) for steps in settings.steps},
+        **{(FEW, steps): (few, 1.0) for steps in settings.steps},
     }
     calls = {
         f"{name}, {steps}": lambda pipeline=pipeline, steps=steps, guidance=guidance: generate(
@@ -164,12 +186,12 @@ def factors(times: Sequence[Mapping], steps: int) -> dict[str, float]:
     return {
         "slimming": seconds["teacher", goal] / seconds[SHIPPED, goal],
         "fewer steps": seconds[SHIPPED, goal] / seconds[SHIPPED, steps],
-        "no second call": seconds[SHIPPED, steps] / seconds["few-step student", steps],
-        "together": seconds["teacher", goal] / seconds["few-step student", steps],
+        "no second call": seconds[SHIPPED, steps] / seconds[FEW, steps],
+        "together": seconds["teacher", goal] / seconds[FEW, steps],
     }
 
 
 def lost(rows: Sequence[Mapping], steps: int, goal_steps: int = 50) -> pd.Series:
     """By seed: the accuracy that the few-step student at `steps` has more than the teacher."""
     wide = pd.DataFrame(rows).pivot(index="seed", columns=["pipeline", "steps"], values="accuracy")
-    return wide["few-step student", steps] - wide["teacher", goal_steps]
+    return wide[FEW, steps] - wide["teacher", goal_steps]

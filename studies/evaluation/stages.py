@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from kdc.evaluation.compare import compare, retraining
 from kdc.pipelines import load_student, load_teacher, save_student
@@ -92,10 +93,12 @@ def _stage(measure, name: str, context: Context) -> list[Path]:
 
 def _few_steps(context: Context) -> list[Path]:
     settings = few_steps.Settings(**context.settings)
-    rows, times = few_steps.study(load_teacher("mini"), settings, context.folder)
-    notes = dataclasses.asdict(settings)
-    values = {"rows": rows, "times": times}
-    return [ledger.write("evaluation_few_steps", values, context.results, **notes)]
+    rows, times, images = few_steps.study(load_teacher("mini"), settings, context.folder)
+    notes, values = dataclasses.asdict(settings), {"rows": rows, "times": times}
+    path = ledger.write("evaluation_few_steps", values, context.results, **notes)
+    sheet = path.with_suffix(".png")
+    Image.fromarray(images).save(sheet)
+    return [path, sheet]
 
 
 STAGES = {
@@ -109,6 +112,6 @@ STAGES = {
     "few-steps": Stage(
         _few_steps,
         "the shipped student distilled to few steps; wants a quiet machine for its times",
-        ("evaluation_few_steps.json",),
+        ("evaluation_few_steps.json", "evaluation_few_steps.png"),
     )
 }

@@ -19,7 +19,9 @@ def test_the_stage_writes_rows_and_times_and_goes_on(tmp_path):
     context = runner.Context(
         results=tmp_path / "results", folder=tmp_path / "kept", settings=dataclasses.asdict(TINY)
     )
-    (path,) = stages.STAGES["few-steps"].run(context)
+    paths = stages.STAGES["few-steps"].run(context)
+    images, captions = few_steps.shown(tmp_path / "results")
+    assert len(images) == len(few_steps.DRAWN) and len(images["teacher, 50 steps"]) == len(captions)
     values = ledger.read("evaluation_few_steps", tmp_path / "results")
     rows = {(r["pipeline"], r["steps"], r["seed"]): r for r in values["rows"]}
     names = {"teacher", "shipped student", "few-step student"}
@@ -28,7 +30,7 @@ def test_the_stage_writes_rows_and_times_and_goes_on(tmp_path):
     assert all(0 <= row["accuracy"] <= 1 for row in rows.values())
     assert values["times"][0]["pipeline"] == "teacher" and values["times"][0]["ratio"] == 1
     before = (tmp_path / "kept" / "few-teacher-2-0.json").stat().st_mtime_ns
-    assert stages.STAGES["few-steps"].run(context) == [path]
+    assert stages.STAGES["few-steps"].run(context) == paths
     assert (tmp_path / "kept" / "few-teacher-2-0.json").stat().st_mtime_ns == before
 
 
