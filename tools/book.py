@@ -226,9 +226,10 @@ def stage(source: Path = EXECUTED) -> None:
     first = STAGE / "README.md"
     first.write_text(MAP.sub(in_the_page, first.read_text("utf-8")), "utf-8")
     copy_linked((ROOT / "README.md").read_text("utf-8"), ROOT)
-    for page in (*NOTEBOOKS.glob("*.md"), NOTEBOOKS / "references.bib"):
+    shutil.copy(NOTEBOOKS / "references.bib", STAGE / "notebooks")
+    for page in NOTEBOOKS.glob("*.md"):
         shutil.copy(page, STAGE / "notebooks" / page.name)
-    copy_linked(equations.PAGE.read_text("utf-8"), NOTEBOOKS)
+        copy_linked(page.read_text("utf-8"), NOTEBOOKS)
     for path in notebooks():
         notebook = with_figures(clean(read_executed(path.name, source)))
         nbformat.write(notebook, STAGE / "notebooks" / path.name)

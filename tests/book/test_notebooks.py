@@ -23,6 +23,7 @@ import kdc
 from studies.common import ledger
 from studies.common.claims import check
 from studies.distillation import report as distillation
+from studies.evaluation import few_steps
 from studies.full_scale import report as full_scale
 from studies.replay import report
 from studies.slimming import report as slimming
@@ -295,6 +296,25 @@ def test_the_findings_of_chapters_00_01_and_03_are_those_stored():
         f"Of {len(checked)} differences claimed beforehand, {alone} are significant by themselves"
     )
     assert f"{said}, and {among} after correction" in text
+
+
+def test_the_numbers_that_chapter_08_states_are_those_stored():
+    text, stored = text_of("08_few_steps"), ledger.read("evaluation_few_steps")
+    rows = pd.DataFrame(stored["rows"]).groupby(["pipeline", "steps"])[["accuracy", "clip"]].mean()
+    two, four = (few_steps.factors(stored["times"], steps) for steps in (2, 4))
+    best, after = rows.loc[(few_steps.FEW, 2)], rows.loc[(few_steps.FEW, 4)]
+    goal, hurried = rows.loc[("teacher", 50)], rows.loc[("teacher", 2)]
+    for words in (
+        f"is **{two['together']:.0f} times as fast** as the teacher at 50 steps, and right in"
+        f" {100 * best['accuracy']:.0f} % of {ledger.provenance_of('evaluation_few_steps')['generated']}",
+        f"At four steps it is {four['together']:.0f} times as fast",
+        f"Slimming gives {two['slimming']:.1f} times of that, fewer steps {two['fewer steps']:.0f}",
+        f"second call {two['no second call']:.1f} times",
+        f"from {goal['clip']:.1f} to {best['clip']:.1f} at two steps and to {after['clip']:.1f} at four",
+        f"two steps of the teacher are right in {100 * hurried['accuracy']:.0f} %",
+    ):
+        assert words in text, words
+    assert best["accuracy"] == pytest.approx(goal["accuracy"], abs=0.005)  # "as the teacher is"
 
 
 @every_notebook
