@@ -304,13 +304,15 @@ def test_the_numbers_that_chapter_08_states_are_those_stored():
     two, four = (few_steps.factors(stored["times"], steps) for steps in (2, 4))
     best, after = rows.loc[(few_steps.FEW, 2)], rows.loc[(few_steps.FEW, 4)]
     goal, hurried = rows.loc[("teacher", 50)], rows.loc[("teacher", 2)]
+    images = ledger.provenance_of("evaluation_few_steps")["generated"]
     for words in (
         f"is **{two['together']:.0f} times as fast** as the teacher at 50 steps, and right in"
-        f" {100 * best['accuracy']:.0f} % of {ledger.provenance_of('evaluation_few_steps')['generated']}",
+        f" {100 * best['accuracy']:.0f} % of {images}",
         f"At four steps it is {four['together']:.0f} times as fast",
         f"Slimming gives {two['slimming']:.1f} times of that, fewer steps {two['fewer steps']:.0f}",
         f"second call {two['no second call']:.1f} times",
-        f"from {goal['clip']:.1f} to {best['clip']:.1f} at two steps and to {after['clip']:.1f} at four",
+        f"from {goal['clip']:.1f} to {best['clip']:.1f} at two steps",
+        f"and to {after['clip']:.1f} at four",
         f"two steps of the teacher are right in {100 * hurried['accuracy']:.0f} %",
     ):
         assert words in text, words
