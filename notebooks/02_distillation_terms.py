@@ -346,10 +346,9 @@ figures.show("2.4")
 # $\eta\, g_i \cdot p$ of that. So its share is
 #
 # $$\text{share}_i = \frac{g_i \cdot p}{g \cdot p}, \qquad
-#   p = \begin{cases} g & \text{gradient descent} \\
-#   \operatorname{sign}(g) & \text{the first step of AdamW.} \end{cases} \tag{2.9}$$
+#   p_\text{descent} = g, \quad p_\text{AdamW} = \operatorname{sign}(g). \tag{2.9}$$
 #
-# Gradient descent moves most where gradients are largest. AdamW divides every weight's gradient by its
+# (The latter is AdamW's first step.) Gradient descent moves most where gradients are largest. AdamW divides every weight's gradient by its
 # typical size, and moves all weights alike.
 
 # %%

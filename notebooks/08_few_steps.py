@@ -232,7 +232,7 @@ pd.DataFrame(factors).T.round(1)
 #
 # ## What this does not show
 #
-# One mini teacher whose images are simple; 144 images a seed. On Stable Diffusion, LCM takes thousands of updates
+# One mini teacher whose images are simple, one training, 72 images. On Stable Diffusion, LCM takes thousands of updates
 # with large batches, and two steps are visibly worse than fifty. Fine texture and variety are not what the
 # attribute accuracy measures.
 #
