@@ -117,7 +117,7 @@ class ConsistencyStep:
     With the student's clean latent f(z, t) = c_skip z + c_out x(z, t), x what its prediction means,
     a point z_t of the noising process, and z_s one step of the guided teacher's DDIM further:
 
-        sqrt(|f(z_t, t) - f(z_s, s)|^2 + h^2) - h,  meaned over all values,
+        sqrt(|f(z_t, t) - f(z_s, s)|^2 + h^2) - h,  averaged over all values,
 
     h = `HUBER`, and no gradient through f(z_s, s) (2310.04378, equation 10, with the student itself
     as its target: Song & Dhariwal 2310.14189). Several processes share the images of a step.
