@@ -71,7 +71,7 @@ figures.show("2.1", save=output / "students.png")
 # authors' code say it?
 #
 # :::{admonition} Findings
-# 1. The **task term** has a floor. Of the shipped student's task error, 94 % is noise that the
+# 1. The **task term** has a floor. Of the shipped student's task error, 94.5 % is noise that the
 #    teacher does not predict either (figure 2.2). The **output term** has no floor.
 # 2. The **soft term** is, at high temperature, half of the output error without the channels' mean.
 #    It cannot see an error that all channels share.

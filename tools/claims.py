@@ -71,6 +71,9 @@ FAMILIES: dict[str, Callable[[], dict[str, pd.DataFrame]]] = {
 }
 
 
+GOALS = "04_forgetting"  # the chapter that has goals beside claims
+
+
 def family(chapter: str) -> pd.DataFrame:
     """All claims of a chapter, with "file" and with p-values adjusted for their number."""
     tables = FAMILIES[chapter]()
@@ -96,7 +99,22 @@ def page() -> str:
                 "|---|---|--:|--:|---|\n"
             )
             parts += map(_line, table.to_dict("records"))
+        if chapter == GOALS:
+            parts.append(_goals())
     return "".join(parts)
+
+
+def _goals() -> str:
+    """The goals of the chapter on forgetting, which were set as numbers."""
+    lines = replay.table(replay.stored("domains"))
+    alone = replay.table(replay.stored("teachers")).query("candidate == 'replay, task only'")
+    rows = []
+    for name, row in replay.goals(pd.concat([lines, alone])).iterrows():
+        met = "surely" if row["surely"] else "on the mean" if row["met"] else "missed"
+        value = f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
+        rows.append(f"| {name} | {value} | {row['goal']:g} | {met} |\n")
+    head = "\nGoals, by means over sequences, with Student's 95 % interval:\n\n"
+    return head + "| goal | value [95 %] | asked | met |\n|---|--:|--:|---|\n" + "".join(rows)
 
 
 def _line(row: dict) -> str:

@@ -148,7 +148,7 @@ class ConsistencyStep:
         prompt_embeds: Tensor,
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        """ "loss" for latents (B, C, h, w) and embeddings (B, L, D); `generator` is on the CPU."""
+        """The loss of latents (B, C, h, w) with embeddings (B, L, D); `generator` is on the CPU."""
         total = len(latents) * this_process().num_processes
         part = own_part(total)
         noise = torch.randn((total, *latents.shape[1:]), generator=generator)[part]

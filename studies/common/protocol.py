@@ -168,22 +168,6 @@ def compare_rows(
     return pd.DataFrame(table).T
 
 
-def summary(rows: pd.DataFrame, measures: Iterable[str] = MEASURES) -> pd.DataFrame:
-    """Mean and Student's 95 % interval over seeds of every measure, by candidate, as text.
-
-    One seed has no interval; a measure that no row has is left out.
-    """
-
-    def text(values: pd.Series) -> str:
-        low, high = student_interval(values)
-        spread = f" [{low:.3g}, {high:.3g}]" if len(values) > 1 else ""
-        return f"{values.mean():.3g}{spread}"
-
-    groups = rows.groupby("candidate", sort=False)
-    present = [measure for measure in measures if measure in rows and rows[measure].notna().any()]
-    return groups[present].agg(text).assign(seeds=groups.size())
-
-
 def strip(
     pipeline: StableDiffusionPipeline,
     prompts: Sequence[str],

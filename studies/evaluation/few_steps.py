@@ -24,6 +24,7 @@ from kdc.data.latents import LatentDataset
 from kdc.distillation.few_steps import distill_few_steps
 from kdc.evaluation.extractors import find_extractor
 from kdc.evaluation.metrics import Evidence, means, score
+from kdc.evaluation.statistics import student_interval
 from kdc.io import fingerprint, make_once
 from kdc.pipelines import generate, in_few_steps, load_student, with_unet
 from kdc.unet.costs import measure_latency
@@ -189,6 +190,17 @@ def factors(times: Sequence[Mapping], steps: int) -> dict[str, float]:
         "no second call": seconds[SHIPPED, steps] / seconds[FEW, steps],
         "together": seconds["teacher", goal] / seconds[FEW, steps],
     }
+
+
+def verdict(rows: Sequence[Mapping], times: Sequence[Mapping], steps: int) -> str:
+    """What came of the claim at `steps`: "holds", "refuted", or "open" where the seeds cannot tell.
+
+    The interval is Student's of 95 % over seeds; one seed has none.
+    """
+    low, high = student_interval(list(lost(rows, steps)))
+    if factors(times, steps)["together"] < FASTER or high < -LOSS:
+        return "refuted"
+    return "holds" if low >= -LOSS else "open"
 
 
 def lost(rows: Sequence[Mapping], steps: int, goal_steps: int = 50) -> pd.Series:

@@ -298,6 +298,21 @@ def test_the_findings_of_chapters_00_01_and_03_are_those_stored():
     assert f"{said}, and {among} after correction" in text
 
 
+def test_the_findings_of_chapter_02_are_those_of_its_own_run():
+    """It computes them on its first batch; the committed outputs are of that run."""
+    cells = read(book.NOTEBOOKS / "02_distillation_terms.ipynb").cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    printed = " ".join(o.get("text", "") or o["data"].get("text/plain", "") for o in outputs)
+    text, printed = text_of("02_distillation_terms"), " ".join(printed.split())
+    (floor,) = re.findall(r"floor / task error: ([\d.]+)%", printed)
+    assert f"Of the shipped student's task error, {floor} % is noise" in text
+    ((descent, adam),) = re.findall(r"feature ([\d.]+)% ([\d.]+)%", printed)
+    assert f"makes {descent} % of the first step of gradient descent, and {adam} %" in text
+    ((here, there),) = re.findall(r"by gradient: (\d+) with 256 pixels, ([\d,]+) with", printed)
+    assert "about 100 times that" in text and 90 <= int(here) <= 110
+    assert "would be 1,500 times" in text and 1450 <= int(there.replace(",", "")) <= 1600
+
+
 def test_the_numbers_that_chapter_08_states_are_those_stored():
     text, stored = text_of("08_few_steps"), ledger.read("evaluation_few_steps")
     rows = pd.DataFrame(stored["rows"]).groupby(["pipeline", "steps"])[["accuracy", "clip"]].mean()

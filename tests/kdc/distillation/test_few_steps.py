@@ -125,7 +125,7 @@ def test_guidance_is_that_of_the_sampler(process):
         dtype = torch.float32
 
         def forward(self, noisy, timesteps, words, return_dict=False):
-            return (words.mean() * 0 + words[:, :, :1, None].expand_as(noisy[:, :1]) + 0 * noisy,)
+            return (words[:, :, :1, None].expand_as(noisy),)
 
     step = ConsistencyStep(Words(), process, torch.zeros(1, 1), guidance=3.0, grid=10)
     noisy, words = torch.zeros(2, 4, 1, 1), torch.ones(2, 1, 1)

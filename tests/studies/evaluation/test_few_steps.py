@@ -54,3 +54,26 @@ def test_what_is_lost_is_paired_by_seed():
         for name, steps, accuracy in (("few-step student", 4, ours), ("teacher", 50, theirs))
     ]
     assert lost(rows, 4).tolist() == pytest.approx([-0.1, -0.15])
+
+
+@pytest.mark.parametrize(
+    ("ours", "seconds", "said"),
+    [
+        ([0.98, 0.97, 0.99], 0.5, "holds"),
+        ([0.80, 0.81, 0.79], 0.5, "refuted"),
+        ([0.98, 0.97, 0.99], 1.5, "refuted"),
+        ([0.98, 0.80, 0.99], 0.5, "open"),
+        ([0.98], 0.5, "open"),
+    ],
+)
+def test_the_falsifier_decides(ours, seconds, said):
+    """Slower than twelve times, or an interval wholly below five points, refutes the claim."""
+    rows = [
+        {"pipeline": name, "steps": steps, "seed": seed, "accuracy": accuracy}
+        for seed, found in enumerate(ours)
+        for name, steps, accuracy in ((few_steps.FEW, 4, found), ("teacher", 50, 0.98))
+    ]
+    times = {("teacher", 50): 12.0, (few_steps.SHIPPED, 50): 8.0, (few_steps.SHIPPED, 4): 2.0}
+    times[few_steps.FEW, 4] = seconds
+    times = [{"pipeline": n, "steps": s, "median": t} for (n, s), t in times.items()]
+    assert few_steps.verdict(rows, times, 4) == said

@@ -9,7 +9,7 @@ from kdc.unet.blocks import group_of, plan_without
 from kdc.unet.costs import count_costs
 from kdc.unet.plans import PLANS
 from studies.common.claims import check
-from studies.common.protocol import compare_rows, summary
+from studies.common.protocol import compare_rows
 from studies.slimming import report
 
 
@@ -135,4 +135,3 @@ def test_the_stored_study_is_whole():
     left = set(study.found) - set(study.followed)
     assert left and all(name.startswith("guided") for name in left)
     assert {"seed", "accuracy", "fd"} <= set(study.teacher.columns)
-    assert len(summary(study.rows)) == study.rows["candidate"].nunique()
