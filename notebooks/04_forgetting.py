@@ -47,7 +47,7 @@ from studies.replay.tasks import check_dataset, tasks_of
 started = time.perf_counter()
 few = ["finetune", "replay"]
 whole = list(variants.DOMAINS)
-small = {"images": 240, "test_images": 16, "generated": 12, "rate": 5e-4}
+small = {"images": 160, "test_images": 16, "generated": 8, "rate": 5e-4}
 usual = {"images": 800, "test_images": 64, "generated": 72, "rate": 5e-4}
 large = usual | {"images": 8000, "rate": 5e-5}
 table = {

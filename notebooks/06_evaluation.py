@@ -46,10 +46,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from IPython.display import display
 
 import kdc
 from kdc.data import worlds
+from kdc.evaluation import metrics
 from kdc.paths import as_path
 from studies import figures
 from studies.common import ledger
@@ -120,12 +122,11 @@ figures.image_grid(generated, picks)
 figures.show("6.1", save=output / "images.png")
 
 # %% [markdown]
-# ## The table, here
+# ## What three scores compute
 #
-# `kdc.evaluate` generates every prompt with every seed and scores the images. Before it generates
-# anything it refuses what cannot be computed: the Fréchet distance of too few images for the width of
-# the features, a score without its reference, a network in training mode. Where a score was not asked
-# for by name, its row says why it is empty.
+# `kdc.evaluate` generates every prompt with every seed. A network turns each image into a vector of
+# features, here 64 numbers of the mini CLIP. Scores of *sets* compare the generated vectors
+# $x_1, \dots, x_n$ with as many real ones $y_1, \dots, y_n$.
 
 # %%
 scores = {}
@@ -140,6 +141,92 @@ for name, one in candidates.items():
         steps=run.steps,
         baseline_draws=5,
     )
+ours = scores["student"].features[0].double()  # of the first seed
+real_ones = scores["student"].reference.double()
+print(
+    f"{len(ours)} generated and {len(real_ones)} real images, {ours.shape[1]} features"
+)
+
+
+# %% [markdown]
+# The **Fréchet distance** fits a Gaussian to each set, with means $\mu$ and covariances $\Sigma$:
+#
+# $$ \mathrm{FD} = \|\mu_x - \mu_y\|^2 + \mathrm{tr}\big(\Sigma_x + \Sigma_y - 2
+# (\Sigma_x \Sigma_y)^{1/2}\big). \tag{6.1} $$
+#
+# **KID** needs no Gaussian. It compares averages of a kernel, $k(x, y) = (x^\top y / d + 1)^3$, where
+# $d$ is the number of features. No vector is paired with itself, so the estimate has no bias:
+#
+# $$ \mathrm{KID} = \operatorname*{mean}_{i \neq j} k(x_i, x_j) + \operatorname*{mean}_{i \neq j}
+# k(y_i, y_j) - 2 \operatorname*{mean}_{i, j} k(x_i, y_j). \tag{6.2} $$
+#
+# **Precision** draws a ball around each real vector. Its radius $r_j$ is the distance to the third
+# nearest of the other real vectors. Precision is the share of generated vectors in any ball:
+#
+# $$ \mathrm{precision} = \operatorname*{mean}_i \, \big[\, \exists j: \|x_i - y_j\| \le r_j
+# \,\big]. \tag{6.3} $$
+#
+# **Recall** is the same with the two sets exchanged. In plain code:
+
+# %%
+def frechet(x, y):
+    """Equation 6.1 of features (n, d) and (m, d)."""
+    means = (x.mean(dim=0) - y.mean(dim=0)).square().sum()
+    cov_x, cov_y = torch.cov(x.T), torch.cov(y.T)
+    # The trace of a root is the sum of the roots of the eigenvalues.
+    roots = torch.linalg.eigvals(cov_x @ cov_y).sqrt().real
+    return (means + cov_x.trace() + cov_y.trace() - 2 * roots.sum()).item()
+
+
+def kernel_mean(x, y, same):
+    """The mean of the cubic kernel over pairs; of one set with itself, over i != j."""
+    kernel = (x @ y.T / x.shape[1] + 1) ** 3
+    if not same:
+        return kernel.mean()
+    off_diagonal = kernel.sum() - kernel.diagonal().sum()
+    return off_diagonal / (len(x) * (len(x) - 1))
+
+
+def kid(x, y):
+    """Equation 6.2."""
+    within = kernel_mean(x, x, same=True) + kernel_mean(y, y, same=True)
+    return (within - 2 * kernel_mean(x, y, same=False)).item()
+
+
+def precision(x, y, neighbours=3):
+    """Equation 6.3."""
+    among_real = torch.cdist(y, y).sort(dim=1).values  # column 0 is the vector itself
+    radius = among_real[:, neighbours]
+    inside = torch.cdist(x, y) <= radius  # column j: in the ball of real vector j
+    return inside.any(dim=1).double().mean().item()
+
+
+# %% [markdown]
+# The library leaves these three to torchmetrics and torch-fidelity. Both agree. A Gaussian in 64
+# dimensions asks for at least 128 images; with fewer the library refuses, so the first row takes
+# only the first eight features.
+
+# %%
+few = ours[:, :8], real_ones[:, :8]
+pair = ours, real_ones
+by_hand = [frechet(*few), kid(*pair), precision(*pair), precision(*pair[::-1])]
+library = [
+    metrics.frechet_distance(*few),
+    metrics.kernel_distance(*pair),
+    *metrics.precision_recall(*pair),
+]
+labels = ["FD of eight features", "KID", "precision", "recall"]
+np.testing.assert_allclose(by_hand, library, rtol=1e-5, atol=1e-7)
+pd.DataFrame({"by hand": by_hand, "library": library}, index=labels).round(6)
+
+# %% [markdown]
+# ## The table, here
+#
+# Before it generates anything, `kdc.evaluate` refuses what cannot be computed: the Fréchet distance of
+# too few images, a score without its reference, a network in training mode. Where a score was not
+# asked for by name, its row says why it is empty.
+
+# %%
 columns = [
     "value",
     "spread",
@@ -156,21 +243,47 @@ pd.concat(
     {name: found.table["value"].round(3) for name, found in scores.items()}, axis=1
 ).dropna()
 
+
 # %% [markdown]
 # *Accuracy* is the share of images that show the asked-for colour, kind and background; *clip* the
 # alignment with the caption; *fd* and *kid* distances to real renderings; *precision* how many
 # generated images look real, *recall* how much of the real variety is generated; *lpips_to_teacher* the
 # perceptual distance to the teacher's image from the same noise; *diversity* the distance of two images
-# of one prompt. Is the student different from the teacher at all? Images are paired by prompt and
-# noise, and a permutation test swaps the members of random pairs:
+# of one prompt.
+#
+# ## Is the student different at all?
+#
+# Images are paired: student and teacher draw the same prompt from the same noise. If the two networks
+# were equally good, each pair might as well stand the other way round. A **permutation test** swaps a
+# random half of the pairs, many times, and asks how often the difference becomes as large as the
+# observed one. With $B$ permutations, $b$ of them as extreme,
+#
+# $$ p = \frac{1 + b}{1 + B}. \tag{6.4} $$
 
 # %%
-kdc.compare(scores["student"], scores["teacher"], permutations=100)
+def permutation_p(a, b, permutations, generator):
+    """The difference of two means over pairs (n,), and its p-value by equation 6.4."""
+    observed, extreme = (a - b).mean(), 0
+    for _ in range(permutations):
+        swap = torch.rand(len(a), generator=generator) < 0.5
+        difference = torch.where(swap, b - a, a - b).mean()
+        extreme += bool(difference.abs() >= observed.abs() - 1e-12)
+    return observed.item(), (1 + extreme) / (1 + permutations)
+
+
+of_images = [scores[one].per_image["clip"].flatten() for one in ("student", "teacher")]
+by_hand = permutation_p(*of_images, 1000, torch.Generator().manual_seed(0))
+# Scores of sets are permuted 100 times, scores of single images ten times as often.
+compared = kdc.compare(scores["student"], scores["teacher"], permutations=100)
+print(f"CLIP score by hand: difference {by_hand[0]:+.3f}, p = {by_hand[1]:.3f}")
+assert abs(by_hand[0] - compared.loc["clip", "difference"]) < 1e-4
+assert abs(by_hand[1] - compared.loc["clip", "p"]) < 2e-3
+compared
 
 # %% [markdown]
-# This is about *these* two networks. Another training of the same recipe would be another network. How
-# much of a score is the luck of training, and how much the luck of sampling, `kdc.retraining` tells
-# apart; its table stands further down.
+# This is about *these* two networks. Another training of the same recipe gives another network.
+# `kdc.retraining` separates the luck of training from the luck of sampling; its table stands further
+# down.
 #
 # ## Time
 #
@@ -269,7 +382,7 @@ report.verdicts(equal)
 # the shipped student is near its teacher, and 432 pairs still tell them apart in CLIP score, both
 # distances and recall.
 #
-# The distance to the teacher's images from the same noise falls with all of that: 1.7, 0.7, 0.3.
+# The LPIPS distance to the teacher's images from the same noise falls in the same order: 1.7, 0.7, 0.3.
 #
 # ## All plans on one page
 #
@@ -307,10 +420,43 @@ report.beside_the_paper()
 #
 # ## Exercises
 #
-# 1. Draw at guidance 3 instead of 7.5 (`kdc.evaluate(..., guidance=3)`). Which scores get better, which
-#    get worse, and which of them would you trust?
-# 2. Evaluate with 20 prompts. Which rows are refused? What does the real-vs-real baseline of KID look like?
+# 1. Draw at guidance 3 instead of 7.5. Which scores get better, which get worse, and which of them would
+#    you trust?
+
+# %% tags=["hide-cell"]
+# Solution to exercise 1: the same prompts and noise at both
+weak = kdc.evaluate(
+    student,
+    prompts,
+    reference,
+    attributes=asked,
+    seeds=run.seeds,
+    steps=run.steps,
+    guidance=3.0,
+)
+both_ways = {"7.5": scores["student"], "3": weak}
+chosen = ["accuracy", "clip", "kid", "recall", "diversity"]
+found_here = {k: v.table["value"].reindex(chosen) for k, v in both_ways.items()}
+pd.DataFrame(found_here).astype(float).round(3)
+
+# %% [markdown]
+# On these few prompts weaker guidance is better by most scores. Guidance makes an image show what was
+# asked for, at the price of alike and overdrawn images. A network that obeys already gains nothing from
+# more of it: appendix A1 finds the same in the Fréchet distance.
+#
+# 2. Evaluate with 20 prompts. Which rows are refused?
+
+# %% tags=["hide-cell"]
+# Solution to exercise 2: refusals depend on counts, so two steps are enough
+twenty = kdc.evaluate(
+    student, prompts[:20], reference, attributes=asked[:20], seeds=[0, 1], steps=2
+)
+twenty.table.loc[twenty.table["value"].isna(), ["note"]]
+
+# %% [markdown]
 # 3. Give a folder of photographs as `dataset`. What does the mini teacher's Fréchet distance mean now?
+#    *It compares drawings with photographs, in features of a network that has seen only drawings. It
+#    says that the two sets differ, which was known, and nothing of quality.*
 #
 # **Summary.** A score says little without its spread, its sample size and what real images get. Speed comes
 # from fewer steps first, from slimming second.

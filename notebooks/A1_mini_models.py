@@ -55,11 +55,11 @@ from studies.common import ledger
 from studies.common.budgets import settle
 from studies.common.renderings import balanced_prompts, renderings_of
 from studies.mini import grades, images, make, report
-from studies.mini.teacher import Layout, new_unet
+from studies.mini.teacher import Layout, level_weight, new_unet
 
 started = time.perf_counter()
 table = {
-    "quick": {"steps": 3, "copies": 1, "every": 4},
+    "quick": {"steps": 3, "copies": 1, "every": 8},
     "standard": {"steps": 50, "copies": 2, "every": 1},
     "full": {"steps": 200, "copies": 6, "every": 1},
 }
@@ -179,6 +179,7 @@ report.pilot_figure(pilots)
 figures.show("A1.3")
 report.pilot_table(pilots)
 
+
 # %% [markdown]
 # Quiet skips make the mid-block 115 times as important at this length, for 1.5 % more error on the noise.
 # Fewer heads outside change nothing. Narrow outer stages raise it as well, sixteenfold,
@@ -200,8 +201,32 @@ report.pilot_table(pilots)
 # - **Skips are dropped**, for a quarter of the images in each skip of the two inner levels.
 # - **Noisy levels count more.** Let $r$ be the signal-to-noise ratio at a level. Min-SNR weighs the
 #   error of the image with $\min(r, 5)$, so the noisiest levels hardly count. But there the layout of
-#   a scene is decided. Here the weight is $\sqrt{r}$ where $r < 1$ (`level_weight`).
+#   a scene is decided. Here the weight is $\sqrt{r}$ where $r < 1$.
 #
+# The error of the image is the error of the noise times $1 / r$. So the weight of the error of the
+# *noise* is
+#
+# $$ w(r) = \min(r, 5) / r \ \text{ for } r \ge 1, \qquad w(r) = r^{-1/2} \ \text{ for } r < 1.
+# \tag{A1.2} $$
+
+# %%
+def weight_of_level(r):
+    """Equation A1.2."""
+    return torch.where(r < 1, r**-0.5, r.clamp(max=5) / r)
+
+
+kept = pipeline.scheduler.alphas_cumprod[[50, 250, 500, 750, 950]]
+ratio = kept / (1 - kept)
+assert torch.allclose(weight_of_level(ratio), level_weight(ratio, power=0.5))
+table_of_levels = {
+    "signal / noise": ratio,
+    "Min-SNR": ratio.clamp(max=5) / ratio,
+    "here": weight_of_level(ratio),
+}
+levels = pd.DataFrame({k: v.numpy() for k, v in table_of_levels.items()})
+levels.set_axis([50, 250, 500, 750, 950]).rename_axis("step of the noise").round(3)
+
+# %% [markdown]
 # The table shows what each does alone, and what they do together. Every row starts from the same
 # first leg of 96,000 images and sees 32,000 more (`python -m studies mini second-legs`, one seed). The last
 # row was tried first; the others say which of the three it is.
@@ -345,10 +370,34 @@ pd.Series(why["ratios"], name=f"distance / baseline, {why['samples']} images").r
 #
 # ## Exercises
 #
-# 1. Add a species to `kdc/data/drawing.py`. Which of the six networks have to be trained again?
-# 2. Give a folder of your photographs as `dataset`. Where does the autoencoder lose most?
-# 3. The classifier always answers. What does it say to a photograph, and what follows for the use
-#    of attribute accuracy outside the worlds?
+# 1. Where on a photograph, or on dead leaves, does the autoencoder lose most?
+
+# %% tags=["hide-cell"]
+# Solution to exercise 1: at edges; the tenth of the pixels with the steepest neighbours
+error = (restored - originals).square().mean(dim=1)
+down = originals.diff(dim=2, append=originals[:, :, -1:]).square().mean(dim=1)
+right_of = originals.diff(dim=3, append=originals[..., -1:]).square().mean(dim=1)
+steep = (down + right_of).flatten()
+steepest = steep >= steep.quantile(0.9)
+share = (error.flatten()[steepest].sum() / error.sum()).item()
+print(f"a tenth of the pixels, at edges, has {share:.0%} of the squared error")
+
+# %% [markdown]
+# 2. The classifier always answers. What does it say of dead leaves, and how sure is it?
+
+# %% tags=["hide-cell"]
+# Solution to exercise 2: it names a kind for pictures that show none
+with torch.inference_mode():
+    answers = judges.attribute_classifier()(leaves)
+for name, logits in answers.items():
+    sure = logits.softmax(dim=1).max(dim=1).values
+    print(f"{name}: classes {logits.argmax(dim=1).tolist()}, sure to {sure.mean():.0%}")
+
+# %% [markdown]
+# So attribute accuracy means something for images that *could* show the attributes, and nothing else.
+#
+# 3. Add a species to `kdc/data/drawing.py`. Which of the networks have to be trained again? *All of
+#    them: each has to see it, and the captions get a new word.*
 #
 # **Summary.** A laboratory of six small networks, trained from nothing, draws two worlds as asked. The
 # world is too easy to tell plans apart, and a harder one is in training.

@@ -45,7 +45,7 @@ import kdc
 from kdc.data import worlds
 from kdc.evaluation.extractors import find_extractor
 from kdc.evaluation.metrics import METRICS
-from kdc.evaluation.statistics import real_vs_real
+from kdc.evaluation.statistics import real_vs_real, share_nearer
 from kdc.paths import as_path
 from studies import figures
 from studies.common import ledger
@@ -82,9 +82,59 @@ figures.image_grid({"no fault": shown.images, **rows}, captions)
 figures.show("A2.1", save=output / "faults.png")
 
 # %% [markdown]
+# ## One fault, one score, by hand
+#
+# A fault takes images and what was asked for, a dose, and a generator. This one puts copies of the
+# reference among the images, as a model does that has memorised its training set. It does so by hand,
+# and so does the score that is to find it: **leakage**, the share of images whose nearest neighbour is
+# in the reference $R$ and not in a set $H$ of equal size that was held back. With features $f$ and the
+# cosine as nearness,
+#
+# $$ \mathrm{leakage} = \operatorname*{mean}_i \, \big[\, \max_{r \in R} \cos(f_i, f_r) >
+# \max_{h \in H} \cos(f_i, f_h) \,\big]. \tag{A2.1} $$
+#
+# A model that copies nothing is as near to one set as to the other, and has one half.
+
+# %%
+see = find_extractor("mini-clip")
+original = study.exhibit(run.count, seed=0)
+
+
+def copied(images, reference, dose):
+    """The first images, a share `dose` of all, are those of the reference."""
+    count = round(dose * len(images))
+    return torch.cat([reference[:count], images[count:]])
+
+
+def leakage(features, reference, held_back):
+    """Equation A2.1 of features (N, d), (M, d) and (M, d)."""
+    unit = [x / x.norm(dim=1, keepdim=True) for x in (features, reference, held_back)]
+    nearest_seen = (unit[0] @ unit[1].T).max(dim=1).values
+    nearest_unseen = (unit[0] @ unit[2].T).max(dim=1).values
+    return (nearest_seen > nearest_unseen).double().mean().item()
+
+
+seen, unseen = see(original.reference), see(original.held_back)
+lines = {}
+for dose in (0.0, 0.25, 0.5, 1.0):
+    features = see(copied(original.images, original.reference, dose))
+    fault, _ = study.FAULTS["memorised copies"]
+    spoilt = fault(original, dose, torch.Generator().manual_seed(0))
+    lines[f"{dose:.0%} copies"] = {
+        "leakage, by hand": leakage(features, seen, unseen),
+        "leakage, library": share_nearer(see(spoilt.images), seen, unseen),
+        "Fréchet distance": METRICS["fd"].measure(features, seen),
+    }
+by_hand = pd.DataFrame(lines).T
+assert (by_hand.iloc[:, 0] - by_hand.iloc[:, 1]).abs().max() < 1e-6
+by_hand.round(3)
+
+# %% [markdown]
+# The more copies, the smaller the Fréchet distance. Leakage alone sees what is wrong.
+#
 # ## The test, small
 #
-# Two of the faults that no single image shows, judged here and now.
+# Two other faults that no single image shows, judged here and now.
 
 # %%
 here = study.hold(run.faults, run.count, run.seeds)
@@ -141,12 +191,39 @@ wide.loc[rows["fault"].unique(), list(study.SCORES)].rename(columns=short)
 #
 # ## Too few samples
 #
-# The Fréchet distance fits a Gaussian to each set of features. With $n$ samples the fitted covariance
-# is off by about $1/\sqrt{n}$ in every direction, and the distance adds up all of these errors as if
-# they were differences: it is too large, the more so the fewer the samples, and never too small on
-# average. KID estimates a squared distance without bias, and so lies around 0 for equal sets, below it
-# half of the time. Two Gaussians in 16 dimensions show it, because their distance is known: equal ones
-# have 0, and where the means are 1 apart the Fréchet distance is 1. `study.bias` samples them again.
+# The Fréchet distance fits a Gaussian to each set of features. With $n$ samples every mean and every
+# entry of the covariance is a little off, and the distance adds up the squares of these errors as if
+# they were differences. For two sets from *one* Gaussian with $d$ independent features of variance 1,
+# the true distance is 0. The expected one is, to second order in the errors,
+#
+# $$ \mathbb{E}[\mathrm{FD}] \approx \underbrace{\frac{2d}{n}}_{\text{means}} +
+# \underbrace{\frac{d(d+1)}{2(n-1)}}_{\text{covariances}}. \tag{A2.2} $$
+#
+# It grows with the *square* of the number of features. KID estimates a squared distance without bias,
+# so for equal sets it lies around 0, below it half of the time.
+
+# %%
+d, samples = 16, 64
+generator = torch.Generator().manual_seed(0)
+drawn = torch.randn(200, 2, samples, d, generator=generator, dtype=torch.float64)
+here_found = [METRICS["fd"].measure(a, b) for a, b in drawn]
+
+
+def expected_fd(n, d):
+    """Equation A2.2."""
+    return 2 * d / n + d * (d + 1) / (2 * (n - 1))
+
+
+print(f"measured {sum(here_found) / 200:.2f}, expected {expected_fd(samples, d):.2f}")
+for n in (11, 5_000, 50_000):
+    print(f"2,048 features and {n:,} samples: {expected_fd(n, 2048):,.0f}")
+
+# %% [markdown]
+# Inception's 2,048 features are not independent and do not have variance 1, so the last lines are no
+# forecast of an FID. They show the order: what 50,000 images make small, 11 images make enormous.
+#
+# The figure repeats this for many sample sizes, twenty times each (`study.bias`), and for two Gaussians
+# whose means are 1 apart.
 
 # %% tags=["hide-input"]
 gaussians = pd.DataFrame(stored["gaussians"])
@@ -156,6 +233,8 @@ panels = {
     f"{pair} Gaussians": {"Fréchet distance": (counts, means.loc[pair, "fd"].tolist())}
     for pair in ("equal", "shifted")
 }
+forecast = [expected_fd(n, 16) for n in counts]
+panels["equal Gaussians"]["equation A2.2"] = (counts, forecast)
 panels["equal Gaussians, KID"] = {"KID": (counts, means.loc["equal", "kid"].tolist())}
 truth = {"equal Gaussians": 0.0, "shifted Gaussians": 1.0, "equal Gaussians, KID": 0.0}
 figures.lines(
@@ -189,7 +268,6 @@ except ValueError as error:
 # difference. It does not say that there is none.
 
 # %%
-see = find_extractor("mini-clip")
 every = study.exhibit(384, seed=7)
 features = torch.cat([see(every.images), see(every.reference)])
 baselines = {}
@@ -211,11 +289,36 @@ pd.DataFrame(baselines).T.rename_axis("real against real, images")
 #
 # ## Exercises
 #
-# 1. Spoil images by a fault of your own: a function of an `Exhibit`, a dose and a generator. Does any
-#    score notice a watermark in one corner?
+# 1. Spoil images by a fault of your own. Does any score notice a watermark in one corner?
+
+# %% tags=["hide-cell"]
+# Solution to exercise 1: a white square of 12 pixels
+marked = original.images.clone()
+marked[:, :, -14:-2, -14:-2] = 255
+both = {"clean": original, "marked": original.put(marked)}
+pd.DataFrame({name: study.judge(one, original) for name, one in both.items()}).round(3)
+
+# %% [markdown]
 # 2. Which fault would let a model win a contest that is judged by Fréchet distance alone?
+
+# %% tags=["hide-cell"]
+# Solution to exercise 2: the one whose largest dose makes the distance smaller
+trial = pd.DataFrame(stored["rows"])
+mean = trial.groupby(["fault", "dose"])["fd"].mean()
+change = mean.groupby("fault").agg(lambda x: x.iloc[-1] - x.iloc[0])
+change.sort_values().round(2)
+
+# %% [markdown]
 # 3. Run the test with 64 images (`study.hold(count=64)`). Which scores are refused, and why?
-#
+
+# %% tags=["hide-cell"]
+# Solution to exercise 3: only the Fréchet distance; 64 features ask for 128 images
+try:
+    study.hold(["wrong caption"], count=64, seeds=[0])
+except ValueError as error:
+    print("ValueError:", error)
+
+# %% [markdown]
 # **Summary.** Each score is blind to something that matters. Report several, at a sample size that carries
 # them, beside what real images get.
 #
