@@ -259,7 +259,7 @@ figures.show("3.4", save=output / "students.png")
 # their true name.
 # :::
 
-# %%
+# %% tags=["hide-output"]
 if budget == "full" or teacher != "mini":
     settings = study.Settings(
         run.count,
@@ -280,8 +280,8 @@ means.loc["the teacher"] = goal.mean().reindex(means.columns).fillna(0.0)
 means.round(3)
 
 # %% [markdown]
-# Means over seeds; the intervals of their differences are in figures 3.7 and 3.8. The curves of the
-# main recipes, each the mean of its seeds with their range:
+# The fold holds the means of all 28 recipes; the intervals of their differences are in figures 3.7 and
+# 3.8. The curves of the main recipes, each the mean of its seeds with their range:
 
 # %% tags=["hide-input"]
 main = {name: curves[name] for name in report.MAIN}

@@ -227,21 +227,20 @@ pd.DataFrame({"by hand": by_hand, "library": library}, index=labels).round(6)
 # asked for by name, its row says why it is empty.
 
 # %%
-columns = [
-    "value",
-    "spread",
-    "samples",
-    "real_vs_real",
-    "note",
-    "extractor",
-    "checksum",
-]
-scores["student"].table[columns].round(3)
+by_candidate = {name: found.table["value"] for name, found in scores.items()}
+pd.concat(by_candidate, axis=1).dropna().round(3)
+
+# %% [markdown]
+# The student's row by row, with what belongs to each number; the fold holds the notes of all scores, and
+# the checksums of the networks that computed them.
 
 # %%
-pd.concat(
-    {name: found.table["value"].round(3) for name, found in scores.items()}, axis=1
-).dropna()
+told = scores["student"].table
+given = told[told["value"].notna()]
+given[["value", "spread", "samples", "real_vs_real", "extractor"]].round(3)
+
+# %% tags=["hide-output"]
+told[["checksum", "note"]]
 
 
 # %% [markdown]

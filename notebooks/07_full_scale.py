@@ -181,7 +181,8 @@ sizes = {
     for name, unet in (("teacher", pipeline.unet), ("student", student))
 }
 print(f"{sizes['teacher']:,} -> {sizes['student']:,} parameters")
-display(log.tail(3).round(3))
+columns = ["step", "loss", "task", "output", "soft", "feature"]
+display(log[columns].tail(3).round(3))
 
 # %% [markdown]
 # ## 5. The second data set, by replay

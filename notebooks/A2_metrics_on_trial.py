@@ -245,7 +245,7 @@ figures.lines(
 )
 figures.show("A2.3", save=output / "bias.png")
 
-# %%
+# %% tags=["hide-output"]
 spread = gaussians.groupby(["pair", "count"])[["fd", "kid"]].agg(["mean", "std"])
 spread.round(4)
 
