@@ -143,9 +143,12 @@ for name, one in candidates.items():
     )
 ours = scores["student"].features[0].double()  # of the first seed
 real_ones = scores["student"].reference.double()
-print(
-    f"{len(ours)} generated and {len(real_ones)} real images, {ours.shape[1]} features"
-)
+if len(real_ones) < 16:  # a small folder of your own
+    print(f"only {len(real_ones)} test images: the teacher's images stand in for them")
+    real_ones = scores["teacher"].features[0].double()
+count = min(len(ours), len(real_ones))
+ours, real_ones = ours[:count], real_ones[:count]
+print(f"{count} generated images, {count} real ones, {ours.shape[1]} features each")
 
 
 # %% [markdown]
