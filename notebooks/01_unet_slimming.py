@@ -565,6 +565,21 @@ timed.loc[found, ["parameters", "ratio", "ratio_low", "ratio_high"]].round(3)
 #
 # 1. In the panel, find the plan with the least predicted time that keeps all transformer blocks. Then the
 #    one with the fewest parameters that keeps nine tenths of the time. What do they share?
+
+# %% tags=["hide-cell"]
+# Solution to exercise 1: nothing; time is saved outside, parameters inside
+shares = full_costs / full_costs.loc[[()]].iloc[0]
+whole_text = [
+    not any("attention" in part for part in left_out) for left_out in shares.index
+]
+answers = {
+    "least time": shares[whole_text]["latency"].idxmin(),
+    "fewest parameters": shares[shares["latency"] >= 0.9]["parameters"].idxmin(),
+}
+for name, left_out in answers.items():
+    print(f"{name}: without {', '.join(left_out)}")
+
+# %% [markdown]
 # 2. Shift the copy on the way up by one layer: take the teacher's second layer for the student's second.
 #    Which tensors do not fit?
 

@@ -443,13 +443,18 @@ class Fewer:
         return kept.draw(max(1, count // 8), generator, dropout)
 
 
-one = learn(copy.deepcopy(learnt), second.train, Fewer())
-images = kdc.generate(kdc.with_unet(pipeline, one), picks[:4], seed=1)
-print(f"{len(images)} images; compare them with figure 4.3")
+students["an eighth of replay"] = learn(copy.deepcopy(learnt), second.train, Fewer())
+amount = {"count": 16, "levels": 4}
+left = {
+    name: kdc.output_error(one, pipeline, first.test.latents, **amount).mean()
+    for name, one in students.items()
+}
+pd.Series(left, name="output error on the old task").round(3).to_frame()
 
 # %% [markdown]
-# 2. Stop this notebook in the middle of a sequence and run it again. Which rows are read back? Now give
-#    `kdc.run_sequence` an `output_dir` and `resume=True`, and kill it inside a task.
+# 2. Stop this notebook in the middle of a sequence and run it again. Which rows are read back? *Those of the
+#    sequences that were finished.* Now give `kdc.run_sequence` an `output_dir` and `resume=True`, and kill
+#    it inside a task: *it goes on from its last checkpoint, bit for bit* (`make kills` tries that).
 # 3. Run this chapter on two folders of your own:
 #    `papermill notebooks/04_forgetting.ipynb out.ipynb -p dataset "FLOWERS then BUTTERFLIES"`.
 #

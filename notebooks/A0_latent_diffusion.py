@@ -41,6 +41,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 import kdc
 from kdc.data import worlds
+from kdc.evaluation import judges
 from kdc.paths import as_path
 from studies import figures
 from studies.common import ledger
@@ -316,17 +317,45 @@ print(
     f"spread of the jump {jump.std():.2f}, of the finished image {finished.std():.2f}"
 )
 
+
 # %% [markdown]
 # 2. What does a negative guidance draw?
 
 # %% tags=["hide-cell"]
-# Solution to exercise 2: it goes away from the caption, to other colours
-away = decode(sample(start, prompts, 8, guidance=-2.0)[0])
-print(tuple(away.shape))
+# Solution to exercise 2: what the caption does not say; a classifier reads the images
+def read(latents):
+    shown = ((decode(latents) + 1) * 127.5).round().to(torch.uint8)
+    found = judges.predicted_attributes(shown).items()
+    values = [[judges.LABELS[name][i] for i in classes] for name, classes in found]
+    return [" ".join(one) for one in zip(*values, strict=True)]
+
+
+print("guidance 7.5:", read(sample(start, prompts, 8)[0]))
+print("guidance -2: ", read(sample(start, prompts, 8, guidance=-2.0)[0]))
+
 
 # %% [markdown]
-# 3. Swap the captions of the two prompts after half of the steps. What follows the first caption, and what
-#    the second?
+# 3. Swap the captions of the two prompts during sampling. Until when does the image follow the new caption?
+
+# %% tags=["hide-cell"]
+# Solution to exercise 3: until late; the kind is settled before the colour
+def sample_swapped(start, steps, swap):
+    """`sample`, with the two captions exchanged from step `swap` on."""
+    latents = start
+    times = np.round(np.arange(1000, 0, -1000 / steps)).astype(int) - 1
+    for number, (now, after) in enumerate(zip(times, [*times[1:], None], strict=True)):
+        texts = prompts if number < swap else prompts[::-1]
+        found = guided(latents, now, texts, 7.5)
+        predicted = (latents - (1 - kept[now]).sqrt() * found) / kept[now].sqrt()
+        left = kept[after] if after is not None else torch.tensor(1.0)
+        latents = left.sqrt() * predicted + (1 - left).sqrt() * found
+    return latents
+
+
+for share in (0.25, 0.5, 0.75):
+    print(f"after {share:.0%}:", read(sample_swapped(start, 12, round(12 * share))))
+
+# %% [markdown]
 #
 # **Summary.** A latent diffusion model is an autoencoder, a text encoder and a network that finds noise. The
 # caption enters by cross-attention and counts most where noise is strong. Sampling asks that network a
