@@ -17,7 +17,7 @@
 # :::{admonition} Findings
 # 1. **No score sees everything.** Fréchet distance, KID, precision and recall never notice a wrong caption;
 #    accuracy and CLIP score never notice that some species are missing (figure A2.2).
-# 2. **Memorised copies make the Fréchet distance better.** Only *leakage* falls.
+# 2. **Memorised copies make the Fréchet distance better.** Only *leakage* shows the fault.
 # 3. **Precision** stays at 1 when all images are one.
 # 4. The Fréchet distance of **few samples is too large**, and KID is not: two equal Gaussians in 16
 #    dimensions are 5.5 apart at 32 samples and 0.09 at 2,048 (figure A2.3).
@@ -177,8 +177,8 @@ wide.loc[rows["fault"].unique(), list(study.SCORES)].rename(columns=short)
 # - *Wrong captions* do not exist for Fréchet distance, KID, precision and recall: they never read a
 #   prompt. A model that ignores what is asked can lead a table of Fréchet distances.
 # - *Memorised copies* make the Fréchet distance **better**, the more of them the better, and only
-#   *leakage*, which asks whose neighbour an image is, falls. (LPIPS moves too, but here it is paired
-#   with the unspoilt image, so it notices every exchange and says nothing of why.)
+#   *leakage*, which asks whose neighbour an image is, gets worse. (LPIPS moves too, but here it is
+#   paired with the unspoilt image, so it notices every exchange and says nothing of why.)
 # - *Mode dropping* is invisible to accuracy and CLIP score, because each generated image is right.
 #   Recall and the distances catch it; precision stays at 1.
 # - Precision forgives almost everything: it is 1 when all images are one, and hardly moves under the
@@ -277,7 +277,7 @@ for count in (128, 192, 256, 384):
             *real_vs_real(metric.measure, features, count, draws=5)
         )
         for name, metric in METRICS.items()
-        if metric.of_sets
+        if metric.of_sets and name != "density"
     }
 pd.DataFrame(baselines).T.rename_axis("real against real, images")
 

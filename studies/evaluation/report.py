@@ -78,7 +78,7 @@ def goals(steps: Mapping, rule: str = "best") -> dict[str, tuple[bool, str]]:
 def equal_steps(table: Mapping) -> pd.DataFrame:
     """Teacher, shipped student and recipes: mean of each score, and where its spread comes from.
 
-    A recipe's text is mean ± (retraining, sampling); a single network's mean ± sampling.
+    A recipe's text is mean (retraining, sampling); a single network's mean ± sampling.
     """
     columns = {}
     for label in ("teacher", SHIPPED):
@@ -90,7 +90,7 @@ def equal_steps(table: Mapping) -> pd.DataFrame:
         }
     for label, spread in table["retraining"].items():
         columns[label] = {
-            name: f"{row['mean']:.3g} ± ({row['retraining']:.1g}, {row['sampling']:.1g})"
+            name: f"{row['mean']:.3g} ({row['retraining']:.1g}, {row['sampling']:.1g})"
             for name, row in spread.items()
         }
     baseline_draws = pd.DataFrame(table["tables"]["teacher"]).T["real_vs_real"]
@@ -101,10 +101,14 @@ def equal_steps(table: Mapping) -> pd.DataFrame:
 
 
 def verdicts(table: Mapping) -> pd.DataFrame:
-    """Who is better than whom in which score, by the paired permutation test."""
+    """Who is better than whom in which score, by the paired permutation test; else it is open."""
+    words = {"not distinguishable": "open"}
     return pd.DataFrame(
         {
-            pair: {n: f"{row['verdict']} ({_chance(row['p'])})" for n, row in rows.items()}
+            pair: {
+                n: f"{words.get(row['verdict'], row['verdict'])} ({_chance(row['p'])})"
+                for n, row in rows.items()
+            }
             for pair, rows in table["compared"].items()
         }
     ).fillna("")
@@ -139,13 +143,13 @@ def beside_the_paper(results: str | Path | None = None) -> pd.DataFrame:
         ("student's U-Net, parameters", "482,346,884", f"{timed.loc['kdc', 'parameters']:,.0f}",
          "yes: counted"),
         ("student's U-Net, time of a call / teacher's", "-", f"{timed.loc['kdc', 'ratio']:.2f}",
-         "a ratio, on two cores in float32; a GPU's is another"),
+         "a ratio, on two CPU cores"),
         ("Fréchet distance, KDC-Diff's public notebook", "255.8 (5 images against 11)", distance,
-         f"no: ours is of the mini model, {count} images, in its own CLIP's features"),
+         f"no: {count} images of a mini model"),
         ("Fréchet distance, BK-SDM-Small on COCO-30K", "16.98 (Stable Diffusion 13.05)", distance,
-         "no: photographs at full size, features of Inception"),
+         "no: photographs, Inception"),
         ("CLIP score, BK-SDM-Small on COCO-30K", ".2677 (Stable Diffusion .2958)",
-         clip, "no: another CLIP, other captions"),
+         clip, "no: another CLIP"),
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["what", "published", "ours", "comparable"])
     return table.set_index("what")

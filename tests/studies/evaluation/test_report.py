@@ -99,7 +99,7 @@ def table():
 
 def test_spreads_of_retraining_and_sampling_stand_apart():
     shown = report.equal_steps(table())
-    assert shown.loc["accuracy", "corrected"] == "0.8 ± (0.02, 0.01)"
+    assert shown.loc["accuracy", "corrected"] == "0.8 (0.02, 0.01)"
     assert shown.loc["accuracy", "teacher"] == "1 ± 0.1" and shown.loc["recall", "teacher"] == ""
     assert shown.loc["fd", "real against real"] == "0.5"
     assert report.verdicts(table()).iloc[0, 0] == "worse (p = 0.010)"
