@@ -372,15 +372,14 @@ report.equal_steps(equal)
 report.verdicts(equal)
 
 # %% [markdown]
-# *Open* means that 432 pairs cannot tell the two apart. The table separates all three. After 200 steps the best recipe is well above the authors' terms and
-# well below the teacher, in accuracy, CLIP score, both distances and recall. Precision sees no
-# difference at all: a student that shows what was asked for in a quarter of its images gets the same
-# .97 as its teacher, because its images look like *some* real image. (If the first number is 0, two
-# training runs differ no more than two samplings of one run.) The recipe with the authors' terms
-# depends more on the
-# luck of training than on that of sampling, so that one training of it would say little. At 10 steps
-# the shipped student is near its teacher, and 432 pairs still tell them apart in CLIP score, both
-# distances and recall.
+# *Open* means that 432 pairs cannot tell the two apart. The table separates all three. After 200
+# steps the best recipe is well above the authors' terms and well below the teacher, in accuracy, CLIP
+# score, both distances and recall. Precision sees no difference at all: a student that shows what was
+# asked for in a quarter of its images gets the same .97 as its teacher, because its images look like
+# *some* real image. (If the first number is 0, two training runs differ no more than two samplings of
+# one run.) The recipe with the authors' terms depends more on the luck of training than on that of
+# sampling, so that one training of it would say little. At 10 steps the shipped student is near its
+# teacher, and 432 pairs still tell them apart in CLIP score, both distances and recall.
 #
 # The LPIPS distance to the teacher's images from the same noise falls in the same order: 1.7, 0.7, 0.3.
 #
