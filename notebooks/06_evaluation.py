@@ -240,7 +240,8 @@ pd.concat(by_candidate, axis=1).dropna().round(3)
 # %%
 told = scores["student"].table
 given = told[told["value"].notna()]
-given[["value", "spread", "samples", "real_vs_real", "extractor"]].round(3).fillna("")
+columns = ["value", "spread", "samples", "real_vs_real", "extractor"]
+given[columns].round(3).astype(object).fillna("")
 
 # %% tags=["hide-output"]
 told[["checksum", "note"]]
