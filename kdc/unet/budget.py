@@ -74,11 +74,15 @@ def cost_every_subset(
         if seconds is not None:
             timed = seconds[dropped].rename("latency") / seconds[False].sum()
             tables[dropped] = tables[dropped].join(timed, how="outer").fillna(0.0)
+    values = {dropped: table.to_numpy() for dropped, table in tables.items()}
+    place = {d: {name: row for row, name in enumerate(t.index)} for d, t in tables.items()}
     rows = {}
     for subset in every_subset():
         plan = plan_without(subset)
-        rows[subset] = tables[plan.dropped > 0].reindex(kept_blocks(plan)).sum()
-    costs = pd.DataFrame(list(rows.values()))
+        dropped = plan.dropped > 0
+        kept = [place[dropped][name] for name in kept_blocks(plan) if name in place[dropped]]
+        rows[subset] = values[dropped][kept].sum(axis=0)
+    costs = pd.DataFrame(list(rows.values()), columns=tables[False].columns)
     costs.index = pd.Index(list(rows), tupleize_cols=False)
     return costs
 

@@ -6,6 +6,8 @@ The three are different things. Taking out Stable Diffusion's mid-block removes 
 
 from __future__ import annotations
 
+import functools
+import json
 import time
 from collections.abc import Callable, Mapping
 
@@ -41,11 +43,19 @@ def count_costs(
     of weights with values; `macs`, both; `activation_bytes`, what training holds for the backward
     pass in float32, each tensor once, in the block that saved it first, attention weights written
     out in full (a fused attention kernel saves those). Counted with PyTorch's own FLOP counter on
-    the meta device, two FLOPs to a multiply-accumulate. `unet` may be on any device.
+    the meta device, two FLOPs to a multiply-accumulate, once for each configuration and size.
+    `unet` may be on any device.
     """
+    config = json.dumps(dict(unet.config), sort_keys=True, default=str)
+    size = size or unet.config.sample_size
+    return _count(config, size, sequence_length, batch_size).copy()
+
+
+@functools.lru_cache(maxsize=256)
+def _count(config: str, size: int, sequence_length: int, batch_size: int) -> pd.DataFrame:
+    """`count_costs` of the U-Net of that configuration, in JSON."""
     with torch.device("meta"):
-        model = UNet2DConditionModel.from_config(unet.config)
-        size = size or model.config.sample_size
+        model = UNet2DConditionModel.from_config(json.loads(config))
         latents = torch.empty(batch_size, model.config.in_channels, size, size)
         captions = torch.empty(batch_size, sequence_length, model.config.cross_attention_dim)
         timestep = torch.tensor(1)

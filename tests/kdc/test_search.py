@@ -64,6 +64,7 @@ def test_a_search_ends_within_the_budget_with_the_best_of_the_finalists(teacher,
     plan, table = search_plan(
         teacher, data, budget, halving_rounds=((3, 1), (2, 2)), batch_size=2, sequence_length=24,
         scores=pd.Series(range(1, 13), PARTS, dtype=float),
+        judge=lambda student: kdc.output_error(student, teacher, data, count=4, levels=2).mean(),
     )  # fmt: skip
     student = kdc.slim(teacher.unet, plan)
     assert sum(p.numel() for p in student.parameters()) == table.loc[0, "parameters"] <= limit
