@@ -130,7 +130,11 @@ def test_a_chapter_runs_from_top_to_bottom(lab):
         tab.wait_for_timeout(2000)
         tab.keyboard.press("Control+s")
         tab.wait_for_timeout(500)
-        cells = [c for c in nbformat.read(file, as_version=4).cells if c.cell_type == "code"]
+        try:
+            saved = nbformat.read(file, as_version=4)
+        except nbformat.reader.NotJSONError:  # JupyterLab is writing it at this moment
+            continue
+        cells = [c for c in saved.cells if c.cell_type == "code"]
         errors = [o for c in cells for o in c.outputs if o.output_type == "error"]
         assert not errors, errors[0]
         counts = [c.execution_count for c in cells if c.source]
