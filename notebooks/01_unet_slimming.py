@@ -569,11 +569,11 @@ timed.loc[found, ["parameters", "ratio", "ratio_low", "ratio_high"]].round(3)
 # %% tags=["hide-cell"]
 # Solution to exercise 1: the mid-block alone; time is saved outside, parameters inside
 shares = full_costs / full_costs.loc[[()]].iloc[0]
-whole_text = [
+keeps_text = [
     not any("attention" in part for part in left_out) for left_out in shares.index
 ]
 answers = {
-    "least time": shares[whole_text]["latency"].idxmin(),
+    "least time": shares[keeps_text]["latency"].idxmin(),
     "fewest parameters": shares[shares["latency"] >= 0.9]["parameters"].idxmin(),
 }
 for name, left_out in answers.items():

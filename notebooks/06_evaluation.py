@@ -234,8 +234,8 @@ by_candidate = {name: found.table["value"] for name, found in scores.items()}
 pd.concat(by_candidate, axis=1).dropna().round(3)
 
 # %% [markdown]
-# The student's row by row, with what belongs to each number; the fold holds the notes of all scores, and
-# the checksums of the networks that computed them.
+# The student's scores once more, each with its spread, sample size and baseline of real images. The fold
+# holds the notes, and the checksums of the networks that computed the scores.
 
 # %%
 told = scores["student"].table
@@ -441,8 +441,8 @@ pd.DataFrame(found_here).astype(float).round(3)
 
 # %% [markdown]
 # On these few prompts weaker guidance is better by most scores. Guidance makes an image show what was
-# asked for, at the price of alike and overdrawn images. A network that obeys already gains nothing from
-# more of it: appendix A1 finds the same in the Fréchet distance.
+# asked for. A network that obeys already gains nothing from more of it; appendix A1 shows the same for
+# the Fréchet distance.
 #
 # 2. Evaluate with 20 prompts. Which rows are refused?
 

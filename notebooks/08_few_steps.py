@@ -262,9 +262,9 @@ print(exact(Zero(), zeros, words, torch.Generator().manual_seed(1))["loss"].item
 
 # %% tags=["hide-cell"]
 # Solution to exercise 2: the same step with each network on the path
-shipped = kdc.slim(pipeline.unet, "kdc")
+cut = kdc.slim(pipeline.unet, "kdc")
 took = {}
-for name, network in {"teacher": pipeline.unet, "student": shipped}.items():
+for name, network in {"teacher": pipeline.unet, "student": cut}.items():
     path = ConsistencyStep(network, process, data.empty, guidance=7.5, grid=50)
     times = []
     for _ in range(3):

@@ -396,8 +396,9 @@ for name, logits in answers.items():
 # %% [markdown]
 # So attribute accuracy means something for images that *could* show the attributes, and nothing else.
 #
-# 3. Add a species to `kdc/data/drawing.py`. Which of the networks have to be trained again? *All of
-#    them: each has to see it, and the captions get a new word.*
+# 3. Add a species to `kdc/data/drawing.py`. Which of the networks have to be trained again? *Judges, CLIP,
+#    teacher and student: each has to see it, and captions get a new word. The autoencoder may do without;
+#    `grades.psnr` tells.*
 #
 # **Summary.** A laboratory of six small networks, trained from nothing, draws two worlds as asked. The
 # world is too easy to tell plans apart, and a harder one is in training.

@@ -85,8 +85,8 @@ figures.show("A2.1", save=output / "faults.png")
 # ## One fault, one score, by hand
 #
 # A fault takes images and what was asked for, a dose, and a generator. This one puts copies of the
-# reference among the images, as a model does that has memorised its training set. It does so by hand,
-# and so does the score that is to find it: **leakage**, the share of images whose nearest neighbour is
+# reference among the images, as a model does that has memorised its training set. The score that should
+# find it is **leakage**, the share of images whose nearest neighbour is
 # in the reference $R$ and not in a set $H$ of equal size that was held back. With features $f$ and the
 # cosine as nearness,
 #

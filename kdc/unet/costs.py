@@ -46,9 +46,8 @@ def count_costs(
     the meta device, two FLOPs to a multiply-accumulate, once for each configuration and size.
     `unet` may be on any device.
     """
-    config = json.dumps(dict(unet.config), sort_keys=True, default=str)
     size = size or unet.config.sample_size
-    return _count(config, size, sequence_length, batch_size).copy()
+    return _count(unet.to_json_string(), size, sequence_length, batch_size).copy()
 
 
 @functools.lru_cache(maxsize=256)

@@ -102,11 +102,10 @@ def equal_steps(table: Mapping) -> pd.DataFrame:
 
 def verdicts(table: Mapping) -> pd.DataFrame:
     """Who is better than whom in which score, by the paired permutation test; else it is open."""
-    words = {"not distinguishable": "open"}
     return pd.DataFrame(
         {
             pair: {
-                n: f"{words.get(row['verdict'], row['verdict'])} ({_chance(row['p'])})"
+                n: f"{row['verdict']} ({_chance(row['p'])})".replace("not distinguishable", "open")
                 for n, row in rows.items()
             }
             for pair, rows in table["compared"].items()

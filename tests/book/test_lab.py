@@ -77,7 +77,7 @@ def lab(browser, tmp_path_factory):
 def run_all(tab) -> None:
     """Choose Run, Run All Cells, and see that cells wait for the kernel."""
     waiting = tab.locator(".jp-InputArea-prompt", has_text="*").first
-    for _ in range(4):  # a click is lost while JupyterLab still draws its menus
+    for _ in range(4):  # a click may be lost on a busy machine
         tab.get_by_role("menuitem", name="Run", exact=True).click()
         tab.get_by_text("Run All Cells", exact=True).click()
         try:

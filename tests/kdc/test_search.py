@@ -1,3 +1,5 @@
+import functools
+
 import pandas as pd
 import pytest
 import torch
@@ -58,13 +60,14 @@ def test_the_judge_decides(teacher, data):
 
 
 @pytest.mark.long
-def test_a_search_ends_within_the_budget_with_the_best_of_the_finalists(teacher, data):
+def test_a_search_ends_within_the_budget_with_the_best_of_the_finalists(teacher, data, monkeypatch):
+    in_two_steps = functools.partial(search.drawing_judge, steps=2)
+    monkeypatch.setattr(search, "drawing_judge", in_two_steps)  # the default, only faster
     limit = 5_000_000
     budget = Budget(parameters=limit)
     plan, table = search_plan(
         teacher, data, budget, halving_rounds=((3, 1), (2, 2)), batch_size=2, sequence_length=24,
         scores=pd.Series(range(1, 13), PARTS, dtype=float),
-        judge=lambda student: kdc.output_error(student, teacher, data, count=4, levels=2).mean(),
     )  # fmt: skip
     student = kdc.slim(teacher.unet, plan)
     assert sum(p.numel() for p in student.parameters()) == table.loc[0, "parameters"] <= limit

@@ -108,3 +108,11 @@ def test_times_of_blocks_add_up_to_the_call(tiny_unet):
     assert set(kept_blocks(PLANS["full"])) == set(seconds.index)
     assert (seconds.drop("other") > 0).all() and seconds["other"] > 0
     assert not any(m._forward_pre_hooks for m in tiny_unet.modules())
+
+
+def test_what_is_done_to_a_table_does_not_reach_the_next(tiny_unet):
+    first = count_costs(tiny_unet, 16, 5)
+    whole = first.loc["total", "macs"]
+    first.loc["total", "macs"] = 0
+    assert count_costs(tiny_unet, 16, 5).loc["total", "macs"] == whole
+    assert count_costs(tiny_unet, 8, 5).loc["total", "macs"] < whole
